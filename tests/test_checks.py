@@ -1,0 +1,147 @@
+"""Each bad argument gets one error that says what was found, what was wanted and the remedy."""
+
+import pytest
+import torch
+
+from wmtp import (
+    excess_head_weights,
+    fused_weighted_mtp_loss,
+    mtp_cross_entropy,
+    next_token_cross_entropy,
+    td_head_weights,
+)
+from wmtp.reference import compute_weighted_mtp_loss
+
+LOGITS, IDS = torch.zeros(2, 8, 4, 11), torch.zeros(2, 8, dtype=torch.long)
+WEIGHTS, REF_CE = torch.ones(2, 8, 4), torch.zeros(2, 7)
+
+BAD_CALLS = {
+    "logits not a tensor": (dict(logits=[1.0]), TypeError, "logits must be a tensor .*got list"),
+    "logits of rank 3": (
+        dict(logits=LOGITS[:, :, 0]),
+        ValueError,
+        r"logits must be \[B, S, H, V\], got \(2, 8, 11\): .*unsqueeze\(2\)",
+    ),
+    "integer logits": (dict(logits=LOGITS.long()), TypeError, "logits must be float32.*int64"),
+    "float8 logits": (dict(logits=LOGITS.to(torch.float8_e5m2)), TypeError, "float8_e5m2"),
+    "no vocabulary": (dict(logits=LOGITS[..., :0]), ValueError, "at least one head and one voc"),
+    "no heads": (dict(logits=LOGITS[:, :, :0]), ValueError, "at least one head"),
+    "targets not a tensor": (dict(target_ids=[[1]]), TypeError, "target_ids must be a tensor"),
+    "targets not integer": (dict(target_ids=IDS.float()), TypeError, "integers, got torch.float32"),
+    "bool targets": (dict(target_ids=IDS.bool()), TypeError, "integers, got torch.bool"),
+    "shifted targets": (
+        dict(target_ids=IDS[..., None].expand(2, 8, 4)),
+        ValueError,
+        r"target_ids must be \[B, S\] = \(2, 8\), got \(2, 8, 4\): pass unshifted ids",
+    ),
+    "targets of another length": (dict(target_ids=IDS[:, 1:]), ValueError, r"got \(2, 7\)"),
+    "weights of another shape": (
+        dict(head_weights=WEIGHTS[..., :1]),
+        ValueError,
+        r"head_weights must be \[B, S, H\] = \(2, 8, 4\), got \(2, 8, 1\)",
+    ),
+    "integer weights": (dict(head_weights=WEIGHTS.long()), TypeError, r"head_weights\.float\(\)"),
+    "weights not a tensor": (dict(head_weights=1.0), TypeError, "head_weights must be a tensor"),
+    "ref_ce of length S": (
+        dict(ref_ce=torch.zeros(2, 8)),
+        ValueError,
+        r"ref_ce must be \[B, S-1\] = \(2, 7\), got \(2, 8\)",
+    ),
+    "integer ref_ce": (dict(ref_ce=REF_CE.long()), TypeError, "ref_ce must be floating point"),
+    "ref_logits of rank 4": (dict(ref_logits=LOGITS), ValueError, r"ref_logits must be \[B, S, V"),
+    "ref_logits of another batch": (
+        dict(ref_logits=LOGITS[:1, :, 0]),
+        ValueError,
+        r"ref_logits must be \[B, S, V\] = \(2, 8, 11\), got \(1, 8, 11\)",
+    ),
+    "weights and ref_ce": (
+        dict(head_weights=WEIGHTS, ref_ce=REF_CE),
+        ValueError,
+        "head_weights and ref_ce exclude each other",
+    ),
+    "ref_logits and ref_ce": (
+        dict(ref_logits=LOGITS[:, :, 0], ref_ce=REF_CE),
+        ValueError,
+        "ref_logits and ref_ce exclude each other",
+    ),
+    "temperature 0": (dict(temperature=0), ValueError, "temperature must be .*> 0, got 0"),
+    "temperature -1": (dict(temperature=-1.0), ValueError, "got -1.0"),
+    "temperature nan": (dict(temperature=float("nan")), ValueError, "got nan"),
+    "unknown excess": (dict(excess="relu"), ValueError, "excess must be one of 'abs', 'signed'"),
+    "unknown reduction": (
+        dict(reduction="mean"),
+        ValueError,
+        "reduction must be one of 'token_mean', 'weight_mean', 'sum', got 'mean'",
+    ),
+    "normalizer 0": (dict(normalizer=0), ValueError, "normalizer must be .*> 0, got 0"),
+    "normalizer of rank 1": (dict(normalizer=torch.ones(2)), ValueError, "normalizer .*0-d"),
+    "another horizon": (dict(horizon=3), ValueError, "horizon must equal the logits' H = 4, got 3"),
+    "mixed devices": (
+        dict(target_ids=IDS.to("meta")),
+        ValueError,
+        "target_ids is on meta but the logits are on cpu: .*to",
+    ),
+    "weights elsewhere": (dict(head_weights=WEIGHTS.to("meta")), ValueError, "head_weights is on"),
+}
+
+
+@pytest.mark.parametrize("function", [fused_weighted_mtp_loss, compute_weighted_mtp_loss])
+@pytest.mark.parametrize(("bad", "error", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_arguments(function, bad, error, message):
+    with pytest.raises(error, match=message):
+        function(**{"logits": LOGITS, "target_ids": IDS, **bad})
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="backend must be one of 'auto', 'cpu', 'triton', 'eager'"):
+        fused_weighted_mtp_loss(LOGITS, IDS, backend="cuda")
+
+
+def test_inplace_needs_a_contiguous_vocabulary():
+    logits = LOGITS.transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match=r"inplace=True needs logits .*contiguous"):
+        fused_weighted_mtp_loss(logits, IDS, inplace=True, backend="cpu")
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: mtp_cross_entropy(LOGITS[0], IDS), ValueError, r"logits must be \[B, S, H, V\]"),
+        (lambda: next_token_cross_entropy(LOGITS, IDS), ValueError, r"logits must be \[B, S, V\]"),
+        (
+            lambda: next_token_cross_entropy(LOGITS[:, :, 0], IDS.float()),
+            TypeError,
+            "target_ids must hold integers",
+        ),
+        (
+            lambda: next_token_cross_entropy(LOGITS[:, :, 0], IDS + 11),
+            IndexError,
+            r"target_ids\[0, 1\] is 11, outside \[0, 11\)",
+        ),
+        (
+            lambda: excess_head_weights(WEIGHTS, WEIGHTS[..., 0], IDS),
+            ValueError,
+            r"ref_ce must be \[B, S-1\] = \(2, 7\)",
+        ),
+        (
+            lambda: excess_head_weights(WEIGHTS[0], REF_CE, IDS),
+            ValueError,
+            r"ce_per_head must be a tensor \[B, S, H\]",
+        ),
+        (lambda: excess_head_weights(WEIGHTS.int(), REF_CE, IDS), TypeError, "floating point"),
+        (
+            lambda: excess_head_weights(WEIGHTS, REF_CE, IDS, temperature=0.0),
+            ValueError,
+            "temperature",
+        ),
+        (lambda: excess_head_weights(WEIGHTS, REF_CE, IDS, excess="x"), ValueError, "excess"),
+        (lambda: td_head_weights(WEIGHTS, IDS, 4), ValueError, r"values must be .*\[B, S\]"),
+        (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 0), ValueError, "horizon must be >= 1"),
+        (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 4, 1.5), ValueError, "discount must be in"),
+        (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 4, 0.9, -1), ValueError, "temperature"),
+        (lambda: td_head_weights(WEIGHTS[..., 0], IDS[:1], 4), ValueError, "unshifted ids"),
+    ],
+)
+def test_bad_arguments_of_the_other_functions(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,354 @@
+"""Every backend against the truth, through the public functions."""
+
+from functools import partial
+
+import pytest
+import torch
+from agreement import WEIGHTINGS, assert_agrees, loss_and_gradient, make_case, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import wmtp
+from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
+from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, next_token_ce
+
+# (backend, device): Triton on the CPU is its interpreter; on a GPU it is the real thing.
+TARGETS = [
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(
+        ("triton", "cpu"),
+        id="interpreted",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the real kernel"),
+    ),
+    pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("reduction", ["token_mean", "weight_mean", "sum"])
+def test_agrees_with_the_truth(target, dtype, weighting, reduction):
+    backend, device = target
+    case = make_case((2, 6, 3, 133), dtype, weighting, device, reduction=reduction)
+    assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(1, 9), st.integers(1, 5), st.integers(1, 300)),
+    dtype=st.sampled_from([*DTYPES, torch.float64]),
+    weighting=st.sampled_from(WEIGHTINGS),
+    reduction=st.sampled_from(["token_mean", "weight_mean", "sum"]),
+    ignored=st.sampled_from([0.0, 0.3, 1.0]),
+    temperature=st.sampled_from([0.1, 0.7, 3.0]),
+    normalizer=st.sampled_from([None, 7, torch.tensor(5.0)]),
+    seed=st.integers(0, 10_000),
+)
+def test_any_shape_on_the_cpu(
+    shape, dtype, weighting, reduction, ignored, temperature, normalizer, seed
+):
+    case = make_case(
+        shape, dtype, weighting, ignored=ignored, seed=seed,
+        temperature=temperature, reduction=reduction, normalizer=normalizer,
+    )  # fmt: skip
+    assert_agrees(partial(fused_weighted_mtp_loss, backend="cpu"), case)
+
+
+def test_longer_rows(target):
+    backend, device = target
+    for vocabulary in (5000, 8191):
+        case = make_case((1, 4, 2, vocabulary), torch.bfloat16, "ref_ce", device)
+        assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_eager_backend_is_the_reference(weighting):
+    case = make_case((2, 5, 3, 17), weighting=weighting)
+    ours = fused_weighted_mtp_loss(case.logits, case.target_ids, **case.options, backend="eager")
+    truth = compute_weighted_mtp_loss(case.logits, case.target_ids, **case.options, horizon=3)
+    for mine, true in zip(ours, truth, strict=True):
+        assert torch.equal(mine, true)
+
+
+def layouts():
+    def odd_rows(x):  # rows start at odd offsets
+        return torch.nn.functional.pad(x, (1, 2))[..., 1:-2]
+
+    def vocabulary_first(x):
+        return x.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+
+    def sequence_first(x):
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def every_second_token(x):
+        return x.repeat_interleave(2, dim=1)[:, ::2]
+
+    return [odd_rows, vocabulary_first, sequence_first, every_second_token]
+
+
+@pytest.mark.parametrize("layout", layouts(), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_strides(target, layout, dtype):
+    backend, device = target
+    case = make_case((2, 5, 3, 37), dtype, "given", device)
+
+    def strided(logits, *args, **options):
+        return fused_weighted_mtp_loss(layout(logits), *args, **options, backend=backend)
+
+    assert_agrees(strided, case)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("unit_stride", [True, False])
+def test_heads_that_share_one_set_of_logits(target, weighting, dtype, unit_stride):
+    backend, device = target
+    case = make_case((2, 6, 3, 50), dtype, weighting, device)
+    rows = case.logits[:, :, 0] if unit_stride else case.logits[:, :, 0].mT.contiguous().mT
+
+    def gradient(function, rows, **more):
+        rows = rows.detach().requires_grad_()
+        shared = rows[:, :, None].expand(-1, -1, 3, -1)
+        result = function(shared, case.target_ids, **case.options, **more)
+        result.loss.backward()
+        return result.loss, rows.grad
+
+    loss, grad = gradient(fused_weighted_mtp_loss, rows, backend=backend)
+    true_loss, true_grad = gradient(compute_weighted_mtp_loss, rows.double(), horizon=3)
+    _, eager_grad = gradient(compute_weighted_mtp_loss, rows, horizon=3)
+    torch.testing.assert_close(loss.double(), true_loss, rtol=2e-5, atol=0)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    assert relative_error(grad, true_grad) <= relative_error(eager_grad, true_grad) + tolerance
+
+
+def test_shared_heads_are_never_materialised():
+    """Peak memory of loss and gradient: about one gradient of the shared rows, not H of them."""
+    rows = torch.randn(2, 16, 1000, requires_grad=True)
+    ids = torch.randint(1000, (2, 16))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        shared = rows[:, :, None].expand(-1, -1, 8, -1)
+        fused_weighted_mtp_loss(shared, ids, backend="cpu").loss.backward()
+    allocated = sum(
+        event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0
+    )
+    assert allocated < 2.2 * rows.nbytes  # the gradient, and autograd's sum of it
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "weight_mean", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_gradient_of_head_weights(target, reduction, dtype):
+    backend, device = target
+    case = make_case((2, 6, 3, 40), torch.float32, "given", device, reduction=reduction)
+    case = case.cast(dtype)
+
+    def gradient(function, case, **more):
+        weights = case.options["head_weights"].detach().requires_grad_()
+        options = {**case.options, "head_weights": weights}
+        result = function(case.logits, case.target_ids, **options, **more)
+        return torch.autograd.grad(3 * result.loss, weights)[0]
+
+    found = gradient(fused_weighted_mtp_loss, case, backend=backend)
+    truth = gradient(compute_weighted_mtp_loss, case.cast(torch.float64), horizon=3)
+    assert found.dtype == dtype
+    assert relative_error(found, truth) < (1e-5 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "weight_mean", "sum"])
+def test_gradcheck_runs_on_the_cpu_kernel(reduction):
+    case = make_case((2, 5, 3, 11), torch.float64, "given", reduction=reduction)
+    weights = case.options["head_weights"].double().requires_grad_()
+
+    def function(logits, weights):
+        options = {**case.options, "head_weights": weights}
+        result = fused_weighted_mtp_loss(logits, case.target_ids, **options, backend="cpu")
+        return result.loss, result.ce_per_head
+
+    assert torch.autograd.gradcheck(function, (case.logits.requires_grad_(), weights))
+
+
+def test_loss_scaled_and_summed_with_others(target):
+    backend, device = target
+    case = make_case((2, 6, 3, 40), weighting="ref_ce", device=device)
+
+    def gradient(function, dtype, **more):
+        logits = case.logits.to(dtype).requires_grad_()
+        result = function(logits, case.target_ids, **case.cast(dtype).options, **more)
+        total = 0.3 * result.loss + result.ce_per_head[..., 0].mean() + 1e-3 * logits.square().sum()
+        return torch.autograd.grad(total, logits)[0]
+
+    found = gradient(fused_weighted_mtp_loss, torch.float32, backend=backend)
+    truth = gradient(compute_weighted_mtp_loss, torch.float64, horizon=3)
+    assert relative_error(found, truth) < 1e-6
+
+
+def test_backward_twice_under_retain_graph(target):
+    backend, device = target
+    case = make_case((1, 5, 2, 30), weighting="given", device=device)
+    logits = case.logits.requires_grad_()
+    loss = fused_weighted_mtp_loss(logits, case.target_ids, **case.options, backend=backend).loss
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_no_second_derivative_is_an_error_not_a_zero():
+    case = make_case((1, 5, 2, 30))
+    logits = case.logits.requires_grad_()
+    loss = fused_weighted_mtp_loss(logits, case.target_ids, backend="cpu").loss
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match="backend='eager'"):
+        gradient.square().sum().backward()
+
+
+def test_no_gradient_wanted_leaves_nothing_behind():
+    case = make_case((1, 5, 2, 30))
+    assert not fused_weighted_mtp_loss(case.logits, case.target_ids).loss.requires_grad
+    with torch.no_grad():
+        logits = case.logits.requires_grad_()
+        assert not fused_weighted_mtp_loss(logits, case.target_ids).loss.requires_grad
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_inplace_gradient_takes_the_logits_storage(target, shared):
+    backend, device = target
+    case = make_case((2, 6, 3, 40), weighting="given", device=device)
+    leaf = (case.logits[:, :, :1] if shared else case.logits).contiguous().requires_grad_()
+
+    def run(inplace):
+        logits = leaf * 1.0
+        expanded = logits.expand(-1, -1, 3, -1)
+        loss = fused_weighted_mtp_loss(
+            expanded, case.target_ids, **case.options, inplace=inplace, backend=backend
+        ).loss
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        return logits, loss, gradient
+
+    _, _, expected = run(inplace=False)
+    logits, loss, gradient = run(inplace=True)
+    torch.testing.assert_close(gradient, expected)
+    scale = 3 if shared else 1  # autograd sums three equal parts
+    torch.testing.assert_close(logits.detach() * scale, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_inplace_is_told_to_other_users_of_the_logits():
+    case = make_case((1, 6, 2, 40))
+    logits = case.logits.requires_grad_() * 1.0
+    z_loss = logits.square().sum()
+    loss = fused_weighted_mtp_loss(logits, case.target_ids, inplace=True, backend="cpu").loss
+    loss.backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z_loss.backward()
+
+
+def test_mtp_cross_entropy(target):
+    backend, device = target
+    case = make_case((2, 6, 3, 77), device=device)
+    logits = case.logits.requires_grad_()
+    ce = mtp_cross_entropy(logits, case.target_ids, backend=backend)
+    truth = cross_entropy_per_head(logits.double(), case.target_ids)
+    torch.testing.assert_close(ce.double(), truth, rtol=2e-5, atol=2e-6)
+    found, expected = (torch.autograd.grad(x, logits, case.grad_ce.to(x))[0] for x in (ce, truth))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_next_token_cross_entropy(target, dtype):
+    backend, device = target
+    case = make_case((2, 6, 1, 77), dtype, device=device)
+    logits = case.logits[:, :, 0].requires_grad_()
+    ref_ce = next_token_cross_entropy(logits, case.target_ids, backend=backend)
+    assert ref_ce.dtype == torch.float32
+    assert not ref_ce.requires_grad
+    truth = next_token_ce(logits.double(), case.target_ids)
+    torch.testing.assert_close(ref_ce.double(), truth, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 7), (2, 1, 2, 7), (1, 3, 2, 7)])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_no_valid_token_means_zero(target, shape, weighting):
+    backend, device = target
+    case = make_case(shape, torch.float32, weighting, device, ignored=1.1)
+    case.logits.fill_(float("nan"))
+    for reduction in ("token_mean", "weight_mean", "sum"):
+        case.options["reduction"] = reduction
+        result, gradient = loss_and_gradient(
+            partial(fused_weighted_mtp_loss, backend=backend), case
+        )
+        assert result.loss == 0
+        assert not result.valid_mask.any()
+        assert torch.count_nonzero(gradient) == 0
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", ["target", "elsewhere", "all"])
+def test_non_finite_logits_behave_as_in_eager(target, weighting, poison, where):
+    backend, device = target
+    case = make_case((1, 5, 2, 37), torch.float32, weighting, device, ignored=0)
+    goal = case.target_ids[0, 2 + 1 + 1]
+    column = {"target": goal, "elsewhere": (goal + 1) % 37, "all": slice(None)}[where]
+    case.logits[0, 2, 1, column] = poison
+    result, gradient = loss_and_gradient(partial(fused_weighted_mtp_loss, backend=backend), case)
+    truth, true_gradient = loss_and_gradient(compute_weighted_mtp_loss, case, horizon=2)
+    torch.testing.assert_close(result.loss, truth.loss, equal_nan=True, rtol=2e-5, atol=0)
+    torch.testing.assert_close(
+        result.ce_per_head, truth.ce_per_head, equal_nan=True, rtol=2e-5, atol=2e-6
+    )
+    finite_rows = true_gradient.isfinite().all(-1)
+    torch.testing.assert_close(gradient[finite_rows], true_gradient[finite_rows])
+    assert torch.equal(gradient.isfinite().all(-1), finite_rows)
+
+
+def test_rows_without_a_target_are_not_read(target):
+    backend, device = target
+    case = make_case((2, 6, 3, 40), weighting="ref_ce", device=device, ignored=0.4)
+    clean, clean_gradient = loss_and_gradient(
+        partial(fused_weighted_mtp_loss, backend=backend), case
+    )
+    from wmtp.labels import shift_to_heads
+
+    case.logits[shift_to_heads(case.target_ids, 3, -100) == -100] = float("nan")
+    result, gradient = loss_and_gradient(partial(fused_weighted_mtp_loss, backend=backend), case)
+    assert torch.equal(result.loss, clean.loss)
+    assert torch.equal(gradient, clean_gradient)
+
+
+def test_target_outside_the_vocabulary(target):
+    backend, device = target
+    case = make_case((1, 6, 2, 30), device=device, ignored=0)
+    case.target_ids[0, 3] = 30
+    call = partial(fused_weighted_mtp_loss, case.logits, case.target_ids, backend=backend)
+    if backend == "cpu":
+        with pytest.raises(IndexError, match=r"target_ids\[0, 3\] is 30, outside \[0, 30\)"):
+            call()
+    else:
+        loss, _, ce = call()
+        assert loss.isnan()
+        wrong = torch.zeros(6, 2, dtype=torch.bool)
+        wrong[2, 0] = wrong[1, 1] = True
+        assert torch.equal(ce[0].isnan().cpu(), wrong)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("bad", [-0.5, float("nan"), float("inf")])
+def test_bad_weights_on_the_cpu(backend, bad):
+    case = make_case((1, 6, 2, 30), weighting="given", ignored=0)
+    case.options["head_weights"][0, 5, 1] = bad  # no target there: whatever stands there is fine
+    call = partial(
+        fused_weighted_mtp_loss, case.logits, case.target_ids, **case.options, backend=backend
+    )
+    assert call().loss.isfinite()
+    case.options["head_weights"][0, 2, 1] = bad
+    with pytest.raises(ValueError, match=r"head_weights\[0, 2, 1\] is .*finite and >= 0"):
+        call()
+
+
+def test_public_names():
+    assert set(wmtp.__all__) <= set(dir(wmtp))

@@ -1,0 +1,22 @@
+"""Weighted multi-token-prediction losses, fused: Triton on GPUs, C++ on CPUs.
+
+from wmtp import fused_weighted_mtp_loss
+loss, valid_mask, ce_per_head = fused_weighted_mtp_loss(logits, target_ids)
+"""
+
+from wmtp.loss import (
+    fused_weighted_mtp_loss,
+    mtp_cross_entropy,
+    next_token_cross_entropy,
+)
+from wmtp.reference import MTPLoss, excess_head_weights, td_head_weights
+
+__version__ = "0.1.0"
+__all__ = [
+    "MTPLoss",
+    "excess_head_weights",
+    "fused_weighted_mtp_loss",
+    "mtp_cross_entropy",
+    "next_token_cross_entropy",
+    "td_head_weights",
+]

@@ -1,0 +1,76 @@
+"""Which implementation runs: C++ on CPUs, Triton on GPUs, eager torch elsewhere."""
+
+import importlib
+import warnings
+from types import ModuleType
+
+import torch
+
+from wmtp.checks import check_choice
+
+# Each module offers token_loss, row_gradient, next_token_ce and unavailable.
+KERNEL_MODULES = {"cpu": "wmtp.cpu", "triton": "wmtp.kernels"}
+BACKENDS = ("auto", *KERNEL_MODULES, "eager")
+DEFAULT_FOR_DEVICE = {
+    "cpu": "cpu",
+    "cuda": "triton",
+}  # ROCm devices call themselves cuda
+
+
+def kernels(backend: str) -> ModuleType:
+    """The module behind "cpu" or "triton"."""
+    return importlib.import_module(KERNEL_MODULES[backend])
+
+
+def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
+    """The backend that will run: `backend` itself, or what "auto" means for this device.
+
+    Raises:
+        ValueError: unknown backend, or one that cannot take tensors of this device or dtype.
+        RuntimeError: a backend asked for by name is not available here; says why and the remedy.
+    """
+    check_choice("backend", backend, BACKENDS)
+    chosen = DEFAULT_FOR_DEVICE.get(device_type, "eager") if backend == "auto" else backend
+    if chosen == "eager":
+        return chosen
+    if chosen == "cpu" and device_type != "cpu":
+        raise ValueError(
+            f"backend 'cpu' takes CPU tensors, got {device_type}: use backend='auto' or move them"
+        )
+    if chosen == "triton" and dtype == torch.float64:
+        raise ValueError(
+            "backend 'triton' takes float32, bfloat16 and float16 logits, got float64: "
+            "use backend='eager', or the CPU"
+        )
+    reason = kernels(chosen).unavailable()
+    if reason is None and chosen == "triton" and device_type == "cpu":
+        reason = _interpreter_missing()
+    if reason is None:
+        return chosen
+    if backend != "auto":
+        raise RuntimeError(f"backend {chosen!r} is not available: {reason}")
+    _warn_once(f"wmtp runs in eager torch, backend {chosen!r} is not available: {reason}")
+    return "eager"
+
+
+# To torch.compile the answer is a constant of the trace, whatever it takes to find it. This is what
+# torch.compiler.assume_constant_result does, but that costs a second's import of torch._dynamo.
+choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _interpreter_missing() -> str | None:
+    if kernels("triton").interpreted():
+        return None
+    return (
+        "the tensors are on the CPU and Triton runs there only in its interpreter: "
+        "set TRITON_INTERPRET=1 before the first import, or use backend='cpu'"
+    )
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -1,0 +1,205 @@
+"""What every public function demands of its arguments, each demand with its one error message."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("token_mean", "weight_mean", "sum")
+EXCESSES = ("abs", "signed")
+
+
+def check_loss_arguments(
+    logits: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None,
+    *,
+    ref_logits: Tensor | None,
+    ref_ce: Tensor | None,
+    temperature: float,
+    excess: str,
+    reduction: str,
+    normalizer: Tensor | float | None,
+    horizon: int | None,
+) -> None:
+    """Everything about the arguments that can be known without reading a tensor's values."""
+    check_logits("logits", logits, "[B, S, H, V]")
+    batch, length, heads, _ = logits.shape
+    check_target_ids(target_ids, batch, length)
+    check_horizon(horizon, heads)
+    check_one_weighting(head_weights=head_weights, ref_logits=ref_logits, ref_ce=ref_ce)
+    if head_weights is not None:
+        shape, remedy = (batch, length, heads), "one weight per token and head"
+        check_float_tensor("head_weights", head_weights, "[B, S, H]", shape, remedy)
+    if ref_ce is not None:
+        check_ref_ce(ref_ce, batch, length)
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits, "[B, S, V]")
+        shape = (batch, length, ref_logits.shape[2])
+        check_shape("ref_logits", ref_logits, "[B, S, V]", shape, "same batch as the logits")
+    check_temperature(temperature)
+    check_choice("excess", excess, EXCESSES)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_normalizer(normalizer)
+    check_same_device(
+        logits,
+        target_ids=target_ids,
+        head_weights=head_weights,
+        ref_ce=ref_ce,
+        ref_logits=ref_logits,
+        normalizer=normalizer,
+    )
+
+
+def check_ref_ce(ref_ce: Tensor, batch: int, length: int) -> None:
+    shape = (batch, max(length - 1, 0))
+    remedy = "position t is the reference's loss on target_ids[t + 1]"
+    check_float_tensor("ref_ce", ref_ce, "[B, S-1]", shape, remedy)
+
+
+def check_logits(name: str, logits: Tensor, axes: str) -> None:
+    """`axes` names the dimensions, e.g. "[B, S, H, V]"; the last one may not be empty."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor {axes}, got {type(logits).__name__}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}: "
+            f"pass unnormalised scores, not ids"
+        )
+    rank = axes.count(",") + 1
+    if logits.dim() != rank:
+        remedy = "add the head axis with logits.unsqueeze(2)" if logits.dim() + 1 == rank else ""
+        raise ValueError(_shape_message(name, axes, None, logits, remedy))
+    if any(size == 0 for size in logits.shape[2:]):
+        raise ValueError(
+            f"{name} must have at least one head and one vocabulary entry, "
+            f"got shape {tuple(logits.shape)}"
+        )
+
+
+def check_target_ids(target_ids: Tensor, batch: int, length: int) -> None:
+    if not isinstance(target_ids, Tensor):
+        raise TypeError(f"target_ids must be a tensor [B, S], got {type(target_ids).__name__}")
+    if target_ids.dtype == torch.bool or target_ids.is_floating_point() or target_ids.is_complex():
+        raise TypeError(
+            f"target_ids must hold integers, got {target_ids.dtype}: pass token ids as int64"
+        )
+    check_shape("target_ids", target_ids, "[B, S]", (batch, length), "pass unshifted ids")
+
+
+def check_float_tensor(
+    name: str, values: Tensor, axes: str, shape: tuple[int, ...], remedy: str
+) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor {axes}, got {type(values).__name__}")
+    if not values.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {values.dtype}: pass {name}.float()")
+    check_shape(name, values, axes, shape, remedy)
+
+
+def check_scores(name: str, values: Tensor, axes: str) -> tuple[int, ...]:
+    """A float tensor of any sizes; its shape."""
+    if not isinstance(values, Tensor) or values.dim() != axes.count(",") + 1:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name} must be a tensor {axes}, got {found}")
+    if not values.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {values.dtype}")
+    return tuple(values.shape)
+
+
+def check_shape(name: str, values: Tensor, axes: str, shape: tuple[int, ...], remedy: str) -> None:
+    if tuple(values.shape) != shape:
+        raise ValueError(_shape_message(name, axes, shape, values, remedy))
+
+
+def _shape_message(
+    name: str, axes: str, shape: tuple[int, ...] | None, values: Tensor, remedy: str
+) -> str:
+    wanted = axes if shape is None else f"{axes} = {shape}"
+    return f"{name} must be {wanted}, got {tuple(values.shape)}" + (f": {remedy}" if remedy else "")
+
+
+def check_same_device(logits: Tensor, **others: Tensor | float | None) -> None:
+    for name, other in others.items():
+        # A 0-d tensor on the CPU mixes with any device, as everywhere in torch.
+        if isinstance(other, Tensor) and other.dim() > 0 and other.device != logits.device:
+            raise ValueError(
+                f"{name} is on {other.device} but the logits are on {logits.device}: "
+                f"move it with {name}.to(logits.device)"
+            )
+
+
+def check_temperature(temperature: float) -> None:
+    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+        raise ValueError(
+            f"temperature must be a finite number > 0, got {temperature!r}: "
+            f"small values sharpen the weights, large ones flatten them"
+        )
+
+
+def check_horizon(horizon: int | None, heads: int) -> None:
+    if horizon is not None and horizon != heads:
+        raise ValueError(
+            f"horizon must equal the logits' H = {heads}, got {horizon}: pass horizon={heads} "
+            f"or logits with {horizon} heads"
+        )
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    if value not in (known := tuple(choices)):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+
+
+def check_one_weighting(**weightings: Tensor | None) -> None:
+    given = [name for name, value in weightings.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} exclude each other: pass the one that defines the weights, "
+            f"or none for uniform weights"
+        )
+
+
+def check_normalizer(normalizer: Tensor | float | None) -> None:
+    if normalizer is None:
+        return
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1 or normalizer.dim() != 0:
+            raise ValueError(
+                f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
+            )
+    elif not (isinstance(normalizer, int | float) and 0 < normalizer < math.inf):
+        raise ValueError(
+            f"normalizer must be a finite number > 0, got {normalizer!r}: it replaces the "
+            f"denominator, e.g. the number of valid tokens over all accumulated batches"
+        )
+
+
+def check_inplace(inplace: bool, logits: Tensor) -> None:
+    if not inplace:
+        return
+    if logits.stride(-1) != 1:
+        raise ValueError(
+            f"inplace=True needs logits whose last dimension is contiguous, got strides "
+            f"{tuple(logits.stride())}: pass logits.contiguous() or inplace=False"
+        )
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "inplace=True overwrites the logits during backward, which torch.compile cannot "
+            "trace: pass inplace=False inside compiled code"
+        )
+
+
+def target_error(position: str, target: int, vocabulary: int, ignore_index: int) -> IndexError:
+    return IndexError(
+        f"target_ids{position} is {target}, outside [0, {vocabulary}) and not "
+        f"ignore_index = {ignore_index}: check that tokenizer and logits share one vocabulary"
+    )
+
+
+def weight_error(position: str, weight: float) -> ValueError:
+    return ValueError(
+        f"head_weights{position} is {weight}: weights must be finite and >= 0; "
+        f"set it to 0 to leave that head out"
+    )

@@ -1,0 +1,206 @@
+"""The public losses on logits: check the arguments, choose a backend, call the operator."""
+
+from torch import Tensor
+
+from wmtp import checks, ops, reference
+from wmtp.backends import choose_backend
+from wmtp.reference import MTPLoss
+
+
+def fused_weighted_mtp_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    *,
+    ref_logits: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+    temperature: float = 0.7,
+    excess: str = "abs",
+    reduction: str = "token_mean",
+    normalizer: Tensor | float | None = None,
+    ignore_index: int = -100,
+    horizon: int | None = None,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> MTPLoss:
+    """The weighted multi-token-prediction loss, fused: one read of the logits, no probabilities.
+
+    Head k at position t predicts `target_ids[b, t + k + 1]` (Gloeckle et al. 2024,
+    arXiv 2404.19737, eq. 2); (t, k) is valid when that token exists and is not `ignore_index`:
+
+        ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target]        0 if invalid
+        w[b, t, k]  = 1                                                   neither argument given
+                    | head_weights[b, t, k]                               head_weights
+                    | softmax over valid k of |ce - ref_ce[b, t + k]| / temperature     ref_*
+                                                                                     0 if invalid
+        token_mean:  mean over tokens with sum_k w > 1e-8 of  sum_k w ce / sum_k w
+        weight_mean: sum w ce / sum w              sum:  sum w ce
+
+        dloss/dlogits[b, t, k, :] = c[b, t, k] (softmax - onehot)
+
+    Excess and value weights are constants: no gradient flows through them. A `head_weights` that
+    requires grad gets its true gradient, and so does whatever is computed from `ce_per_head`.
+
+    Args:
+        logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU), any strides. One
+            set of logits for all heads, `logits[:, :, None].expand(-1, -1, H, -1)`, is read once.
+        target_ids: [B, S] integer, the *unshifted* token ids.
+        head_weights: [B, S, H] float, finite and >= 0 (checked on the CPU, where there is a
+            target; on a GPU the check would cost a sync and is not made).
+        ref_logits: [B, S, V'] float, a reference model's next-token logits; read once.
+        ref_ce: [B, S - 1] float, nats, a reference model's cross entropy: position t predicting
+            `target_ids[t + 1]`, as `next_token_cross_entropy` returns it.
+        temperature: > 0, nats; only with `ref_*`.
+        excess: "abs" for |ce - ref_ce|, "signed" for ce - ref_ce (Rho-1, Lin et al. 2024,
+            arXiv 2404.07965, eq. 3); only with `ref_*`.
+        reduction: "token_mean", "weight_mean" or "sum".
+        normalizer: a number > 0 or a 0-d tensor (not checked) that replaces the denominator, for
+            gradient accumulation and data-parallel runs.
+        ignore_index: a target of this id is no target.
+        horizon: when given, must equal H.
+        inplace: lets `backward` write the gradient over the logits, whose values are then gone;
+            a second backward raises. Eager torch has no use for the permission.
+        backend: "auto", "cpu", "triton" or "eager". A backend asked for by name never falls back;
+            "auto" warns once if it must run in eager.
+
+    Returns:
+        MTPLoss(loss [], valid_mask [B, S] bool, ce_per_head [B, S, H]); float32, float64 for
+        float64 logits. No valid token at all: loss 0, gradients 0. NaN logits make that token's
+        loss NaN, and the loss with it.
+
+    Raises:
+        ValueError: wrong shapes, mixed devices, two weightings at once, temperature <= 0, unknown
+            excess / reduction / backend, horizon != H, on the CPU negative or non-finite weights.
+        TypeError: logits or weights not floating point, target_ids not integer.
+        IndexError: on the CPU, a target outside [0, V). On a GPU that token's loss is NaN.
+        RuntimeError: a backend asked for by name is not available.
+
+    Example: uniform predictions over five tokens cost log 5 nats, whatever the weights.
+
+        >>> logits = torch.zeros(1, 4, 2, 5, requires_grad=True)
+        >>> weights = torch.tensor([1.0, 0.25]).expand(1, 4, 2)
+        >>> loss, valid_mask, ce = fused_weighted_mtp_loss(
+        ...     logits, torch.tensor([[0, 1, 2, 3]]), weights)
+        >>> round(loss.item(), 4)
+        1.6094
+        >>> loss.backward()
+        >>> logits.grad[0, 0, 0]                # 3 tokens, weight 0.8: 0.8/3 (1/5 - onehot(1))
+        tensor([ 0.0533, -0.2133,  0.0533,  0.0533,  0.0533])
+    """
+    checks.check_loss_arguments(
+        logits,
+        target_ids,
+        head_weights,
+        ref_logits=ref_logits,
+        ref_ce=ref_ce,
+        temperature=temperature,
+        excess=excess,
+        reduction=reduction,
+        normalizer=normalizer,
+        horizon=horizon,
+    )
+    chosen = choose_backend(backend, logits.device.type, logits.dtype)
+    if ref_logits is not None:
+        ref_ce = next_token_cross_entropy(
+            ref_logits, target_ids, ignore_index=ignore_index, backend=backend
+        )
+    if chosen == "eager":
+        return reference.compute_weighted_mtp_loss(
+            logits,
+            target_ids,
+            head_weights,
+            logits.shape[2],
+            ignore_index,
+            ref_ce=ref_ce,
+            temperature=temperature,
+            excess=excess,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+    checks.check_inplace(inplace, logits)
+    dtype = reference.accumulation_dtype(logits)
+    token_loss, _, weight_sum, ce, _ = ops.token_loss(
+        logits,
+        target_ids.long().contiguous(),
+        None if head_weights is None else head_weights.to(dtype).contiguous(),
+        None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
+        temperature,
+        excess == "signed",
+        reduction == "token_mean",
+        ignore_index,
+        chosen,
+        inplace,
+    )
+    loss, valid_mask = reference.reduce_token_loss(token_loss, weight_sum, reduction, normalizer)
+    return MTPLoss(loss, valid_mask, ce)
+
+
+def mtp_cross_entropy(
+    logits: Tensor,
+    target_ids: Tensor,
+    *,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """The cross entropy of every head, differentiable per element.
+
+        ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target_ids[b, t + k + 1]]
+
+    For losses of your own making: the gradient of each element reaches its row of logits.
+
+    Args:
+        logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU).
+        target_ids: [B, S] integer, unshifted.
+        ignore_index: a target of this id has no cross entropy.
+        backend: "auto", "cpu", "triton" or "eager".
+
+    Returns:
+        [B, S, H] float32 (float64 for float64 logits), nats, 0 where there is no target.
+
+    Raises:
+        As `fused_weighted_mtp_loss`.
+
+        >>> ce = mtp_cross_entropy(torch.zeros(1, 3, 2, 5), torch.tensor([[0, 1, 2]]))
+        >>> ce[0]
+        tensor([[1.6094, 1.6094],
+                [1.6094, 0.0000],
+                [0.0000, 0.0000]])
+    """
+    return fused_weighted_mtp_loss(
+        logits, target_ids, reduction="sum", ignore_index=ignore_index, backend=backend
+    ).ce_per_head
+
+
+def next_token_cross_entropy(
+    logits: Tensor,
+    target_ids: Tensor,
+    *,
+    ignore_index: int = -100,
+    backend: str = "auto",
+) -> Tensor:
+    """A reference model's cross entropy, without gradient: one read of its logits.
+
+        ref_ce[b, t] = logsumexp(logits[b, t, :]) - logits[b, t, target_ids[b, t + 1]]
+
+    Args:
+        logits: [B, S, V] float32, bfloat16 or float16 (float64 on the CPU).
+        target_ids: [B, S] integer, unshifted.
+        ignore_index: a target of this id has no cross entropy.
+        backend: "auto", "cpu", "triton" or "eager".
+
+    Returns:
+        [B, S - 1] float32 (float64 for float64 logits), nats, 0 where there is no target.
+
+    Raises:
+        As `fused_weighted_mtp_loss`.
+
+        >>> next_token_cross_entropy(torch.zeros(1, 3, 5), torch.tensor([[0, 1, 2]]))
+        tensor([[1.6094, 1.6094]])
+    """
+    checks.check_logits("logits", logits, "[B, S, V]")
+    checks.check_target_ids(target_ids, *logits.shape[:2])
+    checks.check_same_device(logits, target_ids=target_ids)
+    chosen = choose_backend(backend, logits.device.type, logits.dtype)
+    if chosen == "eager":
+        return reference.next_token_ce(logits, target_ids, ignore_index)
+    return ops.next_token_ce(logits.detach(), target_ids.long().contiguous(), ignore_index, chosen)

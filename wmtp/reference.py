@@ -1,0 +1,290 @@
+"""The eager definition of the weighted multi-token-prediction loss: the truth kernels are held to.
+
+Read this first. It is written for the eye, in plain torch operations that autograd differentiates;
+it is what `backend="eager"` runs. In fp64 it is the oracle of the tests.
+
+    B batch, S sequence, H heads (the horizon), V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wmtp import checks
+from wmtp.labels import shift_to_heads
+
+MIN_WEIGHT_SUM = 1e-8
+
+
+class MTPLoss(NamedTuple):
+    """What every weighted loss returns; unpacks as three.
+
+    Attributes:
+        loss: [], the scalar to call `.backward()` on.
+        valid_mask: [B, S] bool, the tokens that count: those whose weights sum to more than 1e-8
+            (a NaN sum counts too, so that it surfaces in the loss).
+        ce_per_head: [B, S, H], the cross entropy in nats, 0 where there is no target.
+    """
+
+    loss: Tensor
+    valid_mask: Tensor
+    ce_per_head: Tensor
+
+
+def compute_weighted_mtp_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    horizon: int = 4,
+    ignore_index: int = -100,
+    *,
+    ref_logits: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+    temperature: float = 0.7,
+    excess: str = "abs",
+    reduction: str = "token_mean",
+    normalizer: Tensor | float | None = None,
+) -> MTPLoss:
+    """The weighted multi-token-prediction loss, in eager torch.
+
+    Same mathematics, arguments and errors as `wmtp.fused_weighted_mtp_loss`, which see; here
+    `horizon` keeps the default 4 and must equal the logits' H.
+
+        >>> logits = torch.zeros(1, 3, 2, 5)           # uniform predictions over five tokens
+        >>> loss, valid_mask, ce = compute_weighted_mtp_loss(
+        ...     logits, torch.tensor([[0, 1, 2]]), torch.ones(1, 3, 2), horizon=2)
+        >>> round(loss.item(), 4)                      # log 5
+        1.6094
+        >>> valid_mask.tolist()                        # nothing follows the last token
+        [[True, True, False]]
+    """
+    checks.check_loss_arguments(
+        logits,
+        target_ids,
+        head_weights,
+        ref_logits=ref_logits,
+        ref_ce=ref_ce,
+        temperature=temperature,
+        excess=excess,
+        reduction=reduction,
+        normalizer=normalizer,
+        horizon=horizon,
+    )
+    ce = cross_entropy_per_head(logits, target_ids, ignore_index)
+    if ref_logits is not None:
+        ref_ce = next_token_ce(ref_logits, target_ids, ignore_index)
+    valid = shift_to_heads(target_ids, ce.shape[2], ignore_index) != ignore_index
+    if ref_ce is not None:
+        weights = excess_head_weights(ce, ref_ce, target_ids, temperature, excess, ignore_index)
+    elif head_weights is not None:
+        _raise_on_bad_weight(head_weights, valid)
+        weights = torch.where(valid, head_weights.to(ce.dtype), 0.0)
+    else:
+        weights = valid.to(ce.dtype)
+
+    weight_sum = weights.sum(-1)
+    if reduction == "token_mean":
+        counted = counted_tokens(weight_sum)[..., None]
+        row_scalar = torch.where(counted, weights, 0.0) / torch.where(
+            counted, weight_sum[..., None], 1.0
+        )
+    else:
+        row_scalar = weights
+    token_loss = (row_scalar * ce).sum(-1)
+    loss, valid_mask = reduce_token_loss(token_loss, weight_sum, reduction, normalizer)
+    return MTPLoss(loss, valid_mask, ce)
+
+
+def counted_tokens(weight_sum: Tensor) -> Tensor:
+    """[B, S] bool: sum_k w > 1e-8, and NaN counts."""
+    return ~(weight_sum <= MIN_WEIGHT_SUM)
+
+
+def reduce_token_loss(
+    token_loss: Tensor,
+    weight_sum: Tensor,
+    reduction: str,
+    normalizer: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """From [B, S] token losses and weight sums to the scalar loss and the valid mask.
+
+    An empty batch has token losses 0 and is divided by 1, so its loss and gradients are 0.
+    """
+    valid_mask = counted_tokens(weight_sum)
+    if normalizer is not None:
+        denominator = normalizer
+    elif reduction == "token_mean":
+        denominator = valid_mask.sum().clamp(min=1)
+    elif reduction == "weight_mean":
+        total = weight_sum.sum()
+        denominator = torch.where(total == 0, torch.ones_like(total), total)
+    else:
+        denominator = 1.0
+    return token_loss.sum() / denominator, valid_mask
+
+
+def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
+    """ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target_ids[b, t + k + 1]].
+
+    Args:
+        logits: [B, S, H, V] float32, bfloat16, float16 or float64.
+        target_ids: [B, S] integer, unshifted.
+        ignore_index: a target of this id has no cross entropy.
+
+    Returns:
+        [B, S, H] float32 (float64 for float64 logits), nats, 0 where there is no target.
+
+    Raises:
+        IndexError: on the CPU, for a target outside [0, V). Elsewhere its cross entropy is NaN.
+    """
+    vocabulary = logits.shape[-1]
+    targets = shift_to_heads(target_ids.long(), logits.shape[2], ignore_index)
+    valid = targets != ignore_index
+    in_range = (targets >= 0) & (targets < vocabulary)
+    _raise_on_bad_target(targets, valid & ~in_range, vocabulary, ignore_index)
+    # Rows without a target must not be able to spoil anything, not even with NaN.
+    rows = logits.to(accumulation_dtype(logits)).masked_fill(~valid[..., None], 0.0)
+    picked = rows.gather(-1, targets.clamp(0, vocabulary - 1)[..., None])[..., 0]
+    ce = torch.where(in_range | ~valid, rows.logsumexp(-1) - picked, float("nan"))
+    return torch.where(valid, ce, 0.0)
+
+
+def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
+    """[B, S - 1]: the cross entropy of logits [B, S, V] at t for `target_ids[t + 1]`, detached."""
+    return cross_entropy_per_head(logits.detach()[:, :, None], target_ids, ignore_index)[:, :-1, 0]
+
+
+def excess_head_weights(
+    ce_per_head: Tensor,
+    ref_ce: Tensor,
+    target_ids: Tensor,
+    temperature: float = 0.7,
+    excess: str = "abs",
+    ignore_index: int = -100,
+) -> Tensor:
+    """Weights of the rho1-wmtp algorithm: more for heads that are far from a reference model.
+
+        excess[b, t, k] = |ce[b, t, k] - ref_ce[b, t + k]|      (excess="signed": without the bars)
+        w[b, t, :] = softmax over the valid k of excess[b, t, :] / temperature
+
+    The excess loss is that of Rho-1 (Lin et al. 2024, arXiv 2404.07965, eq. 3), which uses the
+    signed form; here it weighs heads within a token instead of selecting tokens.
+
+    Args:
+        ce_per_head: [B, S, H] float, nats.
+        ref_ce: [B, S - 1] float, nats: position t of the reference predicting `target_ids[t + 1]`.
+        target_ids: [B, S] integer, unshifted.
+        temperature: > 0, in nats.
+        excess: "abs" or "signed".
+        ignore_index: a target of this id gets no weight.
+
+    Returns:
+        [B, S, H] of ce_per_head's dtype, without gradient; 0 where there is no target.
+
+    Raises:
+        ValueError: wrong shapes, mixed devices, temperature <= 0, unknown excess.
+        TypeError: ce or ref_ce not floating point, target_ids not integer.
+
+        >>> ce, ref_ce = torch.tensor([[[2.0, 5.0], [3.0, 0.0], [0.0, 0.0]]]), torch.zeros(1, 2)
+        >>> w = excess_head_weights(ce, ref_ce, torch.tensor([[0, 1, 2]]), temperature=1.0)
+        >>> w[0]                                       # softmax(2, 5); then one head; then none
+        tensor([[0.0474, 0.9526],
+                [1.0000, 0.0000],
+                [0.0000, 0.0000]])
+    """
+    batch, length, heads = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
+    checks.check_target_ids(target_ids, batch, length)
+    checks.check_ref_ce(ref_ce, batch, length)
+    checks.check_same_device(ce_per_head, ref_ce=ref_ce, target_ids=target_ids)
+    checks.check_temperature(temperature)
+    checks.check_choice("excess", excess, checks.EXCESSES)
+    # ref_ce[t] is about token t + 1: shifted one to the right it sits at the token it is about.
+    ce_of_token = torch.nn.functional.pad(ref_ce.detach().to(ce_per_head.dtype), (1, 0))
+    difference = ce_per_head.detach() - shift_to_heads(ce_of_token[:, :length], heads, 0.0)
+    score = difference if excess == "signed" else difference.abs()
+    return _softmax_over_heads(score, target_ids, temperature, ignore_index)
+
+
+def td_head_weights(
+    values: Tensor,
+    target_ids: Tensor,
+    horizon: int,
+    discount: float = 0.95,
+    temperature: float = 0.7,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Weights of the critic-wmtp algorithm: more for heads whose token raises the value.
+
+        delta[b, t] = values[b, t] - discount * values[b, t - 1]      (values[b, -1] = 0)
+        w[b, t, :] = softmax over the valid k of delta[b, t + k + 1] / temperature
+
+    delta is the temporal difference (Sutton & Barto 2018, ch. 6.1) seen from the later state.
+
+    Args:
+        values: [B, S] float, one value per position.
+        target_ids: [B, S] integer, unshifted.
+        horizon: H >= 1.
+        discount: lambda, in [0, 1].
+        temperature: > 0, in units of the values.
+        ignore_index: a target of this id gets no weight.
+
+    Returns:
+        [B, S, H] of the values' dtype, without gradient; 0 where there is no target.
+
+    Raises:
+        ValueError: wrong shapes, mixed devices, horizon < 1, discount outside [0, 1],
+            temperature <= 0.
+        TypeError: values not floating point, target_ids not integer.
+
+        >>> values = torch.tensor([[0.0, 1.0, 3.0]])
+        >>> w = td_head_weights(values, torch.tensor([[5, 6, 7]]), 2, discount=1.0, temperature=1.0)
+        >>> w[0]                                       # softmax(1, 2); then one head; then none
+        tensor([[0.2689, 0.7311],
+                [1.0000, 0.0000],
+                [0.0000, 0.0000]])
+    """
+    batch, length = checks.check_scores("values", values, "[B, S]")
+    checks.check_target_ids(target_ids, batch, length)
+    checks.check_same_device(values, target_ids=target_ids)
+    checks.check_temperature(temperature)
+    if horizon < 1:
+        raise ValueError(f"horizon must be >= 1, got {horizon}: it is the number of heads")
+    if not 0 <= discount <= 1:
+        raise ValueError(f"discount must be in [0, 1], got {discount}: 0.95 is the usual choice")
+    values = values.detach()
+    previous = torch.nn.functional.pad(values, (1, 0))[:, :length]
+    score = shift_to_heads(values - discount * previous, horizon, 0.0)
+    return _softmax_over_heads(score, target_ids, temperature, ignore_index)
+
+
+def _softmax_over_heads(
+    score: Tensor, target_ids: Tensor, temperature: float, ignore_index: int
+) -> Tensor:
+    """softmax of score / temperature over the valid heads of each token; 0 elsewhere."""
+    valid = shift_to_heads(target_ids, score.shape[2], ignore_index) != ignore_index
+    weights = (score / temperature).masked_fill(~valid, float("-inf")).softmax(-1)
+    return torch.where(valid, weights, 0.0)
+
+
+def accumulation_dtype(logits: Tensor) -> torch.dtype:
+    """fp32, whatever the logits' dtype; fp64 for fp64 logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _raise_on_bad_target(targets: Tensor, bad: Tensor, vocabulary: int, ignore_index: int) -> None:
+    # Elsewhere than on the CPU the question would cost a sync; there the loss becomes NaN.
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
+        b, t, k = bad.nonzero()[0].tolist()
+        raise checks.target_error(
+            f"[{b}, {t + k + 1}]", int(targets[b, t, k]), vocabulary, ignore_index
+        )
+
+
+def _raise_on_bad_weight(head_weights: Tensor, valid: Tensor) -> None:
+    if head_weights.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = valid & ~((head_weights >= 0) & head_weights.isfinite())
+    if bad.any():
+        b, t, k = bad.nonzero()[0].tolist()
+        raise checks.weight_error(f"[{b}, {t}, {k}]", float(head_weights[b, t, k]))

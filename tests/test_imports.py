@@ -17,7 +17,8 @@ LAYERS = [
     {"loss"},
     {"scorers", "models", "data", "benchmarks"},
     {"trainers"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOLDERS = {"wmtp": ROOT / "wmtp", "wmtp.kernels": ROOT / "kernels/gpu"}

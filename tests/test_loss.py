@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from agreement import WEIGHTINGS, assert_agrees, loss_and_gradient, make_case, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wmtp
+from agreement import WEIGHTINGS, assert_agrees, loss_and_gradient, make_case, relative_error
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, next_token_ce
 

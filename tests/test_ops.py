@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from agreement import make_case
 
+from agreement import make_case
 from wmtp import fused_weighted_mtp_loss, next_token_cross_entropy
 
 BACKENDS = [

@@ -1,0 +1,51 @@
+"""The Triton backend: `token_loss`, `row_gradient`, `next_token_ce`, each one kernel in one file.
+
+Triton is imported with the first of them, not with this package: `unavailable()` says what to do
+where it is missing.
+"""
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from wmtp.kernels.gradient_kernel import row_gradient
+    from wmtp.kernels.next_token_kernel import next_token_ce
+    from wmtp.kernels.token_kernel import token_loss
+
+__all__ = ["interpreted", "next_token_ce", "row_gradient", "token_loss", "unavailable"]
+
+_MODULES = {
+    "token_loss": "wmtp.kernels.token_kernel",
+    "row_gradient": "wmtp.kernels.gradient_kernel",
+    "next_token_ce": "wmtp.kernels.next_token_kernel",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    # The decorator decided when the kernels were defined, whatever the environment says later.
+    rows = importlib.import_module("wmtp.kernels.rows")
+    return type(rows.fold).__name__ == "InterpretedFunction"
+
+
+def unavailable() -> str | None:
+    """Why the Triton kernels cannot run here, and the remedy; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton (torch's CUDA builds bring their own)"
+    if torch.cuda.is_available() or interpreted():
+        return None
+    return (
+        "no CUDA or ROCm device was found: use backend='cpu', or set TRITON_INTERPRET=1 before "
+        "the first import to run the kernels slowly, in Triton's interpreter"
+    )

@@ -1,0 +1,182 @@
+"""Gradient of the rows: one program a row, one read and one write, no probability tensor.
+
+    grad[b,t,k,v] = c (exp(logits[b,t,k,v] - lse) - [v == target]),  c = row_scalar[b,t,k]
+
+Shared heads (one row of logits for all k) get the sum over k: (sum_k c) softmax - sum_k c onehot_k.
+A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from wmtp.kernels.rows import (
+    UNIT_BYTES,
+    aligned_base,
+    edge_columns,
+    first_unit,
+    inner_part,
+    launch_shape,
+    warp_size,
+)
+
+
+@triton.jit(do_not_specialize=["lead", "stride_b", "stride_t", "stride_h",
+                               "grad_lead", "grad_stride_b", "grad_stride_t", "grad_stride_h",
+                               "seq_len", "vocab_size", "ignore_index"])  # fmt: skip
+def row_gradient_kernel(
+    logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
+    target_ptr,  # [B, S] int64, unshifted
+    lse_ptr,  # [B, S, H]
+    row_scalar_ptr,  # [B, S, H]
+    grad_ptr,  # likewise aligned; in place: logits_ptr itself
+    lead,
+    stride_b,
+    stride_t,
+    stride_h,
+    grad_lead,
+    grad_stride_b,
+    grad_stride_t,
+    grad_stride_h,
+    seq_len,
+    vocab_size,
+    ignore_index,
+    H: tl.constexpr,
+    SHARED_HEADS: tl.constexpr,
+    IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
+    BLOCK: tl.constexpr,
+):
+    ROWS: tl.constexpr = 1 if SHARED_HEADS else H
+    TARGETS: tl.constexpr = H if SHARED_HEADS else 1
+    UNIT: tl.constexpr = UNIT_BYTES // (grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    token = tl.program_id(0).to(tl.int64) // ROWS
+    row = tl.program_id(0).to(tl.int64) % ROWS
+    b = token // seq_len
+    t = token % seq_len
+
+    targets = ()
+    scalars = ()
+    scalar = 0.0
+    lse = 0.0
+    live = False
+    for i in tl.static_range(TARGETS):
+        head = row + i
+        ahead = t + head + 1 < seq_len
+        target = tl.load(target_ptr + token + head + 1, mask=ahead, other=ignore_index)
+        valid = target != ignore_index
+        c = tl.load(row_scalar_ptr + token * H + head, mask=valid, other=0.0)
+        row_lse = tl.load(lse_ptr + token * H + head, mask=valid, other=0.0)
+        targets += (tl.where(valid, target, -1).to(tl.int32),)
+        scalars += (c,)
+        scalar += c
+        # Shared heads share the lse too, but for the NaN of a target out of range: that stays.
+        lse = tl.where(valid & (lse == lse), row_lse, lse)
+        live |= valid
+
+    begin = lead + b * stride_b + t * stride_t + row * stride_h
+    grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_t + row * grad_stride_h
+    peel, inner = inner_part(grad_begin, vocab_size, UNIT)
+    row_ptr = logits_ptr + begin
+    inner_ptr = logits_ptr + (first_unit(begin, UNIT) if IN_PHASE else begin + peel)
+    grad_row_ptr = grad_ptr + grad_begin
+    grad_inner_ptr = grad_ptr + first_unit(grad_begin, UNIT)
+
+    lane = tl.arange(0, 2 * UNIT)
+    offset = tl.arange(0, BLOCK)
+    column = edge_columns(lane, peel, inner, UNIT)
+    inside = (column >= 0) & (column < vocab_size)
+    full = inner // BLOCK * BLOCK
+    rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
+    if live:
+        edge = tl.load(row_ptr + column, mask=inside)
+        edge = gradient(edge, column, scalar, lse, targets, scalars)
+        tl.store(grad_row_ptr + column, edge, mask=inside)
+        for start in range(0, full, BLOCK):
+            x = tl.load(inner_ptr + start + offset)
+            x = gradient(x, peel + start + offset, scalar, lse, targets, scalars)
+            tl.store(grad_inner_ptr + start + offset, x)
+        if full < inner:
+            x = tl.load(inner_ptr + full + offset, mask=rest)
+            x = gradient(x, peel + full + offset, scalar, lse, targets, scalars)
+            tl.store(grad_inner_ptr + full + offset, x, mask=rest)
+    else:
+        tl.store(grad_row_ptr + column, tl.zeros(lane.shape, tl.float32), mask=inside)
+        zeros = tl.zeros(offset.shape, tl.float32)
+        for start in range(0, full, BLOCK):
+            tl.store(grad_inner_ptr + start + offset, zeros)
+        tl.store(grad_inner_ptr + full + offset, zeros, mask=rest)
+
+
+@triton.jit
+def gradient(x, column, scalar, lse, targets, scalars):
+    """scalar softmax(x) - sum_i scalars_i [column == targets_i], in x's dtype."""
+    g = scalar * tl.exp(x.to(tl.float32) - lse)
+    for i in tl.static_range(len(targets)):
+        g -= tl.where(column == targets[i], scalars[i], 0.0)
+    return g.to(x.dtype)
+
+
+def row_gradient(
+    logits: torch.Tensor,
+    target_ids: torch.Tensor,
+    lse: torch.Tensor,
+    row_scalar: torch.Tensor,
+    ignore_index: int,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Launch: one program a row. Arguments are taken as checked; see the op that calls this.
+
+    Args:
+        logits: [B, S, H, V] float32, bfloat16 or float16, last stride 1, other strides any.
+        target_ids: [B, S] int64 contiguous, unshifted.
+        lse: [B, S, H] float32 contiguous, from `token_loss`.
+        row_scalar: [B, S, H] float32 contiguous, the upstream gradient folded in.
+        inplace: write over the logits.
+
+    Returns:
+        [B, S, H, V] of the logits' dtype, contiguous; [B, S, 1, V] for shared heads (stride 0);
+        in place: the logits (shared heads: their one row, as [B, S, 1, V]).
+    """
+    _, seq_len, heads, vocab_size = logits.shape
+    shared_heads = heads > 1 and logits.stride(2) == 0
+    rows = logits[:, :, :1] if shared_heads else logits
+    grad = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if not logits.numel():
+        return grad
+    block, num_warps = launch_shape(vocab_size, logits.element_size(), warp_size(logits.device))
+    base, lead = aligned_base(rows)
+    grad_base, grad_lead = aligned_base(grad)
+    with torch.cuda.device_of(logits):
+        row_gradient_kernel[(rows.shape[0] * rows.shape[1] * rows.shape[2],)](
+            base,
+            target_ids,
+            lse,
+            row_scalar,
+            grad_base,
+            lead,
+            *rows.stride()[:3],
+            grad_lead,
+            *grad.stride()[:3],
+            seq_len,
+            vocab_size,
+            ignore_index,
+            H=heads,
+            SHARED_HEADS=shared_heads,
+            IN_PHASE=in_phase(rows, grad),
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+    return grad
+
+
+def in_phase(logits: torch.Tensor, grad: torch.Tensor) -> bool:
+    """Whether each row and its gradient lie alike against 128-byte boundaries.
+
+    Contiguous logits do. Where they do not (a slice of a padded vocabulary), 16-byte stores are
+    kept and the loads are narrow.
+    """
+    distances = [grad.data_ptr() - logits.data_ptr()]
+    for size, ours, theirs in zip(logits.shape[:3], grad.stride(), logits.stride(), strict=False):
+        if size > 1:
+            distances.append((ours - theirs) * logits.element_size())
+    return all(distance % UNIT_BYTES.value == 0 for distance in distances)

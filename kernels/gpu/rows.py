@@ -1,0 +1,143 @@
+"""What every kernel here shares: where a row's aligned part lies, and one pass over it.
+
+A row is V logits of one (token, head), begun at any element of memory. Seen in units of 128 bytes,
+
+        |..xxxxx|xxxxxxxx|xxxxxxxx|xxx.....|       x the row, | a multiple of 128 bytes
+         left edge   the inner part   right edge
+
+the inner part starts at a multiple that the compiler can prove, so it moves in 16-byte accesses for
+every V (50257 included); the two edges are at most two units and are read under one mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+UNIT_BYTES = tl.constexpr(128)  # a cache line
+VECTOR_BYTES = tl.constexpr(16)  # the widest access of one thread
+
+
+def launch_shape(vocab_size: int, itemsize: int, warp_size: int = 32) -> tuple[int, int]:
+    """(BLOCK, num_warps) of a program that streams rows: V -> elements a step, warps.
+
+        row bytes   threads   step      why
+        >= 8 KiB    256       8 KiB     two 16-byte loads in flight a thread. An H100 needs 25 GB/s
+                                        x 600 ns = 15 KiB in flight an SM: two programs, of the five
+                                        that 48 registers a thread allow
+        less        fewer     the row   a short row must not leave most lanes masked
+
+    The lower end is what the edges need: two units of lanes, one for each running maximum.
+    """
+    row_bytes = triton.next_power_of_2(vocab_size) * itemsize
+    lanes_bytes = 2 * (UNIT_BYTES.value // itemsize) * VECTOR_BYTES.value
+    step_bytes = min(max(row_bytes, lanes_bytes), 8192)
+    threads = max(step_bytes // (2 * VECTOR_BYTES.value), warp_size)
+    return step_bytes // itemsize, threads // warp_size
+
+
+def warp_size(device: torch.device) -> int:
+    """Threads a warp: 64 on AMD's data-centre cards, 32 elsewhere and in the interpreter."""
+    if device.type != "cuda":
+        return 32
+    return torch.cuda.get_device_properties(device).warp_size
+
+
+def aligned_base(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A view that begins on a 128-byte boundary, and how many elements before `tensor` that is.
+
+    Triton proves 16-byte accesses from a pointer that is a multiple of 16. Where the storage itself
+    begins later than the boundary the tensor is returned as it is: right, only slower.
+    """
+    lead = tensor.data_ptr() % UNIT_BYTES.value // tensor.element_size()
+    offset = tensor.storage_offset() - lead
+    if lead == 0 or offset < 0:
+        return tensor, 0
+    return tensor.as_strided((1,), (1,), offset), lead
+
+
+@triton.jit
+def inner_part(begin, vocab_size, UNIT: tl.constexpr):
+    """(peel, inner): the aligned part is columns [peel, peel + inner), inner a multiple of UNIT.
+
+    A row that holds no full unit has inner 0, and its left edge then covers all up to `peel`.
+    """
+    peel = (first_unit(begin, UNIT) - begin).to(tl.int32)
+    return peel, tl.maximum(vocab_size - peel, 0) // UNIT * UNIT
+
+
+@triton.jit
+def first_unit(begin, UNIT: tl.constexpr):
+    """`begin` rounded up to a multiple of UNIT, which the compiler sees."""
+    return (begin + UNIT - 1) // UNIT * UNIT
+
+
+@triton.jit
+def edge_columns(lane, peel, inner, UNIT: tl.constexpr):
+    """Columns of both edges on lanes [0, 2 UNIT); outside [0, V) where an edge is shorter."""
+    return lane + peel - UNIT + tl.where(lane < UNIT, 0, inner)
+
+
+@triton.jit
+def finite_or_zero(maximum):
+    """What to subtract before exp: inf - inf must not turn a row of -inf, or a +inf, into NaN."""
+    return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
+
+
+@triton.jit
+def fold(m, s, x, VECTOR: tl.constexpr):
+    """One step of the online log-sum-exp (Milakov & Gimelshein 2018), a state per VECTOR columns.
+
+    m, s: [BLOCK / VECTOR] running maximum and sum of exp(x - m);  x: [BLOCK] float32.
+    The VECTOR columns are one thread's, so nothing crosses threads until the row ends.
+    NaN: maxima drop it, exp(NaN - m) carries it into s.
+    """
+    x = tl.reshape(x, (x.shape[0] // VECTOR, VECTOR))
+    new_m = tl.maximum(m, tl.max(x, axis=1))
+    shift = finite_or_zero(new_m)
+    s = s * tl.exp(m - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+    return new_m, s
+
+
+@triton.jit
+def row_max_sum(base_ptr, begin, vocab_size, BLOCK: tl.constexpr):
+    """(m, s): maximum and sum of exp(x - m) of the row at base_ptr + begin, read once.
+
+    s is NaN if the row holds NaN; m = -inf, s = 0 for a row of -inf; m = s = inf with a +inf.
+    """
+    ITEMSIZE: tl.constexpr = base_ptr.dtype.element_ty.primitive_bitwidth // 8
+    UNIT: tl.constexpr = UNIT_BYTES // ITEMSIZE
+    VECTOR: tl.constexpr = VECTOR_BYTES // ITEMSIZE
+    peel, inner = inner_part(begin, vocab_size, UNIT)
+
+    # The edges are the first values of the running state, so they cost no reduction of their own.
+    lane = tl.arange(0, BLOCK // VECTOR)
+    column = edge_columns(lane, peel, inner, UNIT)
+    inside = (lane < 2 * UNIT) & (column >= 0) & (column < vocab_size)
+    edge = tl.load(base_ptr + begin + column, mask=inside).to(tl.float32)
+    m = tl.where(inside, edge, float("-inf"))
+    s = tl.where(inside, tl.exp(edge - finite_or_zero(edge)), 0.0)
+
+    inner_ptr = base_ptr + first_unit(begin, UNIT)
+    offset = tl.arange(0, BLOCK)
+    full = inner // BLOCK * BLOCK
+    for start in range(0, full, BLOCK):
+        x = tl.load(inner_ptr + start + offset).to(tl.float32)
+        m, s = fold(m, s, x, VECTOR)
+    if full < inner:
+        rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
+        x = tl.load(inner_ptr + full + offset, mask=rest).to(tl.float32)
+        m, s = fold(m, s, tl.where(rest, x, float("-inf")), VECTOR)
+
+    row_m = tl.max(m, axis=0)
+    return row_m, tl.sum(s * tl.exp(m - finite_or_zero(row_m)), axis=0)
+
+
+@triton.jit
+def cross_entropy(m, s, x_target, in_range):
+    """(ce, lse) in nats from a row's maximum and sum and its target's logit; NaN out of range.
+
+    (m - x_target) + log s, and not lse - x_target, which would round a confident token's to lse.
+    """
+    log_s = tl.log(s)
+    ce = tl.where(in_range, (m - x_target) + log_s, float("nan"))
+    return ce, tl.where(in_range, m + log_s, float("nan"))

@@ -1,25 +1,20 @@
 """Which implementation runs: C++ on CPUs, Triton on GPUs, eager torch elsewhere."""
 
-import importlib
 import warnings
-from types import ModuleType
 
 import torch
 
+from wmtp import cpu, kernels
 from wmtp.checks import check_choice
 
-# Each module offers token_loss, row_gradient, next_token_ce and unavailable.
-KERNEL_MODULES = {"cpu": "wmtp.cpu", "triton": "wmtp.kernels"}
-BACKENDS = ("auto", *KERNEL_MODULES, "eager")
+# Each module offers token_loss, row_gradient, next_token_ce and unavailable; importing one loads
+# neither a library nor Triton.
+KERNELS = {"cpu": cpu, "triton": kernels}
+BACKENDS = ("auto", *KERNELS, "eager")
 DEFAULT_FOR_DEVICE = {
     "cpu": "cpu",
     "cuda": "triton",
 }  # ROCm devices call themselves cuda
-
-
-def kernels(backend: str) -> ModuleType:
-    """The module behind "cpu" or "triton"."""
-    return importlib.import_module(KERNEL_MODULES[backend])
 
 
 def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
@@ -42,7 +37,7 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
             "backend 'triton' takes float32, bfloat16 and float16 logits, got float64: "
             "use backend='eager', or the CPU"
         )
-    reason = kernels(chosen).unavailable()
+    reason = KERNELS[chosen].unavailable()
     if reason is None and chosen == "triton" and device_type == "cpu":
         reason = _interpreter_missing()
     if reason is None:
@@ -59,7 +54,7 @@ choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _interpreter_missing() -> str | None:
-    if kernels("triton").interpreted():
+    if kernels.interpreted():
         return None
     return (
         "the tensors are on the CPU and Triton runs there only in its interpreter: "

@@ -77,6 +77,7 @@ def fused_weighted_mtp_loss(
 
     Example: uniform predictions over five tokens cost log 5 nats, whatever the weights.
 
+        >>> import torch
         >>> logits = torch.zeros(1, 4, 2, 5, requires_grad=True)
         >>> weights = torch.tensor([1.0, 0.25]).expand(1, 4, 2)
         >>> loss, valid_mask, ce = fused_weighted_mtp_loss(
@@ -160,6 +161,7 @@ def mtp_cross_entropy(
     Raises:
         As `fused_weighted_mtp_loss`.
 
+        >>> import torch
         >>> ce = mtp_cross_entropy(torch.zeros(1, 3, 2, 5), torch.tensor([[0, 1, 2]]))
         >>> ce[0]
         tensor([[1.6094, 1.6094],
@@ -194,6 +196,7 @@ def next_token_cross_entropy(
     Raises:
         As `fused_weighted_mtp_loss`.
 
+        >>> import torch
         >>> next_token_cross_entropy(torch.zeros(1, 3, 5), torch.tensor([[0, 1, 2]]))
         tensor([[1.6094, 1.6094]])
     """

@@ -16,7 +16,7 @@ To autograd, torch.compile and the profiler each is one opaque operator; which k
 import torch
 from torch import Tensor
 
-from wmtp.backends import kernels
+from wmtp.backends import KERNELS
 from wmtp.labels import shift_to_heads
 from wmtp.reference import accumulation_dtype, counted_tokens
 
@@ -56,7 +56,7 @@ def _token_loss(
     backend, inplace,
 ):  # fmt: skip
     logits = _unit_stride(logits, heads_share_storage(logits))
-    return kernels(backend).token_loss(
+    return KERNELS[backend].token_loss(
         logits,
         target_ids,
         head_weights,
@@ -70,15 +70,15 @@ def _token_loss(
 
 def _row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, shared_heads):
     logits = _unit_stride(logits, shared_heads)
-    return kernels(backend).row_gradient(logits, target_ids, lse, row_scalar, ignore_index)
+    return KERNELS[backend].row_gradient(logits, target_ids, lse, row_scalar, ignore_index)
 
 
 def _row_gradient_(logits, target_ids, lse, row_scalar, ignore_index, backend):
-    kernels(backend).row_gradient(logits, target_ids, lse, row_scalar, ignore_index, inplace=True)
+    KERNELS[backend].row_gradient(logits, target_ids, lse, row_scalar, ignore_index, inplace=True)
 
 
 def _next_token_ce(logits, target_ids, ignore_index, backend):
-    return kernels(backend).next_token_ce(_unit_stride(logits), target_ids, ignore_index)
+    return KERNELS[backend].next_token_ce(_unit_stride(logits), target_ids, ignore_index)
 
 
 def _fake_token_loss(logits, *_):

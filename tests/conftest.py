@@ -9,10 +9,39 @@ if not torch.cuda.is_available():
 
 import pytest
 
+from wmtp import cpu
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unwritten_is_nan():
+    """New memory is full of NaN, so that an entry that a kernel does not write is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def instruction_set(request):
+    """The C++ kernel with every instruction set of this machine; one thread, for small tensors."""
+    if reason := cpu.unavailable():
+        pytest.skip(f"no CPU kernel: {reason}")
+    try:
+        cpu._select_instruction_set(cpu._library(), request.param)
+    except RuntimeError as missing:
+        if request.param == "baseline":
+            raise
+        pytest.skip(str(missing))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield request.param
+    torch.set_num_threads(threads)
+    cpu._select_instruction_set(cpu._library(), "")
 
 
 def pytest_collection_modifyitems(items):

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+IGNORE_INDEX = -100  # torch's own convention for "no target"
+
 
 def shift_to_heads(values: Tensor, horizon: int, fill: float) -> Tensor:
     """Line up a per-position tensor with the heads that predict those positions.
@@ -33,3 +35,15 @@ def shift_to_heads(values: Tensor, horizon: int, fill: float) -> Tensor:
     """
     length = values.shape[1]
     return F.pad(values[:, 1:], (0, horizon), value=fill).unfold(1, horizon, 1)[:, :length]
+
+
+def has_target(target_ids: Tensor, horizon: int, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """[B, S, H] bool: where head k at position t has a target that is not `ignore_index`.
+
+    >>> import torch
+    >>> has_target(torch.tensor([[10, 11, -100]]), horizon=2)
+    tensor([[[ True, False],
+             [False, False],
+             [False, False]]])
+    """
+    return shift_to_heads(target_ids, horizon, ignore_index) != ignore_index

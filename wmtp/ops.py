@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from wmtp.backends import KERNELS
-from wmtp.labels import shift_to_heads
+from wmtp.labels import has_target
 from wmtp.reference import accumulation_dtype, counted_tokens
 
 _library = torch.library.Library("wmtp", "DEF")
@@ -119,15 +119,13 @@ def _backward(ctx, grad_token_loss, _row_scalar, grad_weight_sum, grad_ce, _lse)
             slope = (ce - token_loss[..., None]) / weight_sum[..., None]
             slope = torch.where(counted_tokens(weight_sum)[..., None], slope, 0.0)
         grad_weights = grad_token_loss[..., None] * slope + grad_weight_sum[..., None]
-        grad_weights = torch.where(_has_target(target_ids, ce, ctx.ignore_index), grad_weights, 0.0)
+        grad_weights = torch.where(
+            has_target(target_ids, ce.shape[2], ctx.ignore_index), grad_weights, 0.0
+        )
     if ctx.needs_input_grad[0]:
         scalar = grad_token_loss[..., None] * row_scalar + grad_ce
         grad_logits = _logits_gradient(ctx, logits, target_ids, lse, scalar)
     return grad_logits, None, grad_weights, *(None,) * 7
-
-
-def _has_target(target_ids: Tensor, ce: Tensor, ignore_index: int) -> Tensor:
-    return shift_to_heads(target_ids, ce.shape[2], ignore_index) != ignore_index
 
 
 def _logits_gradient(ctx, logits, target_ids, lse, scalar):

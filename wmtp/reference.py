@@ -9,10 +9,11 @@ it is what `backend="eager"` runs. In fp64 it is the oracle of the tests.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks
-from wmtp.labels import shift_to_heads
+from wmtp.labels import has_target, shift_to_heads
 
 MIN_WEIGHT_SUM = 1e-8
 
@@ -74,7 +75,7 @@ def compute_weighted_mtp_loss(
     ce = cross_entropy_per_head(logits, target_ids, ignore_index)
     if ref_logits is not None:
         ref_ce = next_token_ce(ref_logits, target_ids, ignore_index)
-    valid = shift_to_heads(target_ids, ce.shape[2], ignore_index) != ignore_index
+    valid = has_target(target_ids, ce.shape[2], ignore_index)
     if ref_ce is not None:
         weights = excess_head_weights(ce, ref_ce, target_ids, temperature, excess, ignore_index)
     elif head_weights is not None:
@@ -193,17 +194,23 @@ def excess_head_weights(
                 [1.0000, 0.0000],
                 [0.0000, 0.0000]])
     """
-    batch, length, heads = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
+    batch, length, _ = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
     checks.check_target_ids(target_ids, batch, length)
     checks.check_ref_ce(ref_ce, batch, length)
     checks.check_same_device(ce_per_head, ref_ce=ref_ce, target_ids=target_ids)
     checks.check_temperature(temperature)
     checks.check_choice("excess", excess, checks.EXCESSES)
-    # ref_ce[t] is about token t + 1: shifted one to the right it sits at the token it is about.
-    ce_of_token = torch.nn.functional.pad(ref_ce.detach().to(ce_per_head.dtype), (1, 0))
-    difference = ce_per_head.detach() - shift_to_heads(ce_of_token[:, :length], heads, 0.0)
-    score = difference if excess == "signed" else difference.abs()
+    score = excess_loss(ce_per_head, ref_ce, excess)
     return _softmax_over_heads(score, target_ids, temperature, ignore_index)
+
+
+def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
+    """[B, S, H], detached: ce[b, t, k] - ref_ce[b, t + k], or its absolute value."""
+    # ref_ce[t] is about token t + 1: shifted one to the right it sits at the token it is about.
+    ce_of_token = F.pad(ref_ce.detach().to(ce_per_head.dtype), (1, 0))
+    length, heads = ce_per_head.shape[1:]
+    difference = ce_per_head.detach() - shift_to_heads(ce_of_token[:, :length], heads, 0.0)
+    return difference if excess == "signed" else difference.abs()
 
 
 def td_head_weights(
@@ -253,7 +260,7 @@ def td_head_weights(
     if not 0 <= discount <= 1:
         raise ValueError(f"discount must be in [0, 1], got {discount}: 0.95 is the usual choice")
     values = values.detach()
-    previous = torch.nn.functional.pad(values, (1, 0))[:, :length]
+    previous = F.pad(values, (1, 0))[:, :length]
     score = shift_to_heads(values - discount * previous, horizon, 0.0)
     return _softmax_over_heads(score, target_ids, temperature, ignore_index)
 
@@ -262,7 +269,7 @@ def _softmax_over_heads(
     score: Tensor, target_ids: Tensor, temperature: float, ignore_index: int
 ) -> Tensor:
     """softmax of score / temperature over the valid heads of each token; 0 elsewhere."""
-    valid = shift_to_heads(target_ids, score.shape[2], ignore_index) != ignore_index
+    valid = has_target(target_ids, score.shape[2], ignore_index)
     weights = (score / temperature).masked_fill(~valid, float("-inf")).softmax(-1)
     return torch.where(valid, weights, 0.0)
 

@@ -1,0 +1,176 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_runs import read_metrics, write_corpus
+from typer.testing import CliRunner
+
+from wmtp.cli import options
+from wmtp.cli.app import app
+from wmtp.cli.plot import plot_comparison
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--tiny", "--steps=6", "--batch-size=2", "--seq-len=16", "--horizon=3"]
+SMALL += ["--vocab-size=290", "--value-warmup-steps=2", "--lr=0.01"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # models this small gain nothing from two
+
+
+def wmtp(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def unwrapped(text: str) -> str:
+    return re.sub(r"\s+", " ", text)
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "info"])
+def test_every_command_explains_itself(command):
+    result = wmtp(command, "--help")
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+    listed = wmtp("--help")
+    assert command in listed.output
+
+
+def test_info_says_what_runs_and_what_is_missing(monkeypatch):
+    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: "no compiler: get one")
+    output = unwrapped(wmtp("info").output)
+    assert "backend cpu not available: no compiler: get one" in output
+    assert "backend eager ready" in output
+    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: None)
+    monkeypatch.setattr("wmtp.cpu.instruction_set", lambda: "avx9000")
+    output = unwrapped(wmtp("info").output)
+    assert "backend cpu ready" in output
+    assert "avx9000" in output
+
+
+def test_train_refuses_what_cannot_be(corpus, tmp_path):
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "letter.txt").touch()
+    for arguments, message in (
+        (["--algo", "rho2"], "'rho2' is not one of mtp-baseline, critic-wmtp, rho1-wmtp"),
+        (["--algo", "mtp-baseline", "--out", used], "is not empty and holds no run"),
+        (["--algo", "mtp-baseline", "--steps", 0], "steps must be at least 1, got 0"),
+        (["--algo", "mtp-baseline", "--seq-len", 9999], "pass more text or a smaller --seq-len"),
+        (["--algo", "rho1-wmtp", "--ref", tmp_path], "no model in"),
+    ):
+        out = [] if "--out" in arguments else ["--out", tmp_path / "-".join(map(str, arguments))]
+        result = wmtp("train", *SMALL, "--data", corpus, *arguments, *out)
+        assert result.exit_code in (1, 2), arguments
+        assert message in unwrapped(re.sub("[│╭╮╰╯─]", "", result.output))
+        assert isinstance(result.exception, SystemExit)
+
+
+def test_rho1_trains_its_reference_first_and_says_so(corpus, tmp_path):
+    arguments = ["train", "--algo", "rho1-wmtp", *SMALL, "--data", corpus, "--out", tmp_path / "a"]
+    result = wmtp(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "training the reference model first" in unwrapped(result.output)
+    assert json.loads((tmp_path / "a/reference/final/config.json").read_text())["horizon"] == 1
+
+    other = [*arguments[:-1], tmp_path / "b", "--ref", tmp_path / "a/reference"]
+    result = wmtp(*other)
+    assert result.exit_code == 0, result.output
+    assert "training the reference" not in result.output
+    assert not (tmp_path / "b/reference").exists()
+    assert read_metrics(tmp_path / "a") == read_metrics(tmp_path / "b")
+
+    result = wmtp(*other[:-2], "--resume", "--ref", tmp_path / "a")
+    assert result.exit_code == 1
+    assert "other settings (reference:" in unwrapped(result.output)
+
+
+def test_a_killed_command_resumes_to_the_same_numbers(corpus, tmp_path):
+    def command(out: Path) -> list[str]:
+        small = [*SMALL, "--data", str(corpus), "--save-every", "5", "--steps", "30"]
+        return [sys.executable, "-m", "wmtp", "train", "--algo=critic-wmtp", *small, f"--out={out}"]
+
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / "step-5").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "result.json").exists()
+
+    subprocess.run([*command(out), "--resume"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    assert read_metrics(out) == read_metrics(tmp_path / "whole")
+    assert len(read_metrics(out)) == 32
+
+
+def test_compare_trains_all_alike_once(corpus, tmp_path, monkeypatch):
+    # In this process instead of one each, which costs an import of torch each.
+    commands = []
+
+    def run_here(command: list[str], check: bool) -> subprocess.CompletedProcess:
+        commands.append(command)
+        assert command[:3] == [sys.executable, "-m", "wmtp"]
+        return subprocess.CompletedProcess(command, wmtp(*command[3:]).exit_code)
+
+    monkeypatch.setattr("wmtp.cli.compare.subprocess.run", run_here)
+    arguments = ["compare", *SMALL, "--data", corpus, "--out", tmp_path / "runs"]
+    first = wmtp(*arguments)
+    assert first.exit_code == 0, first.output
+    assert len(commands) == 3
+    results = json.loads((tmp_path / "runs/compare.json").read_text())
+    assert list(results) == ["mtp-baseline", "critic-wmtp", "rho1-wmtp"]
+    starts = [result["start"] for result in results.values()]
+    assert starts[0] == starts[1] == starts[2]
+    for algo, result in results.items():
+        assert algo in first.output
+        assert result["peak_memory_bytes"] > 2**20
+    assert Image.open(tmp_path / "runs/compare.png").size == (1800, 990)
+
+    assert wmtp(*arguments).exit_code == 0
+    assert len(commands) == 3  # nothing was trained again
+    other = wmtp(*arguments, "--steps", 7)
+    assert other.exit_code == 1
+
+
+def test_the_picture_takes_a_run_of_any_size(tmp_path):
+    record = {"stage": "train", "loss": 1.0, "ce_head_0": 1.0, "weight_head_0": 1.0}
+    plot_comparison({"one": [{**record, "step": 1}]}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("missing", ["typer", "tokenizers", "accelerate"])
+def test_missing_packages_have_a_remedy_and_no_traceback(missing, corpus, tmp_path):
+    program = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "from wmtp.cli import main\n"
+        "sys.argv = ['wmtp', 'info']\n"
+        "main()\n"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 1
+    assert finished.stderr == (f"wmtp: this command needs {missing}: pip install 'wmtp[train]'\n")
+
+
+def test_presets_and_overrides():
+    config = options.make_config("mtp-baseline", tiny=True, steps=7, lr=None)
+    assert (config.steps, config.lr) == (7, options.TINY["lr"])

@@ -1,0 +1,219 @@
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny_runs import VOCABULARY, prepare, write_corpus, write_rewarded_corpus
+from tokenizers import Tokenizer, models
+
+from wmtp.data import DataError, Document, find_corpus, prepare_data
+from wmtp.data.corpus import read_documents
+from wmtp.data.tokenizer import END_OF_TEXT, train_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "text")
+
+
+def test_default_corpus_is_the_standard_library_without_its_tests():
+    found = find_corpus()
+    names = {file.relative_to(found.root).as_posix() for file in found.files}
+    assert {"os.py", "json/decoder.py", "asyncio/base_events.py"} <= names
+    folders = {part for name in names for part in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages"}
+
+
+def test_files_are_split_whole_and_the_same_way_every_time(corpus):
+    first, second = find_corpus(corpus).split(), find_corpus(corpus).split()
+    training, validation = (list(documents) for documents in first)
+    assert [training, validation] == [list(documents) for documents in second]
+    assert (len(training), len(validation)) == (5, 1)
+    assert not set(training) & set(validation)
+
+
+def test_another_file_leaves_the_others_where_they_are(corpus):
+    _, before = find_corpus(corpus).split()
+    before = set(before)
+    for number in range(30):
+        (corpus / f"more{number}.txt").write_text(f"more {number}")
+    training, after = (set(documents) for documents in find_corpus(corpus).split())
+    assert len(after) == 2
+    assert len(training | after) == 36
+
+
+def test_a_single_file_is_split_inside(tmp_path):
+    text = tmp_path / "one.txt"
+    text.write_text("x" * 95 + "y" * 5)
+    training, validation = find_corpus(text).split()
+    assert list(training) == [Document("x" * 95)]
+    assert list(validation) == [Document("y" * 5)]
+    lines = tmp_path / "one.jsonl"
+    lines.write_text("".join(json.dumps({"text": str(n)}) + "\n" for n in range(40)))
+    training, validation = find_corpus(lines).split()
+    assert [document.text for document in validation] == ["38", "39"]
+    assert len(list(training)) == 38
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("bad.txt", b"caf\xe9", r"bad\.txt is not UTF-8 at byte 3"),
+        ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}', r'bad\.jsonl:2 has no "text"'),
+        ("bad.jsonl", b'{"text": "a"}\n\n["b"]', r'bad\.jsonl:3 has no "text"'),
+        ("bad.jsonl", b'{"text": ', r"bad\.jsonl:1 is not JSON"),
+        ("bad.jsonl", b'{"text": "a", "reward": "x"}', r'bad\.jsonl:1: "reward" must be a number'),
+    ],
+)
+def test_unreadable_text_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_documents(tmp_path / name))
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(DataError, match="no file or folder"):
+        find_corpus(tmp_path / "nowhere")
+    (tmp_path / "image.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"no text file under .*looked for \.c "):
+        find_corpus(tmp_path)
+
+
+def test_rewards_on_some_documents_only(tmp_path):
+    folder = write_rewarded_corpus(tmp_path / "text")
+    (folder / "c.txt").write_text("no reward")
+    (folder / "d.txt").write_text("none here")
+    with pytest.raises(DataError, match="documents have a reward"):
+        prepare(folder)
+
+
+@given(text=st.text(max_size=60))
+@settings(max_examples=40, deadline=None)
+def test_every_text_survives_the_tokenizer(text):
+    tokenizer = train_tokenizer(["the cat sat on the mat"] * 3, 270)
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_tokens_on_disk_are_the_documents_with_an_end_each(corpus):
+    data = prepare(corpus)
+    assert data.train.vocab_size == data.tokenizer.get_vocab_size() == VOCABULARY
+    end = data.tokenizer.token_to_id(END_OF_TEXT)
+    (document,) = find_corpus(corpus).split()[1]
+    count = len(data.validation)
+    ids = data.validation.batch(0, batch_size=1, seq_len=count, seed=0)["input_ids"][0].tolist()
+    assert ids == [*data.tokenizer.encode(document.text).ids, end]
+    file = next(corpus.parent.glob("cache/tokens-*/validation/tokens.bin"))
+    assert file.stat().st_size == 2 * count
+
+
+def test_the_cache_is_used_and_notices_changes(corpus, cache):
+    first = prepare(corpus)
+    entries = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert prepare(corpus).fingerprint == first.fingerprint
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == entries
+    time.sleep(0.01)
+    (corpus / "story0.txt").write_text("changed")
+    assert prepare(corpus).fingerprint != first.fingerprint
+
+
+def test_a_failed_build_leaves_nothing(corpus, cache):
+    prepare(corpus)
+    kept = set(cache.iterdir())
+    (corpus / "bad.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match="not UTF-8"):
+        prepare(corpus)
+    assert set(cache.iterdir()) == kept
+
+
+def test_a_tokenizer_of_ones_own(corpus, tmp_path):
+    own = train_tokenizer(["the dog sat"] * 5, 280)
+    file = tmp_path / "tokenizer.json"
+    own.enable_padding(length=50)  # as exported beside some models
+    own.save(str(file))
+    data = prepare_data(find_corpus(corpus), tokenizer_file=file)
+    assert data.train.vocab_size == own.get_vocab_size()
+    (document,) = find_corpus(corpus).split()[1]
+    own.no_padding()
+    assert len(data.validation) == len(own.encode(document.text).ids) + 1
+
+
+def test_unusable_tokenizers(corpus, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    for content, message in (
+        (None, "no tokenizer file"),
+        ("{}", "is not a tokenizer"),
+        (Tokenizer(models.BPE()).to_str(), "to put between documents"),
+    ):
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            prepare_data(find_corpus(corpus), tokenizer_file=file)
+    with pytest.raises(DataError, match="vocab_size must be at least 257"):
+        prepare_data(find_corpus(corpus), vocab_size=200)
+
+
+@given(step=st.integers(0, 2**40), seed=st.integers(0, 2**32), stream=st.integers(0, 3))
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_batches_are_a_function_of_seed_stream_and_step(corpus, step, seed, stream):
+    def draw(**change):
+        place = {"step": step, "seed": seed, "stream": stream, **change}
+        return prepare(corpus).train.batch(batch_size=4, seq_len=8, **place)
+
+    batch = draw()
+    assert batch["input_ids"].dtype == torch.int64
+    assert batch["input_ids"].shape == (4, 8)
+    assert batch["target_ids"] is batch["input_ids"]
+    assert torch.equal(batch["sequence_ids"], draw()["sequence_ids"])
+    tokens = np.fromfile(next(corpus.parent.glob("cache/tokens-*/train/tokens.bin")), np.uint16)
+    for row, start in zip(batch["input_ids"], batch["sequence_ids"].tolist(), strict=True):
+        assert row.tolist() == tokens[start : start + 8].tolist()
+    others = [draw(step=step + 1), draw(seed=seed + 1), draw(stream=stream + 1)]
+    assert not all(torch.equal(batch["sequence_ids"], b["sequence_ids"]) for b in others)
+
+
+def test_rewarded_rows_are_documents_cut_or_padded(tmp_path):
+    data = prepare(write_rewarded_corpus(tmp_path / "text"))
+    for seq_len in (4, 40):
+        batch = data.train.batch(0, batch_size=16, seq_len=seq_len, seed=0)
+        assert batch["input_ids"].shape == batch["target_ids"].shape == (16, seq_len)
+        padded = batch["target_ids"] == -100
+        assert torch.equal(batch["input_ids"][~padded], batch["target_ids"][~padded])
+        assert padded.any() == (seq_len == 40)
+        for ids, targets, reward in zip(
+            batch["input_ids"], batch["target_ids"], batch["reward"], strict=True
+        ):
+            text = data.tokenizer.decode(ids[targets != -100].tolist())
+            assert text.startswith("the cat"[:seq_len] if reward == 1 else "the ")
+            assert ("cat" in text) == (reward == 1) or seq_len == 4
+
+
+def test_evaluation_covers_the_file_evenly_and_repeatably(corpus):
+    data = prepare(corpus).train
+    batches = data.evaluation_batches(3, batch_size=2, seq_len=8)
+    starts = torch.cat([batch["sequence_ids"] for batch in batches]).tolist()
+    assert starts[0] == 0
+    assert starts[-1] == len(data) - 8
+    assert len(starts) == 6
+    again = data.evaluation_batches(3, batch_size=2, seq_len=8)
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True)
+    )
+    few = data.evaluation_batches(100, batch_size=2, seq_len=len(data))
+    assert [len(batch["input_ids"]) for batch in few] == [1]
+
+
+def test_too_little_text(corpus):
+    data = prepare(corpus).validation
+    with pytest.raises(DataError, match=r"fewer than one sequence of 5000.*--seq-len"):
+        data.batch(0, batch_size=1, seq_len=5000, seed=0)

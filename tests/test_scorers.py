@@ -1,0 +1,72 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wmtp.labels import shift_to_heads
+from wmtp.models import ValueHead
+from wmtp.reference import td_head_weights
+from wmtp.scorers import CriticScorer, Rho1ExcessScorer
+
+IGNORE = -100
+
+
+def random_scores(seed: int, batch: int, length: int, heads: int):
+    generator = torch.Generator().manual_seed(seed)
+    base_ce = torch.rand(batch, length, heads, generator=generator) * 8
+    ref_ce = torch.rand(batch, length - 1, generator=generator) * 8
+    target_ids = torch.randint(0, 9, (batch, length), generator=generator)
+    target_ids[torch.rand(batch, length, generator=generator) < 0.2] = IGNORE
+    return base_ce, ref_ce, target_ids
+
+
+def test_excess_compares_head_k_with_the_reference_about_the_same_token():
+    # ref_ce[t] = 10 (t + 1) is about token t + 1: head k at t must meet 10 (t + k + 1).
+    ref_ce = torch.tensor([[10.0, 20.0, 30.0]])
+    excess = Rho1ExcessScorer(excess="signed").compute_excess_loss(
+        torch.zeros(1, 4, 2), ref_ce, torch.tensor([[7, 7, 7, 7]])
+    )
+    assert excess.tolist() == [[[-10, -20], [-20, -30], [-30, 0], [0, 0]]]
+
+
+@pytest.mark.parametrize("excess", ["abs", "signed"])
+@given(seed=st.integers(0, 2**20), length=st.integers(2, 7), heads=st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_weights_are_the_softmax_of_the_excess_over_valid_heads(excess, seed, length, heads):
+    base_ce, ref_ce, target_ids = random_scores(seed, 2, length, heads)
+    scores = Rho1ExcessScorer(temperature=0.5, excess=excess).run(
+        {"base_ce": base_ce, "ref_ce": ref_ce, "target_ids": target_ids}
+    )
+    valid = shift_to_heads(target_ids, heads, IGNORE) != IGNORE
+    exponentials = torch.where(valid, (scores["excess"].double() / 0.5).exp(), 0.0)
+    expected = exponentials / exponentials.sum(-1, keepdim=True).clamp(min=1e-300)
+    torch.testing.assert_close(scores["weights"].double(), expected, rtol=1e-5, atol=1e-7)
+    assert (scores["excess"][~valid] == 0).all()
+
+
+def test_rho1_scores_carry_no_gradient():
+    base_ce, ref_ce, target_ids = random_scores(0, 2, 5, 3)
+    scores = Rho1ExcessScorer().run(
+        {
+            "base_ce": base_ce.requires_grad_(),
+            "ref_ce": ref_ce.requires_grad_(),
+            "target_ids": target_ids,
+        }
+    )
+    assert not scores["weights"].requires_grad
+    assert not scores["excess"].requires_grad
+
+
+def test_critic_weights_are_those_of_its_values_and_constants():
+    torch.manual_seed(0)
+    value_head = ValueHead(8)
+    hidden = torch.randn(2, 6, 8, requires_grad=True)
+    target_ids = torch.randint(0, 5, (2, 6))
+    scores = CriticScorer(value_head, 3, discount=0.9, temperature=0.4).run(
+        {"hidden_states": hidden, "target_ids": target_ids}
+    )
+    torch.testing.assert_close(scores["values"], value_head(hidden).detach())
+    expected = td_head_weights(scores["values"], target_ids, 3, 0.9, 0.4)
+    torch.testing.assert_close(scores["weights"], expected, rtol=0, atol=0)
+    assert not scores["weights"].requires_grad
+    assert not scores["values"].requires_grad

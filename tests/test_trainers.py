@@ -1,0 +1,453 @@
+import ast
+import inspect
+import itertools
+import json
+import math
+import multiprocessing
+import signal
+from pathlib import Path
+
+import pytest
+import tiny_runs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import make_trainer, prepare, read_metrics, write_corpus, write_rewarded_corpus
+
+from wmtp.models import MTPConfig, MTPTransformer
+from wmtp.reference import compute_weighted_mtp_loss
+from wmtp.registry import trainer_registry
+from wmtp.trainers import ConfigError, NonFiniteError, RunError, RunFolder, TrainConfig
+from wmtp.trainers.evaluation import evaluate, step_statistics
+from wmtp.trainers.reference_model import load_reference, reference_ce
+from wmtp.trainers.returns import gae_returns, token_mask, token_rewards
+
+ALGORITHMS = ("mtp-baseline", "critic-wmtp", "rho1-wmtp")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def data(corpus):
+    return prepare(corpus)
+
+
+# ---- the shape of the code ----
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_an_algorithm_is_at_most_30_lines_beyond_its_docstring(algo):
+    cls = trainer_registry.get(algo)
+    source = inspect.getsource(cls)
+    (node,) = ast.parse(source).body
+    docstring = node.body[0]
+    assert isinstance(docstring.value.value, str)
+    skipped = set(range(docstring.lineno, docstring.end_lineno + 1))
+    code = [
+        line
+        for number, line in enumerate(source.splitlines(), start=1)
+        if number not in skipped and line.strip() and not line.strip().startswith("#")
+    ]
+    assert len(code) <= 30
+
+
+# ---- the critic's returns ----
+
+
+def test_gae_by_hand():
+    # gamma = 0.5, lambda = 0.5; V = 0 after the end.
+    # delta = 1 + .5*4 - 2 = 1;  2 + .5*6 - 4 = 1;  3 - 6 = -3
+    # A_2 = -3;  A_1 = 1 - .25*3 = .25;  A_0 = 1 + .25*.25 = 1.0625;  returns = A + V
+    rewards, values = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2.0, 4.0, 6.0]])
+    everything = torch.ones(1, 3, dtype=torch.bool)
+    returns = gae_returns(rewards, values, everything, gamma=0.5, gae_lambda=0.5)
+    assert returns.tolist() == [[3.0625, 4.25, 3.0]]
+    # With the last position padded: delta = 1, 2 - 4 = -2;  A_1 = -2;  A_0 = 1 - .5 = .5
+    mask = torch.tensor([[True, True, False]])
+    assert gae_returns(rewards, values, mask, 0.5, 0.5).tolist() == [[2.5, 2.0, 0.0]]
+
+
+@given(
+    seed=st.integers(0, 2**20),
+    length=st.integers(1, 40),
+    gamma=st.floats(0, 1),
+    gae_lambda=st.floats(0, 1),
+)
+@settings(max_examples=60, deadline=None)
+def test_gae_is_the_backward_recursion(seed, length, gamma, gae_lambda):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(1, length, generator=generator, dtype=torch.float64)
+    values = torch.randn(1, length, generator=generator, dtype=torch.float64)
+    advantage, following, expected = 0.0, 0.0, []
+    for reward, value in zip(rewards[0].flip(0).tolist(), values[0].flip(0).tolist(), strict=True):
+        advantage = reward + gamma * following - value + gamma * gae_lambda * advantage
+        following = value
+        expected.append(advantage + value)
+    mask = torch.ones(1, length, dtype=torch.bool)
+    returns = gae_returns(rewards, values, mask, gamma, gae_lambda)
+    torch.testing.assert_close(returns[0].flip(0), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_mask_ends_at_the_last_counted_token():
+    target_ids = torch.tensor([[-100, 5, -100, 6, -100], [1, 2, 3, 4, 5], [-100] * 5])
+    assert token_mask(target_ids).int().tolist() == [[1, 1, 1, 1, 0], [1] * 5, [0] * 5]
+
+
+def test_a_sequence_reward_sits_on_its_last_token():
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    rewards = token_rewards(torch.zeros(2, 3, 2), mask, torch.tensor([5.0, -1.0]))
+    assert rewards.tolist() == [[0, 5, 0], [0, 0, -1]]
+
+
+def test_without_rewards_they_are_the_models_own_whitened_loss():
+    ce = torch.tensor([[[1.0, 9.0], [3.0, 9.0], [0.0, 9.0]]])
+    rewards = token_rewards(ce, torch.ones(1, 3, dtype=torch.bool), None)
+    torch.testing.assert_close(rewards, torch.tensor([[1.0, -1.0, 0.0]]))
+
+
+# ---- configuration ----
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth():
+    config = TrainConfig(algo="mtp-baseline", steps=100)
+    factors = [config.lr_factor(step) for step in range(101)]
+    assert factors[0] == pytest.approx(0.2)
+    assert factors[5] == max(factors) == pytest.approx(1.0)
+    assert factors[5:] == sorted(factors[5:], reverse=True)
+    assert factors[100] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"lr": float("nan")}, "lr must be positive and finite"),
+        ({"precision": "fp8"}, "precision must be one of"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(algo="mtp-baseline", **settings)
+
+
+# ---- one step ----
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
+    trainer = make_trainer(algo, data, tmp_path, value_warmup_steps=0)
+    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    with torch.no_grad():
+        output = trainer.model(batch["input_ids"])
+        arguments = trainer.loss_arguments(batch, output)
+        settings = {name: value for name, value in arguments.items() if name != "head_weights"}
+        expected = compute_weighted_mtp_loss(
+            output.logits, batch["target_ids"], arguments.get("head_weights"), 3, **settings
+        )
+        weights = trainer.compute_head_weights(batch, expected.ce_per_head, arguments)
+    again = compute_weighted_mtp_loss(output.logits, batch["target_ids"], weights, 3)
+    record = trainer.train_step(batch)
+    assert record["step"] == trainer.step == 1
+    assert record["stage"] == "train"
+    assert record["loss"] == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert record["loss"] == pytest.approx(again.loss.item(), rel=1e-5)
+    assert sum(record[f"weight_head_{k}"] for k in range(3)) == pytest.approx(1, rel=1e-5)
+    assert record["lr"] == pytest.approx(1e-2)
+    assert ("value_loss" in record) == (algo == "critic-wmtp")
+
+
+def test_the_warm_up_trains_the_value_head_alone(data, tmp_path):
+    trainer = make_trainer("critic-wmtp", data, tmp_path)
+    model = [parameter.clone() for parameter in trainer.model.parameters()]
+    head = [parameter.clone() for parameter in trainer.value_head.parameters()]
+    for step in range(3):
+        batch = data.train.batch(step, batch_size=2, seq_len=16, seed=0, stream=1)
+        record = trainer.train_step(batch)
+        assert record["stage"] == "value_warmup"
+        assert record["loss"] == record["value_loss"]
+        assert record["lr"] == trainer.config.value_lr
+    assert all(torch.equal(a, b) for a, b in zip(model, trainer.model.parameters(), strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(head, trainer.value_head.parameters(), strict=True)
+    )
+    assert trainer.stage == "train"
+    trainer.train_step(batch)
+    assert not torch.equal(model[0], next(trainer.model.parameters()))
+
+
+def test_the_value_loss_never_reaches_the_model(data, tmp_path):
+    trainer = make_trainer("critic-wmtp", data, tmp_path)
+    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    output = trainer.model(batch["input_ids"])
+    loss = trainer.value_loss(batch, output, torch.rand(2, 16, 3))
+    loss.backward()
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    assert all(parameter.grad is not None for parameter in trainer.value_head.parameters())
+
+
+def test_model_step_i_sees_the_same_batch_in_every_algorithm(data, tmp_path):
+    seen = {}
+    for algo in ALGORITHMS:
+        trainer = make_trainer(algo, data, tmp_path / algo)
+        trainer.step = trainer.warmup_steps + 4
+        seen[algo] = trainer._next_batch()["sequence_ids"].tolist()
+        first = next(trainer.model.parameters())
+        seen[algo] += first.flatten()[:5].tolist()
+    assert seen["mtp-baseline"] == seen["critic-wmtp"] == seen["rho1-wmtp"]
+
+
+def test_rewards_reach_the_critic(tmp_path):
+    data = prepare(write_rewarded_corpus(tmp_path / "text"))
+    trainer = make_trainer("critic-wmtp", data, tmp_path / "run")
+    batch = trainer._next_batch()
+    output = trainer.model(batch["input_ids"])
+    losses = [
+        trainer.value_loss({**batch, "reward": reward}, output, torch.zeros(2, 16, 3)).item()
+        for reward in (torch.zeros(2), torch.full((2,), 100.0))
+    ]
+    assert losses[1] > 100 * losses[0]
+    assert math.isfinite(trainer.train_step(batch)["loss"])
+
+
+@pytest.mark.parametrize("poison", ["weights", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing(poison, data, tmp_path):
+    trainer = make_trainer("mtp-baseline", data, tmp_path)
+    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    if poison == "weights":
+        with torch.no_grad():
+            trainer.model.norm.weight[0] = float("nan")
+        quantity = r"loss is nan"
+    else:
+        trainer.model.norm.weight.register_hook(lambda grad: grad * float("inf"))
+        quantity = r"step 1: grad_norm is (inf|nan)"
+    before = [parameter.clone() for parameter in trainer.model.parameters()]
+    ids = ", ".join(str(number) for number in batch["sequence_ids"].tolist())
+    with pytest.raises(NonFiniteError, match=rf"step 1: .*{quantity[-10:]}.*sequences \[{ids}\]"):
+        trainer.train_step(batch)
+    for old, new in zip(before, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=0, equal_nan=True)
+    assert trainer.step == 0
+    assert not trainer.optimizer.state
+
+
+def test_bf16_keeps_the_weights_in_fp32(data, tmp_path):
+    trainer = make_trainer("rho1-wmtp", data, tmp_path, precision="bf16")
+    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    with trainer.autocast():
+        assert trainer.model(batch["input_ids"]).logits.dtype == torch.bfloat16
+    assert math.isfinite(trainer.train_step(batch)["loss"])
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+
+
+# ---- what is measured ----
+
+
+def test_statistics_of_a_step():
+    ce = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 0.0]]])
+    weights = torch.tensor([[[3.0, 1.0], [2.0, 0.0], [0.0, 0.0]]])  # only token 0 has both
+    numbers = step_statistics(ce, weights, torch.tensor([[1, 2, 3]]))
+    assert numbers["ce_head_0"] == 2.0
+    assert numbers["ce_head_1"] == 2.0
+    assert numbers["weight_head_0"] == 0.75
+    assert numbers["weight_head_1"] == 0.25
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert numbers["weight_entropy"] == pytest.approx(entropy)
+
+
+def test_evaluation_is_the_mean_over_all_tokens(data):
+    torch.manual_seed(0)
+    shape = MTPConfig(data.train.vocab_size, 2, dim=16, trunk_layers=1, attention_heads=2)
+    model = MTPTransformer(shape)
+    batches = data.validation.evaluation_batches(3, batch_size=2, seq_len=16)
+    measured = evaluate(model, batches, torch.device("cpu"))
+    ids = torch.cat([batch["target_ids"] for batch in batches])
+    log_probabilities = model(ids).logits.log_softmax(-1)
+    for k in range(2):
+        picked = log_probabilities[:, : -k - 1, k].gather(-1, ids[:, k + 1 :, None])
+        assert measured["ce_per_head"][k] == pytest.approx(-picked.mean().item(), rel=1e-4)
+    right = log_probabilities[:, :-1, 0].argmax(-1) == ids[:, 1:]
+    assert measured["next_token_accuracy"] == pytest.approx(right.double().mean().item())
+    assert model.training
+
+
+# ---- the reference model ----
+
+
+def test_every_kind_of_reference(data):
+    class HuggingFaceLike:
+        def __init__(self, logits):
+            self.logits = logits
+
+    ids = torch.randint(0, 20, (2, 5))
+    logits = torch.randn(2, 5, 20, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 20), ids[:, 1:].reshape(-1), reduction="none"
+    ).reshape(2, 4)
+    for reference in (
+        lambda _: logits,
+        lambda _: logits[:, :, None],
+        lambda _: HuggingFaceLike(logits),
+    ):
+        found = reference_ce(reference, ids, ids)
+        torch.testing.assert_close(found, expected)
+        assert not found.requires_grad
+    with pytest.raises(ConfigError, match=r"must return logits \[B, S, V\], got \(2, 5, 3, 20\)"):
+        reference_ce(lambda _: logits[:, :, None].expand(-1, -1, 3, -1), ids, ids)
+
+
+def test_the_reference_is_frozen_and_asked_once_a_step(data, tmp_path):
+    trainer = make_trainer("rho1-wmtp", data, tmp_path)
+    model, calls = trainer.reference, []
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    trainer.reference = lambda ids: calls.append(ids) or model(ids)
+    trainer.train_step(trainer._next_batch())
+    assert len(calls) == 1
+
+
+def test_rho1_without_a_reference(data, tmp_path):
+    config = TrainConfig(algo="rho1-wmtp")
+    with pytest.raises(ConfigError, match="needs a reference"):
+        trainer_registry.get("rho1-wmtp")(config, data, RunFolder(tmp_path))
+
+
+def test_a_hugging_face_folder_as_reference(data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    for vocab_size, name in ((data.train.vocab_size, "fits"), (100, "small")):
+        config = transformers.GPT2Config(vocab_size=vocab_size, **shape)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    model = load_reference(tmp_path / "fits", data.tokenizer)
+    ids = data.train.batch(0, batch_size=2, seq_len=16, seed=0)["input_ids"]
+    assert reference_ce(model, ids, ids).shape == (2, 15)
+    with pytest.raises(ConfigError, match=r"knows 100 tokens.*--tokenizer"):
+        load_reference(tmp_path / "small", data.tokenizer)
+    other = prepare(write_corpus(tmp_path / "text", files=2)).tokenizer
+    other.add_tokens(["new"])
+    other.save(str(tmp_path / "fits" / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        load_reference(tmp_path / "fits", data.tokenizer)
+    with pytest.raises(ConfigError, match="no model in"):
+        load_reference(tmp_path / "nothing", data.tokenizer)
+
+
+# ---- the run on disk ----
+
+
+def test_a_run_leaves_what_it_promises(data, tmp_path):
+    trainer = make_trainer("critic-wmtp", data, tmp_path, keep_last=2)
+    shown = []
+    result = trainer.run(shown.append)
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, 10))
+    assert [record["stage"] for record in records] == ["value_warmup"] * 3 + ["train"] * 6
+    assert len(shown) == 9
+    checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert checkpoints == ["step-8", "step-9"]
+    names = {path.name for path in (tmp_path / "checkpoints" / "step-9").iterdir()}
+    assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "progress.json"} <= names
+    assert {path.name for path in (tmp_path / "final").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "value_head.safetensors",
+    }
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    assert not list(tmp_path.rglob("*.tmp"))
+    reused = make_trainer("critic-wmtp", data, tmp_path)
+    assert reused.step == 9
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.open({"steps": 3, "lr": 0.1}, resume=False)
+    with pytest.raises(RunError, match=r"already holds a run: continue it with --resume"):
+        folder.open({"steps": 3, "lr": 0.1}, resume=False)
+    folder.open({"steps": 3, "lr": 0.1}, resume=True)
+    with pytest.raises(RunError, match=r"steps: 3 there, 4 asked"):
+        folder.open({"steps": 4, "lr": 0.1}, resume=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").touch()
+    for resume in (True, False):
+        with pytest.raises(RunError, match=r"holds no run \(found cat.png\)"):
+            RunFolder(tmp_path / "photos").open({}, resume=resume)
+
+
+def test_metrics_that_lack_steps(tmp_path):
+    folder = RunFolder(tmp_path)
+    for step in (1, 3):
+        folder.append_metrics({"step": step})
+    with pytest.raises(RunError, match=r"lacks some of the steps 1 to 3"):
+        folder.cut_metrics_back(3)
+    folder.cut_metrics_back(1)
+    assert folder.read_metrics() == [{"step": 1}]
+
+
+# ---- kill -9 ----
+
+# The run's folder, the method of RunFolder it dies in, and the step: half a line of metrics
+# written, half a checkpoint written, a whole one that has no name yet, the last moment.
+KILLS = {
+    "mtp-baseline": [
+        ("run", "append_metrics", 1),
+        ("run", "append_metrics", 4),
+        ("run", "begin_checkpoint", 4),
+        ("run", "commit_checkpoint", 6),
+        ("run", "write_folder", 6),
+        ("run", "write_result", 6),
+    ],
+    "critic-wmtp": [
+        ("run", "append_metrics", 2),
+        ("run", "begin_checkpoint", 2),
+        ("run", "append_metrics", 3),
+        ("run", "commit_checkpoint", 4),
+        ("run", "append_metrics", 7),
+    ],
+    "rho1-wmtp": [
+        ("reference", "append_metrics", 3),
+        ("reference", "commit_checkpoint", 4),
+        ("reference", "write_result", 6),
+        ("run", "append_metrics", 1),
+        ("run", "append_metrics", 5),
+    ],
+}
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_killed_at_any_step_and_resumed_ends_the_same_to_the_last_digit(algo, corpus, tmp_path):
+    # The server imports once; each run is a fork of it that has never used a thread.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "wmtp.cli.train"])
+
+    def run(out: Path, kill) -> int | None:
+        process = context.Process(target=tiny_runs.train_small, args=(algo, corpus, out, kill))
+        process.start()
+        process.join(timeout=120)
+        return process.exitcode
+
+    assert run(tmp_path / "whole" / "run", None) == 0
+    out = tmp_path / "killed" / "run"
+    for kill in KILLS[algo]:
+        assert run(out, kill) == -signal.SIGKILL, kill
+        assert not (out / "result.json").exists()
+    assert run(out, None) == 0
+
+    for part in (".", "reference") if algo == "rho1-wmtp" else (".",):
+        whole, killed = tmp_path / "whole" / "run" / part, out / part
+        for one, other in itertools.zip_longest(read_metrics(whole), read_metrics(killed)):
+            assert one == other
+        results = [json.loads((run / "result.json").read_text()) for run in (whole, killed)]
+        assert results[0]["start"] == results[1]["start"]
+        assert results[0]["end"] == results[1]["end"]
+        weights = [(run / "final" / "model.safetensors").read_bytes() for run in (whole, killed)]
+        assert weights[0] == weights[1]
+        assert not list(killed.glob("*.tmp"))

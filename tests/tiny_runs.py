@@ -1,0 +1,113 @@
+"""Small corpora and runs of seconds, for the tests of data, trainers and commands."""
+
+import itertools
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wmtp.data import PreparedData, find_corpus, prepare_data
+from wmtp.models import MTPConfig, MTPTransformer
+from wmtp.registry import trainer_registry
+from wmtp.trainers import BaseWmtpTrainer, RunFolder, TrainConfig
+
+VOCABULARY = 290
+SMALL: dict[str, Any] = {
+    "steps": 6,
+    "batch_size": 2,
+    "seq_len": 16,
+    "horizon": 3,
+    "dim": 16,
+    "trunk_layers": 1,
+    "attention_heads": 2,
+    "lr": 1e-2,
+    "value_warmup_steps": 3,
+    "eval_batches": 2,
+    "save_every": 2,
+}
+
+
+def write_corpus(folder: Path, files: int = 6) -> Path:
+    """Text files of simple sentences, no two alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    animals, places = ("cat", "dog", "cow", "owl"), ("mat", "hill", "roof", "road", "farm")
+    sentences = [f"the {a} sat on the {p}.\n" for a, p in itertools.product(animals, places)]
+    for number in range(files):
+        turned = sentences[number:] + sentences[:number]
+        (folder / f"story{number}.txt").write_text(f"story {number}\n" + "".join(turned))
+    return folder
+
+
+def write_rewarded_corpus(folder: Path) -> Path:
+    """Two .jsonl files; the reward of a line is 1 when it is about a cat."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("a", "b"):
+        lines = [
+            json.dumps({"text": f"the {who} sat on the mat {name}", "reward": float(who == "cat")})
+            for who in ("cat", "dog", "cow", "cat")
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def prepare(corpus: Path) -> PreparedData:
+    return prepare_data(find_corpus(corpus), vocab_size=VOCABULARY)
+
+
+def make_trainer(algo: str, data: PreparedData, out: Path, **settings: Any) -> BaseWmtpTrainer:
+    """Set up and ready to step, with a reference of random weights where one is needed."""
+    config = TrainConfig(algo=algo, **{**SMALL, **settings})
+    folder = RunFolder(out)
+    folder.open(config.identity(), resume=True)
+    trainer_class = trainer_registry.get(algo)
+    shape = MTPConfig(data.train.vocab_size, 1, dim=16, trunk_layers=1, attention_heads=2)
+    reference = MTPTransformer(shape) if trainer_class.needs_reference else None
+    trainer: BaseWmtpTrainer = trainer_class(config, data, folder, reference)
+    trainer.setup()
+    return trainer
+
+
+def train_small(algo: str, corpus: Path, out: Path, kill: tuple[str, str, int] | None) -> None:
+    """`wmtp train --resume` on a small model, in a process of its own, killed at a given moment.
+
+    Args:
+        kill: (name of the run's folder, a method of RunFolder, the step), or None to finish.
+    """
+    from wmtp.cli.train import train_run
+
+    torch.set_num_threads(1)  # models this small gain nothing from two
+    if kill is not None:
+        _kill_at(*kill)
+    config = TrainConfig(algo=algo, **SMALL)
+    train_run(config, prepare(corpus), RunFolder(out), resume=True)
+
+
+def _kill_at(folder_name: str, method: str, step: int) -> None:
+    original = getattr(RunFolder, method)
+
+    def die_there(self: RunFolder, argument: Any, *rest: Any) -> None:
+        at = argument["step"] if method == "append_metrics" else argument
+        if self.path.name != folder_name or (isinstance(at, int) and at != step):
+            original(self, argument, *rest)
+            return
+        if method == "append_metrics":  # half a line is on the disk
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(argument)[:20])
+        if method == "begin_checkpoint":  # half a checkpoint is
+            original(self, argument)
+            (self.checkpoint_in_progress(step) / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(RunFolder, method, die_there)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, less the one number that no two runs share."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        del record["tokens_per_s"]
+    return records

@@ -1,0 +1,157 @@
+"""`wmtp train`: one algorithm, from text to a trained model in a folder."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from accelerate import PartialState
+
+from wmtp.cli import options
+from wmtp.cli.console import console, errors_shown, progress
+from wmtp.data import PreparedData, find_corpus, prepare_data
+from wmtp.data.prepare import DEFAULT_VOCABULARY
+from wmtp.registry import trainer_registry
+from wmtp.trainers import RunFolder, TrainConfig
+from wmtp.trainers.reference_model import Reference, load_reference
+
+
+def _known_algorithm(name: str) -> str:
+    names = trainer_registry.names()
+    if name not in names:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(names)}")
+    return name
+
+
+def train(
+    algo: Annotated[
+        str,
+        typer.Option(
+            help="Which weights the heads get.",
+            metavar="{" + ",".join(trainer_registry.names()) + "}",
+            callback=_known_algorithm,
+        ),
+    ],
+    tiny: options.Tiny = False,
+    data: options.Data = None,
+    tokenizer: options.TokenizerFile = None,
+    vocab_size: options.VocabSize = DEFAULT_VOCABULARY,
+    steps: options.Steps = None,
+    batch_size: options.BatchSize = None,
+    seq_len: options.SeqLen = None,
+    horizon: options.Horizon = None,
+    seed: options.Seed = None,
+    lr: options.LearningRate = None,
+    precision: options.Precision = None,
+    value_warmup_steps: options.ValueWarmupSteps = None,
+    save_every: options.SaveEvery = None,
+    keep_last: options.KeepLast = None,
+    ref: Annotated[
+        Path | None,
+        typer.Option(
+            help="rho1-wmtp: the reference model, a run folder of ours or a Hugging Face one. "
+            "Default: a small one is trained first, in OUT/reference.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in OUT, if there is one.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (default runs/ALGO).")] = None,
+) -> None:
+    """Train a model with one of the algorithms.
+
+    Writes OUT/metrics.jsonl (a line a step), OUT/checkpoints, OUT/final and OUT/result.json. A run
+    that was killed continues with the same command and --resume, to the same numbers.
+    """
+    with errors_shown():
+        config = options.make_config(
+            algo,
+            tiny=tiny,
+            steps=steps,
+            batch_size=batch_size,
+            seq_len=seq_len,
+            horizon=horizon,
+            seed=seed,
+            lr=lr,
+            precision=precision,
+            value_warmup_steps=value_warmup_steps,
+            save_every=save_every,
+            keep_last=keep_last,
+            reference=None if ref is None else str(ref.resolve()),
+        )
+        _make_repeatable()
+        with PartialState().main_process_first():
+            prepared = prepare_data(
+                find_corpus(data),
+                vocab_size=vocab_size,
+                tokenizer_file=tokenizer,
+            )
+        console.print(
+            f"{len(prepared.train):,} training and {len(prepared.validation):,} validation tokens, "
+            f"vocabulary {prepared.train.vocab_size:,}",
+            highlight=False,
+        )
+        folder = Path("runs", algo) if out is None else out
+        result = train_run(config, prepared, RunFolder(folder), resume=resume)
+    start, end = result["start"]["ce_per_head"], result["end"]["ce_per_head"]
+    heads = "  ".join(f"{a:.3f} -> {b:.3f}" for a, b in zip(start, end, strict=True))
+    console.print(f"validation cross entropy by head: {heads}", highlight=False)
+    console.print(
+        f"next-token accuracy {result['end']['next_token_accuracy']:.1%}, model in {folder}/final",
+        highlight=False,
+    )
+
+
+def train_run(
+    config: TrainConfig, data: PreparedData, folder: RunFolder, *, resume: bool
+) -> dict[str, Any]:
+    """Train, or continue, or read the result of a finished run; the reference model first.
+
+    Raises:
+        ConfigError, DataError, RunError, NonFiniteError: what the user can mend.
+    """
+    with PartialState().main_process_first():
+        if PartialState().is_main_process:
+            folder.open(run_identity(config, data), resume=resume)
+    result = folder.result()
+    if result is not None:
+        return result
+    trainer_class = trainer_registry.get(config.algo)
+    reference = _reference(config, data, folder) if trainer_class.needs_reference else None
+    trainer = trainer_class(config, data, folder, reference)
+    trainer.setup()
+    with progress(folder.path.name, trainer.total_steps, trainer.step) as show:
+        result = trainer.run(show)
+    return result
+
+
+def run_identity(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
+    """What must be equal for a run to be continued: settings and data."""
+    return {**config.identity(), "data": data.fingerprint}
+
+
+def _reference(config: TrainConfig, data: PreparedData, folder: RunFolder) -> Reference:
+    if config.reference is not None:
+        return load_reference(Path(config.reference), data.tokenizer)
+    reference_folder = RunFolder(folder.path / "reference")
+    if reference_folder.result() is None:
+        console.print(
+            f"training the reference model first, in {reference_folder.path} (--ref takes one "
+            "that exists)",
+            highlight=False,
+        )
+    else:
+        console.print(f"using the reference model in {reference_folder.path}", highlight=False)
+    small = replace(config, algo="mtp-baseline", horizon=1)
+    train_run(small, data, reference_folder, resume=True)
+    return load_reference(reference_folder.path, data.tokenizer)
+
+
+def _make_repeatable() -> None:
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -1,0 +1,35 @@
+"""A trained model as a folder: model.safetensors, config.json, tokenizer.json."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from safetensors.torch import load_model, save_model
+from tokenizers import Tokenizer
+
+from wmtp.models.transformer import MTPConfig, MTPTransformer
+
+MODEL_TYPE = "wmtp-mtp-transformer"
+
+
+def save_model_folder(model: MTPTransformer, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the three files into `folder`, which exists."""
+    save_model(model, str(folder / "model.safetensors"))  # knows tied weights
+    config = {"model_type": MODEL_TYPE, **asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `save_model_folder` wrote this folder."""
+    file = folder / "config.json"
+    return file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE
+
+
+def load_model_folder(folder: Path) -> MTPTransformer:
+    """The model that `save_model_folder` wrote, on the CPU."""
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_type"]
+    model = MTPTransformer(MTPConfig(**config))
+    load_model(model, str(folder / "model.safetensors"))
+    return model

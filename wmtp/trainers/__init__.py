@@ -1,0 +1,20 @@
+"""The three algorithms as trainers, by name in `wmtp.registry.trainer_registry`."""
+
+from wmtp.trainers.base import BaseWmtpTrainer, NonFiniteError
+from wmtp.trainers.baseline import MtpBaselineTrainer
+from wmtp.trainers.config import ConfigError, TrainConfig
+from wmtp.trainers.critic import CriticWmtpTrainer
+from wmtp.trainers.rho1 import Rho1WmtpTrainer
+from wmtp.trainers.run_folder import RunError, RunFolder
+
+__all__ = [
+    "BaseWmtpTrainer",
+    "ConfigError",
+    "CriticWmtpTrainer",
+    "MtpBaselineTrainer",
+    "NonFiniteError",
+    "Rho1WmtpTrainer",
+    "RunError",
+    "RunFolder",
+    "TrainConfig",
+]

@@ -1,0 +1,40 @@
+"""critic-wmtp: heads whose token raises a learned value count more."""
+
+from torch import Tensor
+
+from wmtp.data import Batch
+from wmtp.models import MTPOutput, ValueHead
+from wmtp.registry import trainer_registry
+from wmtp.scorers import CriticScorer
+from wmtp.trainers.base import BaseWmtpTrainer, LossArguments
+from wmtp.trainers.returns import gae_returns, token_mask, token_rewards
+
+
+@trainer_registry.register("critic-wmtp", category="trainer", version="2.0.0")
+class CriticWmtpTrainer(BaseWmtpTrainer):
+    """w[b, t, k] = softmax over k of (V[t+k+1] - discount V[t+k]) / temperature.
+
+    V is a value head on the trunk's detached hidden states, trained beside the model by MSE
+    towards GAE returns (see `returns.py`), and alone before it for `value_warmup_steps`.
+    """
+
+    def build_value_head(self) -> ValueHead:
+        return ValueHead(self.config.dim)
+
+    def loss_arguments(self, batch: Batch, output: MTPOutput) -> LossArguments:
+        settings = self.config
+        scorer = CriticScorer(
+            self.value_head, settings.horizon, settings.discount, settings.temperature
+        )
+        scores = scorer.run(
+            {"hidden_states": output.hidden_states, "target_ids": batch["target_ids"]}
+        )
+        return {"head_weights": scores["weights"]}
+
+    def value_loss(self, batch: Batch, output: MTPOutput, ce_per_head: Tensor) -> Tensor:
+        settings, mask = self.config, token_mask(batch["target_ids"])
+        values = self.value_head(output.hidden_states.detach())
+        rewards = token_rewards(ce_per_head, mask, batch.get("reward"))
+        returns = gae_returns(rewards, values, mask, settings.gamma, settings.gae_lambda)
+        error = (values - returns).masked_fill(~mask, 0.0)
+        return settings.value_coefficient * error.square().sum() / mask.sum().clamp(min=1)

@@ -1,0 +1,84 @@
+"""What is measured: a model on unseen text, a step's weights, the memory used."""
+
+import resource
+import sys
+from collections.abc import Iterable
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from wmtp.data import Batch
+from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
+from wmtp.loss import mtp_cross_entropy
+from wmtp.models import MTPTransformer
+
+
+class Evaluation(TypedDict):
+    """ce_per_head [H] in nats per token, next_token_accuracy of head 0 in [0, 1], tokens read."""
+
+    ce_per_head: list[float]
+    next_token_accuracy: float
+    tokens: int
+
+
+@torch.no_grad()
+def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.device) -> Evaluation:
+    """Mean cross entropy of each head and accuracy of the first, over all tokens of the batches."""
+    model.eval()
+    horizon = model.config.horizon
+    ce = torch.zeros(horizon, dtype=torch.float64, device=device)
+    count = torch.zeros_like(ce)
+    correct = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
+    for batch in batches:
+        target_ids = batch["target_ids"].to(device)
+        logits = model(batch["input_ids"].to(device)).logits
+        targets = shift_to_heads(target_ids, horizon, IGNORE_INDEX)
+        ce += mtp_cross_entropy(logits, target_ids).double().sum((0, 1))
+        count += has_target(target_ids, horizon).sum((0, 1))
+        # A padded position has target -100, which is no argmax.
+        correct += (logits[:, :, 0].argmax(-1) == targets[:, :, 0]).sum()
+        tokens += target_ids.numel()
+    model.train()
+    count = count.clamp(min=1)
+    return {
+        "ce_per_head": (ce / count).tolist(),
+        "next_token_accuracy": (correct / count[0]).item(),
+        "tokens": tokens,
+    }
+
+
+def step_statistics(ce_per_head: Tensor, weights: Tensor, target_ids: Tensor) -> dict[str, Tensor]:
+    """What a step records about its heads, each a 0-d tensor.
+
+    Args:
+        ce_per_head, weights: [B, S, H].
+        target_ids: [B, S], unshifted.
+
+    Returns:
+        ce_head_k, the mean cross entropy of head k in nats; weight_head_k, its mean share
+        w / sum_k w over the tokens that have a target for every head (1 / H for uniform weights,
+        0 where there is no such token); weight_entropy, the mean entropy of those shares in nats
+        (log H for uniform weights).
+    """
+    heads = weights.shape[2]
+    valid = has_target(target_ids, heads)
+    ce = ce_per_head.sum((0, 1)) / valid.sum((0, 1)).clamp(min=1)
+    whole = valid.all(-1, keepdim=True)
+    share = torch.where(whole, weights / weights.sum(-1, keepdim=True), 0.0)
+    tokens = whole.sum().clamp(min=1)
+    mean_share = share.sum((0, 1)) / tokens
+    return {
+        **{f"ce_head_{k}": ce[k] for k in range(heads)},
+        **{f"weight_head_{k}": mean_share[k] for k in range(heads)},
+        "weight_entropy": -torch.xlogy(share, share).sum() / tokens,
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The device's peak allocation, or on the CPU the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

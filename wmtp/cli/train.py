@@ -83,7 +83,10 @@ def train(
             reference=None if ref is None else str(ref.resolve()),
         )
         _make_repeatable()
-        with PartialState().main_process_first():
+        # Several processes on CPUs are found only when it is said that there is nothing else.
+        processes = PartialState(cpu=not torch.accelerator.is_available())
+        console.quiet = not processes.is_main_process
+        with processes.main_process_first():
             prepared = prepare_data(
                 find_corpus(data),
                 vocab_size=vocab_size,

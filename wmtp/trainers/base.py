@@ -118,7 +118,11 @@ class BaseWmtpTrainer:
         config = self.config
         set_seed(config.seed)
         # Precision is not accelerate's here: it would convert the logits [B, S, H, V] to fp32.
-        self.accelerator = Accelerator(mixed_precision="no", step_scheduler_with_optimizer=False)
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=not torch.accelerator.is_available(),
+            step_scheduler_with_optimizer=False,
+        )
         if config.batch_size % self.accelerator.num_processes:
             raise ConfigError(
                 f"batch_size {config.batch_size} does not divide among "

@@ -7,6 +7,7 @@ from the allocator's own statistics.
 from collections.abc import Callable
 
 import torch
+from rich import box
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,18 +63,20 @@ def profile_table(
     """Peak memory of each provider over the vocabularies, in MiB and in units of the logits."""
     table = Table(
         title=f"peak memory of loss + gradient beyond the logits [1, {length}, {heads}, V], "
-        f"{str(dtype).removeprefix('torch.')}, {device}"
+        f"{str(dtype).removeprefix('torch.')}, {device}",
+        caption="MiB, and in units of the logits",
+        box=box.SIMPLE,
     )
     table.add_column("V", justify="right")
     table.add_column("logits", justify="right")
     for provider in PROVIDERS:
-        table.add_column(provider, justify="right")
+        table.add_column(provider, justify="right", no_wrap=True)
     for vocabulary in vocabularies:
         shape = (1, length, heads, vocabulary)
         logits_bytes = length * heads * vocabulary * dtype.itemsize
         cells = []
         for provider in PROVIDERS:
             peak = loss_peak_bytes(provider, shape, dtype, device)
-            cells.append(f"{peak / 2**20:.1f} MiB  {peak / logits_bytes:.3f}x")
-        table.add_row(str(vocabulary), f"{logits_bytes / 2**20:.1f} MiB", *cells)
+            cells.append(f"{peak / 2**20:.1f} {peak / logits_bytes:.3f}x")
+        table.add_row(str(vocabulary), f"{logits_bytes / 2**20:.1f}", *cells)
     return table

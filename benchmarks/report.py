@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 import wmtp
+import wmtp.cpu
 
 BENCH = Path(__file__).with_name("bench_loss.py")
 
@@ -49,6 +51,7 @@ def environment(cpu: str) -> dict[str, Any]:
     """What a reader needs to know to repeat the numbers."""
     return {
         "cpu": cpu,
+        "instruction_set": None if wmtp.cpu.unavailable() else wmtp.cpu.instruction_set(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -67,10 +70,13 @@ def _case(benchmark: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """Median, ratio to eager and to the copy, peak bytes in units of the logits."""
-    rows = Table(title="loss + gradient, " + ", ".join(map(str, results["environment"].values())))
-    for column in ("shape", "dtype", "provider", "median", "eager /", "/ copy", "peak / logits"):
-        rows.add_column(column, justify="left" if column in ("dtype", "provider") else "right")
+    """Median, ratio to eager and to the copy, and peak bytes in units of the logits."""
+    known = {name: value for name, value in results["environment"].items() if value is not None}
+    caption = ", ".join(f"{name} {value}" for name, value in known.items())
+    rows = Table(title="loss + gradient", caption=caption, box=box.SIMPLE)
+    for column in ("shape", "dtype", "provider", "median", "eager /", "/ copy", "peak"):
+        text = column in ("dtype", "provider")
+        rows.add_column(column, justify="left" if text else "right", no_wrap=True)
     groups: dict[tuple, dict[str, dict]] = {}
     for case in results["cases"]:
         key = (tuple(case["shape"]), case["dtype"])

@@ -9,12 +9,34 @@ if not torch.cuda.is_available():
 
 import pytest
 
+import tiny_runs
 from wmtp import cpu
 
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A folder of a few small text files."""
+    import tiny_runs  # here, so that kernel tests run where nothing but torch is installed
+
+    return tiny_runs.write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@pytest.fixture
+def data(corpus):
+    """The same, tokenised."""
+    import tiny_runs
+
+    return tiny_runs.prepare(corpus)
 
 
 @pytest.fixture

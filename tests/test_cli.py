@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_runs import read_metrics, write_corpus
 from typer.testing import CliRunner
 
+from tiny_runs import read_metrics
 from wmtp.cli import options
 from wmtp.cli.app import app
 from wmtp.cli.plot import plot_comparison
@@ -21,15 +21,8 @@ SMALL = ["--tiny", "--steps=6", "--batch-size=2", "--seq-len=16", "--horizon=3"]
 SMALL += ["--vocab-size=290", "--value-warmup-steps=2", "--lr=0.01"]
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
-
-
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def environment(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # models this small gain nothing from two
 
 

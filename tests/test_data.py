@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny_runs import VOCABULARY, prepare, write_corpus, write_rewarded_corpus
 from tokenizers import Tokenizer, models
 
+from tiny_runs import VOCABULARY, prepare, write_corpus, write_rewarded_corpus
 from wmtp.data import DataError, Document, find_corpus, prepare_data
 from wmtp.data.corpus import read_documents
 from wmtp.data.tokenizer import END_OF_TEXT, train_tokenizer

@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from tiny_runs import read_metrics, write_corpus
 from typer.testing import CliRunner
 
+from tiny_runs import read_metrics, write_corpus
 from wmtp.cli.app import app
 from wmtp.models.storage import load_model_folder
 from wmtp.registry import trainer_registry

@@ -1,43 +1,22 @@
 import ast
 import inspect
-import itertools
-import json
 import math
-import multiprocessing
-import signal
-from pathlib import Path
 
 import pytest
-import tiny_runs
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import make_trainer, prepare, read_metrics, write_corpus, write_rewarded_corpus
 
+from tiny_runs import make_trainer, prepare, write_corpus, write_rewarded_corpus
 from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.reference import compute_weighted_mtp_loss
 from wmtp.registry import trainer_registry
-from wmtp.trainers import ConfigError, NonFiniteError, RunError, RunFolder, TrainConfig
+from wmtp.trainers import ConfigError, NonFiniteError, RunFolder, TrainConfig
 from wmtp.trainers.evaluation import evaluate, step_statistics
 from wmtp.trainers.reference_model import load_reference, reference_ce
 from wmtp.trainers.returns import gae_returns, token_mask, token_rewards
 
 ALGORITHMS = ("mtp-baseline", "critic-wmtp", "rho1-wmtp")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture
-def data(corpus):
-    return prepare(corpus)
 
 
 # ---- the shape of the code ----
@@ -338,116 +317,3 @@ def test_a_hugging_face_folder_as_reference(data, tmp_path):
         load_reference(tmp_path / "fits", data.tokenizer)
     with pytest.raises(ConfigError, match="no model in"):
         load_reference(tmp_path / "nothing", data.tokenizer)
-
-
-# ---- the run on disk ----
-
-
-def test_a_run_leaves_what_it_promises(data, tmp_path):
-    trainer = make_trainer("critic-wmtp", data, tmp_path, keep_last=2)
-    shown = []
-    result = trainer.run(shown.append)
-    records = read_metrics(tmp_path)
-    assert [record["step"] for record in records] == list(range(1, 10))
-    assert [record["stage"] for record in records] == ["value_warmup"] * 3 + ["train"] * 6
-    assert len(shown) == 9
-    checkpoints = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert checkpoints == ["step-8", "step-9"]
-    names = {path.name for path in (tmp_path / "checkpoints" / "step-9").iterdir()}
-    assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "progress.json"} <= names
-    assert {path.name for path in (tmp_path / "final").iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "value_head.safetensors",
-    }
-    assert json.loads((tmp_path / "result.json").read_text()) == result
-    assert not list(tmp_path.rglob("*.tmp"))
-    reused = make_trainer("critic-wmtp", data, tmp_path)
-    assert reused.step == 9
-
-
-def test_a_folder_in_use_is_refused(tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    folder.open({"steps": 3, "lr": 0.1}, resume=False)
-    with pytest.raises(RunError, match=r"already holds a run: continue it with --resume"):
-        folder.open({"steps": 3, "lr": 0.1}, resume=False)
-    folder.open({"steps": 3, "lr": 0.1}, resume=True)
-    with pytest.raises(RunError, match=r"steps: 3 there, 4 asked"):
-        folder.open({"steps": 4, "lr": 0.1}, resume=True)
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.png").touch()
-    for resume in (True, False):
-        with pytest.raises(RunError, match=r"holds no run \(found cat.png\)"):
-            RunFolder(tmp_path / "photos").open({}, resume=resume)
-
-
-def test_metrics_that_lack_steps(tmp_path):
-    folder = RunFolder(tmp_path)
-    for step in (1, 3):
-        folder.append_metrics({"step": step})
-    with pytest.raises(RunError, match=r"lacks some of the steps 1 to 3"):
-        folder.cut_metrics_back(3)
-    folder.cut_metrics_back(1)
-    assert folder.read_metrics() == [{"step": 1}]
-
-
-# ---- kill -9 ----
-
-# The run's folder, the method of RunFolder it dies in, and the step: half a line of metrics
-# written, half a checkpoint written, a whole one that has no name yet, the last moment.
-KILLS = {
-    "mtp-baseline": [
-        ("run", "append_metrics", 1),
-        ("run", "append_metrics", 4),
-        ("run", "begin_checkpoint", 4),
-        ("run", "commit_checkpoint", 6),
-        ("run", "write_folder", 6),
-        ("run", "write_result", 6),
-    ],
-    "critic-wmtp": [
-        ("run", "append_metrics", 2),
-        ("run", "begin_checkpoint", 2),
-        ("run", "append_metrics", 3),
-        ("run", "commit_checkpoint", 4),
-        ("run", "append_metrics", 7),
-    ],
-    "rho1-wmtp": [
-        ("reference", "append_metrics", 3),
-        ("reference", "commit_checkpoint", 4),
-        ("reference", "write_result", 6),
-        ("run", "append_metrics", 1),
-        ("run", "append_metrics", 5),
-    ],
-}
-
-
-@pytest.mark.parametrize("algo", ALGORITHMS)
-def test_killed_at_any_step_and_resumed_ends_the_same_to_the_last_digit(algo, corpus, tmp_path):
-    # The server imports once; each run is a fork of it that has never used a thread.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "wmtp.cli.train"])
-
-    def run(out: Path, kill) -> int | None:
-        process = context.Process(target=tiny_runs.train_small, args=(algo, corpus, out, kill))
-        process.start()
-        process.join(timeout=120)
-        return process.exitcode
-
-    assert run(tmp_path / "whole" / "run", None) == 0
-    out = tmp_path / "killed" / "run"
-    for kill in KILLS[algo]:
-        assert run(out, kill) == -signal.SIGKILL, kill
-        assert not (out / "result.json").exists()
-    assert run(out, None) == 0
-
-    for part in (".", "reference") if algo == "rho1-wmtp" else (".",):
-        whole, killed = tmp_path / "whole" / "run" / part, out / part
-        for one, other in itertools.zip_longest(read_metrics(whole), read_metrics(killed)):
-            assert one == other
-        results = [json.loads((run / "result.json").read_text()) for run in (whole, killed)]
-        assert results[0]["start"] == results[1]["start"]
-        assert results[0]["end"] == results[1]["end"]
-        weights = [(run / "final" / "model.safetensors").read_bytes() for run in (whole, killed)]
-        assert weights[0] == weights[1]
-        assert not list(killed.glob("*.tmp"))

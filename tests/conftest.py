@@ -9,7 +9,6 @@ if not torch.cuda.is_available():
 
 import pytest
 
-import tiny_runs
 from wmtp import cpu
 
 

@@ -13,7 +13,6 @@ from wmtp import kernels
 from wmtp.labels import shift_to_heads
 from wmtp.reference import cross_entropy_per_head, excess_head_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at NaN and inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 IGNORED = -100
 NAN, INF = math.nan, math.inf

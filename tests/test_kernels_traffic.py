@@ -13,7 +13,6 @@ if not kernels.interpreted():
 
 from triton.runtime.interpreter import InterpreterBuilder
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, at NaN and inf
 IGNORED = -100
 
 

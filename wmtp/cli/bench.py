@@ -1,6 +1,8 @@
 """`wmtp bench`: the loss against eager torch and against a plain copy, with pytest-benchmark."""
 
+import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +25,8 @@ def bench(
     """
     from wmtp.benchmarks.report import run_suite, table
 
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        sys.exit("wmtp: bench needs pytest-benchmark: pip install 'wmtp[bench]'")
     try:
         results = run_suite(quick)
     except RuntimeError as error:

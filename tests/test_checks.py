@@ -99,8 +99,24 @@ def test_unknown_backend():
 
 def test_inplace_needs_a_contiguous_vocabulary():
     logits = LOGITS.transpose(2, 3).contiguous().transpose(2, 3)
-    with pytest.raises(ValueError, match=r"inplace=True needs logits .*contiguous"):
+    with pytest.raises(ValueError, match=r"inplace=True needs rows .*contiguous"):
         fused_weighted_mtp_loss(logits, IDS, inplace=True, backend="cpu")
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_inplace_needs_rows_of_their_own(axis):
+    logits = LOGITS.narrow(axis, 0, 1).expand(LOGITS.shape)
+    with pytest.raises(ValueError, match="inplace=True needs rows of their own"):
+        fused_weighted_mtp_loss(logits, IDS, inplace=True, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_any_integer_target_dtype(dtype, backend):
+    logits, ids = torch.randn(2, 8, 4, 11), torch.randint(11, (2, 8))
+    expected = fused_weighted_mtp_loss(logits, ids, ref_ce=REF_CE, backend=backend).loss
+    found = fused_weighted_mtp_loss(logits, ids.to(dtype), ref_ce=REF_CE, backend=backend).loss
+    assert found == expected
 
 
 @pytest.mark.parametrize(
@@ -126,7 +142,7 @@ def test_inplace_needs_a_contiguous_vocabulary():
         (
             lambda: excess_head_weights(WEIGHTS[0], REF_CE, IDS),
             ValueError,
-            r"ce_per_head must be a tensor \[B, S, H\]",
+            r"ce_per_head must be \[B, S, H\], got",
         ),
         (lambda: excess_head_weights(WEIGHTS.int(), REF_CE, IDS), TypeError, "floating point"),
         (

@@ -71,7 +71,11 @@ def test_a_single_file_is_split_inside(tmp_path):
         ("bad.jsonl", b'{"text": "a"}\n{"txt": "b"}', r'bad\.jsonl:2 has no "text"'),
         ("bad.jsonl", b'{"text": "a"}\n\n["b"]', r'bad\.jsonl:3 has no "text"'),
         ("bad.jsonl", b'{"text": ', r"bad\.jsonl:1 is not JSON"),
-        ("bad.jsonl", b'{"text": "a", "reward": "x"}', r'bad\.jsonl:1: "reward" must be a number'),
+        (
+            "bad.jsonl",
+            b'{"text": "a", "reward": "x"}',
+            r'bad\.jsonl:1: "reward" must be a finite number',
+        ),
     ],
 )
 def test_unreadable_text_is_named(tmp_path, name, content, message):
@@ -217,3 +221,11 @@ def test_too_little_text(corpus):
     data = prepare(corpus).validation
     with pytest.raises(DataError, match=r"fewer than one sequence of 5000.*--seq-len"):
         data.batch(0, batch_size=1, seq_len=5000, seed=0)
+
+
+@pytest.mark.parametrize("content", [b"{oops", b'{"model": 3}', b"\xff\xfe", b"[]"])
+def test_a_broken_tokenizer_is_named(content, corpus, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer\.json"):
+        prepare_data(find_corpus(corpus), tokenizer_file=file)

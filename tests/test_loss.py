@@ -127,6 +127,16 @@ def test_heads_that_share_one_set_of_logits(target, weighting, dtype, unit_strid
     assert relative_error(grad, true_grad) <= relative_error(eager_grad, true_grad) + tolerance
 
 
+def test_heads_of_a_leaf_that_share_storage_keep_their_own_gradients(target):
+    backend, device = target
+    case = make_case((2, 6, 1, 50), device=device)
+    leaf = case.logits.expand(-1, -1, 3, -1).requires_grad_()
+    truth = compute_weighted_mtp_loss(leaf, case.target_ids, horizon=3).loss
+    found = fused_weighted_mtp_loss(leaf, case.target_ids, backend=backend).loss
+    (expected,), (gradient,) = (torch.autograd.grad(loss, leaf) for loss in (truth, found))
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_shared_heads_are_never_materialised():
     """Peak memory of loss and gradient: about one gradient of the shared rows, not H of them."""
     rows = torch.randn(2, 16, 1000, requires_grad=True)
@@ -348,6 +358,14 @@ def test_bad_weights_on_the_cpu(backend, bad):
     case.options["head_weights"][0, 2, 1] = bad
     with pytest.raises(ValueError, match=r"head_weights\[0, 2, 1\] is .*finite and >= 0"):
         call()
+
+
+def test_a_normalizer_keeps_the_dtype():
+    case = make_case((1, 5, 2, 30))
+    five = torch.tensor(5.0, dtype=torch.float64)
+    loss = fused_weighted_mtp_loss(case.logits, case.target_ids, normalizer=five).loss
+    assert loss.dtype == torch.float32
+    assert loss == fused_weighted_mtp_loss(case.logits, case.target_ids, normalizer=5).loss
 
 
 def test_public_names():

@@ -39,7 +39,9 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
-    folder.open({"steps": 3, "lr": 0.1}, resume=False)
+    folder.open({"steps": 9, "lr": 0.1}, resume=False)
+    folder.open({"steps": 3, "lr": 0.1}, resume=False)  # nothing was computed yet
+    folder.append_metrics({"step": 1})
     with pytest.raises(RunError, match=r"already holds a run: continue it with --resume"):
         folder.open({"steps": 3, "lr": 0.1}, resume=False)
     folder.open({"steps": 3, "lr": 0.1}, resume=True)

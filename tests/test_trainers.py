@@ -240,6 +240,8 @@ def test_statistics_of_a_step():
     assert numbers["weight_head_1"] == 0.25
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert numbers["weight_entropy"] == pytest.approx(entropy)
+    nothing = step_statistics(ce, torch.zeros(1, 3, 2), torch.tensor([[1, 2, 3]]))
+    assert nothing["weight_head_0"] == nothing["weight_entropy"] == 0
 
 
 def test_evaluation_is_the_mean_over_all_tokens(data):
@@ -279,6 +281,8 @@ def test_every_kind_of_reference(data):
         found = reference_ce(reference, ids, ids)
         torch.testing.assert_close(found, expected)
         assert not found.requires_grad
+    with pytest.raises(ConfigError, match=r"an object with \.logits, got dict"):
+        reference_ce(lambda _: {"logits": logits}, ids, ids)
     with pytest.raises(ConfigError, match=r"must return logits \[B, S, V\], got \(2, 5, 3, 20\)"):
         reference_ce(lambda _: logits[:, :, None].expand(-1, -1, 3, -1), ids, ids)
 
@@ -317,3 +321,8 @@ def test_a_hugging_face_folder_as_reference(data, tmp_path):
         load_reference(tmp_path / "fits", data.tokenizer)
     with pytest.raises(ConfigError, match="no model in"):
         load_reference(tmp_path / "nothing", data.tokenizer)
+    for config in ("{}", "[]", "{oops"):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "config.json").write_text(config)
+        with pytest.raises(ConfigError, match="transformers cannot load a model"):
+            load_reference(tmp_path / "broken", data.tokenizer)

@@ -1,6 +1,7 @@
 """What every public function demands of its arguments, each demand with its one error message."""
 
 import math
+import numbers
 from collections.abc import Iterable
 
 import torch
@@ -101,9 +102,10 @@ def check_float_tensor(
 
 def check_scores(name: str, values: Tensor, axes: str) -> tuple[int, ...]:
     """A float tensor of any sizes; its shape."""
-    if not isinstance(values, Tensor) or values.dim() != axes.count(",") + 1:
-        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"{name} must be a tensor {axes}, got {found}")
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor {axes}, got {type(values).__name__}")
+    if values.dim() != axes.count(",") + 1:
+        raise ValueError(_shape_message(name, axes, None, values, ""))
     if not values.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {values.dtype}")
     return tuple(values.shape)
@@ -132,7 +134,7 @@ def check_same_device(logits: Tensor, **others: Tensor | float | None) -> None:
 
 
 def check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
+    if not (isinstance(temperature, numbers.Real) and 0 < temperature < math.inf):
         raise ValueError(
             f"temperature must be a finite number > 0, got {temperature!r}: "
             f"small values sharpen the weights, large ones flatten them"
@@ -169,7 +171,7 @@ def check_normalizer(normalizer: Tensor | float | None) -> None:
             raise ValueError(
                 f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
             )
-    elif not (isinstance(normalizer, int | float) and 0 < normalizer < math.inf):
+    elif not (isinstance(normalizer, numbers.Real) and 0 < normalizer < math.inf):
         raise ValueError(
             f"normalizer must be a finite number > 0, got {normalizer!r}: it replaces the "
             f"denominator, e.g. the number of valid tokens over all accumulated batches"
@@ -179,16 +181,29 @@ def check_normalizer(normalizer: Tensor | float | None) -> None:
 def check_inplace(inplace: bool, logits: Tensor) -> None:
     if not inplace:
         return
-    if logits.stride(-1) != 1:
+    if logits.stride(-1) != 1 or _rows_overlap(logits):
         raise ValueError(
-            f"inplace=True needs logits whose last dimension is contiguous, got strides "
-            f"{tuple(logits.stride())}: pass logits.contiguous() or inplace=False"
+            f"inplace=True needs rows of their own whose last dimension is contiguous, got shape "
+            f"{tuple(logits.shape)} with strides {tuple(logits.stride())}: pass "
+            f"logits.contiguous() or inplace=False"
         )
     if torch.compiler.is_compiling():
         raise ValueError(
             "inplace=True overwrites the logits during backward, which torch.compile cannot "
             "trace: pass inplace=False inside compiled code"
         )
+
+
+def _rows_overlap(logits: Tensor) -> bool:
+    """Whether two elements share memory; heads of stride 0 are one row by design."""
+    rows = logits[:, :, :1] if logits.stride(2) == 0 else logits
+    extent = 1
+    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
+        if size > 1:
+            if stride < extent:
+                return True
+            extent += stride * (size - 1)
+    return False
 
 
 def target_error(position: str, target: int, vocabulary: int, ignore_index: int) -> IndexError:

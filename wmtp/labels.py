@@ -46,4 +46,4 @@ def has_target(target_ids: Tensor, horizon: int, ignore_index: int = IGNORE_INDE
              [False, False],
              [False, False]]])
     """
-    return shift_to_heads(target_ids, horizon, ignore_index) != ignore_index
+    return shift_to_heads(target_ids.long(), horizon, ignore_index) != ignore_index

@@ -43,7 +43,8 @@ def fused_weighted_mtp_loss(
 
     Args:
         logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU), any strides. One
-            set of logits for all heads, `logits[:, :, None].expand(-1, -1, H, -1)`, is read once.
+            set of logits for all heads, `logits[:, :, None].expand(-1, -1, H, -1)`, is read once;
+            of the gradients of such heads only the sum, which autograd hands on, has a meaning.
         target_ids: [B, S] integer, the *unshifted* token ids.
         head_weights: [B, S, H] float, finite and >= 0 (checked on the CPU, where there is a
             target; on a GPU the check would cost a sync and is not made).

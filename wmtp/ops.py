@@ -70,6 +70,8 @@ def _token_loss(
 
 def _row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, shared_heads):
     logits = _unit_stride(logits, shared_heads)
+    if heads_share_storage(logits) and not shared_heads:
+        logits = logits.contiguous()
     return KERNELS[backend].row_gradient(logits, target_ids, lse, row_scalar, ignore_index)
 
 
@@ -104,7 +106,8 @@ def _fake_next_token_ce(logits, *_):
 def _save_for_backward(ctx, inputs, output):
     logits, target_ids = inputs[:2]
     ctx.normalize, ctx.ignore_index, ctx.backend, ctx.inplace = inputs[6:]
-    ctx.shared_heads = heads_share_storage(logits)
+    # Of a leaf every head's own gradient is wanted; of a view only their sum is ever used.
+    ctx.shared_heads = heads_share_storage(logits) and (ctx.inplace or not logits.is_leaf)
     token_loss, row_scalar, weight_sum, ce, lse = output
     ctx.mark_non_differentiable(row_scalar, lse)
     ctx.save_for_backward(logits, target_ids, lse, row_scalar, token_loss, weight_sum, ce)

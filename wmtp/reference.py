@@ -113,15 +113,16 @@ def reduce_token_loss(
     An empty batch has token losses 0 and is divided by 1, so its loss and gradients are 0.
     """
     valid_mask = counted_tokens(weight_sum)
-    if normalizer is not None:
+    denominator: Tensor | float = 1.0
+    if isinstance(normalizer, Tensor):
+        denominator = normalizer.to(token_loss.dtype)
+    elif normalizer is not None:
         denominator = normalizer
     elif reduction == "token_mean":
         denominator = valid_mask.sum().clamp(min=1)
     elif reduction == "weight_mean":
         total = weight_sum.sum()
         denominator = torch.where(total == 0, torch.ones_like(total), total)
-    else:
-        denominator = 1.0
     return token_loss.sum() / denominator, valid_mask
 
 
@@ -194,21 +195,21 @@ def excess_head_weights(
                 [1.0000, 0.0000],
                 [0.0000, 0.0000]])
     """
-    batch, length, _ = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
-    checks.check_target_ids(target_ids, batch, length)
-    checks.check_ref_ce(ref_ce, batch, length)
-    checks.check_same_device(ce_per_head, ref_ce=ref_ce, target_ids=target_ids)
-    checks.check_temperature(temperature)
-    checks.check_choice("excess", excess, checks.EXCESSES)
     score = excess_loss(ce_per_head, ref_ce, excess)
+    checks.check_target_ids(target_ids, *score.shape[:2])
+    checks.check_same_device(ce_per_head, target_ids=target_ids)
+    checks.check_temperature(temperature)
     return _softmax_over_heads(score, target_ids, temperature, ignore_index)
 
 
 def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
     """[B, S, H], detached: ce[b, t, k] - ref_ce[b, t + k], or its absolute value."""
+    batch, length, heads = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
+    checks.check_ref_ce(ref_ce, batch, length)
+    checks.check_same_device(ce_per_head, ref_ce=ref_ce)
+    checks.check_choice("excess", excess, checks.EXCESSES)
     # ref_ce[t] is about token t + 1: shifted one to the right it sits at the token it is about.
     ce_of_token = F.pad(ref_ce.detach().to(ce_per_head.dtype), (1, 0))
-    length, heads = ce_per_head.shape[1:]
     difference = ce_per_head.detach() - shift_to_heads(ce_of_token[:, :length], heads, 0.0)
     return difference if excess == "signed" else difference.abs()
 

@@ -1,5 +1,6 @@
 """Algorithms and scorers by name ("rho1-wmtp"), as configurations and the command line say them."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ class Registry:
 
     Args:
         kind: what is registered here, for the error messages.
+        home: the package whose import enters the library's own classes; imported at first look-up.
 
         >>> registry = Registry("colour")
         >>> @registry.register("red", category="warm", version="1.0.0")
@@ -32,8 +34,9 @@ class Registry:
         KeyError: "no colour is registered as 'blue': known are 'red'"
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, home: str | None = None) -> None:
         self.kind = kind
+        self._home = home
         self._entries: dict[str, Registration] = {}
 
     def register(self, name: str, *, category: str, version: str) -> Callable[[type[C]], type[C]]:
@@ -61,8 +64,9 @@ class Registry:
         Raises:
             KeyError: nothing has that name; lists the names there are.
         """
+        known_names = self.names()
         if name not in self._entries:
-            known = ", ".join(map(repr, self.names())) or "none (nothing was imported yet)"
+            known = ", ".join(map(repr, known_names)) or "none"
             raise KeyError(f"no {self.kind} is registered as {name!r}: known are {known}")
         return self._entries[name]
 
@@ -72,6 +76,8 @@ class Registry:
 
     def names(self, category: str | None = None) -> list[str]:
         """All names, or those of one category, in the order of registration."""
+        if self._home is not None:
+            importlib.import_module(self._home)
         return [
             entry.name
             for entry in self._entries.values()
@@ -79,6 +85,5 @@ class Registry:
         ]
 
 
-# Filled by importing wmtp.trainers and wmtp.scorers.
-trainer_registry = Registry("trainer")
-scorer_registry = Registry("scorer")
+trainer_registry = Registry("trainer", home="wmtp.trainers")
+scorer_registry = Registry("scorer", home="wmtp.scorers")

@@ -22,16 +22,23 @@ def info() -> None:
         table.add_row(package, _version(package))
     table.add_section()
     for name, missing in (
-        ("cpu", wmtp.cpu.unavailable()),
+        ("cpu", _cpu_missing()),
         ("triton", wmtp.kernels.unavailable()),
         ("eager", None),
     ):
         state = "[green]ready[/]" if missing is None else f"[yellow]not available:[/] {missing}"
         table.add_row(f"backend {name}", state)
-    instruction_set = None if wmtp.cpu.unavailable() else wmtp.cpu.instruction_set()
+    instruction_set = "none" if _cpu_missing() else wmtp.cpu.instruction_set()
     table.add_row("CPU kernels", f"{instruction_set}, {torch.get_num_threads()} threads")
     table.add_row("GPU", _gpu())
     console.print(table)
+
+
+def _cpu_missing() -> str | None:
+    try:
+        return wmtp.cpu.unavailable()
+    except RuntimeError as wrong_environment:
+        return str(wrong_environment)
 
 
 def _version(package: str) -> str:

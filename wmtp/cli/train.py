@@ -14,7 +14,7 @@ from wmtp.cli.console import console, errors_shown, progress
 from wmtp.data import PreparedData, find_corpus, prepare_data
 from wmtp.data.prepare import DEFAULT_VOCABULARY
 from wmtp.registry import trainer_registry
-from wmtp.trainers import RunFolder, TrainConfig
+from wmtp.trainers import ConfigError, RunFolder, TrainConfig
 from wmtp.trainers.reference_model import Reference, load_reference
 
 
@@ -51,7 +51,8 @@ def train(
     ref: Annotated[
         Path | None,
         typer.Option(
-            help="rho1-wmtp: the reference model, a run folder of ours or a Hugging Face one. "
+            help="rho1-wmtp: the reference model, a run folder of ours (--horizon 1) or a "
+            "Hugging Face one. "
             "Default: a small one is trained first, in OUT/reference.",
             show_default=False,
         ),
@@ -82,6 +83,8 @@ def train(
             keep_last=keep_last,
             reference=None if ref is None else str(ref.resolve()),
         )
+        if ref is not None and not trainer_registry.get(algo).needs_reference:
+            raise ConfigError(f"{algo} compares with no reference model: leave --ref out")
         _make_repeatable()
         # Several processes on CPUs are found only when it is said that there is nothing else.
         processes = PartialState(cpu=not torch.accelerator.is_available())
@@ -138,6 +141,7 @@ def run_identity(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
 
 def _reference(config: TrainConfig, data: PreparedData, folder: RunFolder) -> Reference:
     if config.reference is not None:
+        console.print(f"using the reference model in {config.reference}", highlight=False)
         return load_reference(Path(config.reference), data.tokenizer)
     reference_folder = RunFolder(folder.path / "reference")
     if reference_folder.result() is None:

@@ -7,6 +7,7 @@ replacement characters would silently become part of what the model learns.
 
 import hashlib
 import json
+import math
 import os
 import sysconfig
 from collections.abc import Iterator
@@ -126,8 +127,8 @@ def _parse_line(line: str, place: str) -> Document:
     reward = record.get("reward")
     if reward is None:
         return Document(record["text"])
-    if isinstance(reward, bool) or not isinstance(reward, int | float):
-        raise DataError(f'{place}: "reward" must be a number, got {reward!r}')
+    if isinstance(reward, bool) or not (isinstance(reward, int | float) and math.isfinite(reward)):
+        raise DataError(f'{place}: "reward" must be a finite number, got {reward!r}')
     return Document(record["text"], float(reward))
 
 

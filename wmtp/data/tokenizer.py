@@ -1,6 +1,5 @@
 """A byte-level BPE: every text has tokens, nothing is unknown, decoding gives the text back."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -45,11 +44,12 @@ def load_tokenizer(file: Path) -> Tokenizer:
     """
     if not file.is_file():
         raise DataError(f"no tokenizer file {file}: pass a tokenizer.json")
-    text = file.read_text(encoding="utf-8")
-    # Asked here because the library's own error is of no particular class.
-    if not text.startswith("{") or "model" not in json.loads(text):
-        raise DataError(f"{file} is not a tokenizer.json of the tokenizers library")
-    tokenizer = Tokenizer.from_str(text)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no narrower class
+        raise DataError(
+            f"{file} is not a tokenizer.json of the tokenizers library: {error}"
+        ) from error
     # Some files carry the padding and truncation of their model's inputs; a corpus wants neither.
     tokenizer.no_padding()
     tokenizer.no_truncation()

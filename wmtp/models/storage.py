@@ -23,7 +23,7 @@ def save_model_folder(model: MTPTransformer, tokenizer: Tokenizer, folder: Path)
 def is_model_folder(folder: Path) -> bool:
     """Whether `save_model_folder` wrote this folder."""
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE
+    return file.is_file() and f'"{MODEL_TYPE}"' in file.read_text(errors="replace")
 
 
 def load_model_folder(folder: Path) -> MTPTransformer:

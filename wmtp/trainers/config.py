@@ -70,6 +70,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "horizon", "eval_batches", "save_every", "keep_last"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("seq_len", self.seq_len >= 2, "at least 2: a token and its successor")
+        self._require("horizon", self.horizon < self.seq_len, f"below seq_len {self.seq_len}")
         self._require("seed", self.seed >= 0, "at least 0")
         self._require("value_warmup_steps", self.value_warmup_steps >= 0, "at least 0")
         for name in ("lr", "value_lr", "max_grad_norm", "temperature"):

@@ -58,15 +58,16 @@ def step_statistics(ce_per_head: Tensor, weights: Tensor, target_ids: Tensor) ->
 
     Returns:
         ce_head_k, the mean cross entropy of head k in nats; weight_head_k, its mean share
-        w / sum_k w over the tokens that have a target for every head (1 / H for uniform weights,
-        0 where there is no such token); weight_entropy, the mean entropy of those shares in nats
-        (log H for uniform weights).
+        w / sum_k w over the tokens that have any weight and a target for every head (1 / H for
+        uniform weights, 0 where there is no such token); weight_entropy, the mean entropy of
+        those shares in nats (log H for uniform weights).
     """
     heads = weights.shape[2]
     valid = has_target(target_ids, heads)
     ce = ce_per_head.sum((0, 1)) / valid.sum((0, 1)).clamp(min=1)
-    whole = valid.all(-1, keepdim=True)
-    share = torch.where(whole, weights / weights.sum(-1, keepdim=True), 0.0)
+    weight_sum = weights.sum(-1, keepdim=True)
+    whole = valid.all(-1, keepdim=True) & (weight_sum != 0)
+    share = torch.where(whole, weights / weight_sum, 0.0)
     tokens = whole.sum().clamp(min=1)
     mean_share = share.sum((0, 1)) / tokens
     return {

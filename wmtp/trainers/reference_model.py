@@ -24,7 +24,12 @@ def reference_ce(reference: Reference, input_ids: Tensor, target_ids: Tensor) ->
     """
     with torch.no_grad():
         output = reference(input_ids)
-        logits = output if isinstance(output, Tensor) else output.logits
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise ConfigError(
+                f"the reference must return logits or an object with .logits, "
+                f"got {type(output).__name__}"
+            )
         if logits.dim() == 4 and logits.shape[2] == 1:
             logits = logits[:, :, 0]
         if logits.dim() != 3:
@@ -69,7 +74,10 @@ def load_reference(folder: Path, tokenizer: Tokenizer) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     _check_same_vocabulary(folder, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"transformers cannot load a model from {folder}: {error}") from error
     if model.config.vocab_size < tokenizer.get_vocab_size():
         raise ConfigError(
             f"{folder} knows {model.config.vocab_size} tokens, the tokenizer has "

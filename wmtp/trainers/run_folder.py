@@ -39,7 +39,7 @@ class RunFolder:
                 something else.
         """
         there = self._read_json("config.json")
-        if there is None:
+        if there is None or not self._begun():
             self._refuse_foreign_files()
             self.path.mkdir(parents=True, exist_ok=True)
             write_text(self.path / "config.json", json.dumps(identity, indent=2) + "\n")
@@ -53,6 +53,13 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({_difference(there, identity)}): "
                 "repeat its settings, or choose another --out"
             )
+
+    def _begun(self) -> bool:
+        """Whether anything was computed: a start that failed leaves only its settings."""
+        if self.read_metrics() or self._numbered_checkpoints() or self.result():
+            return True
+        reference = self.path / "reference"
+        return reference.is_dir() and RunFolder(reference)._begun()
 
     def result_of(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result, if a run of just this identity is finished here."""
@@ -153,10 +160,14 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file: choose another --out")
         # A kill before config.json had its name leaves only the temporary file.
-        foreign = [path.name for path in self.path.glob("*") if path.suffix != TEMPORARY]
+        own = {"config.json", "metrics.jsonl", "checkpoints", "reference"}
+        if self._read_json("config.json") is None:
+            own = set()
+        found = {path.name for path in self.path.glob("*") if path.suffix != TEMPORARY}
+        foreign = sorted(found - own)
         if foreign:
             raise RunError(
-                f"{self.path} is not empty and holds no run (found {sorted(foreign)[0]}): "
+                f"{self.path} is not empty and holds no run (found {foreign[0]}): "
                 "choose another --out"
             )
 

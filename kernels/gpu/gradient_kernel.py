@@ -21,8 +21,8 @@ from wmtp.kernels.rows import (
 )
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_t", "stride_h",
-                               "grad_lead", "grad_stride_b", "grad_stride_t", "grad_stride_h",
+@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
+                               "grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h",
                                "seq_len", "vocab_size", "ignore_index"])  # fmt: skip
 def row_gradient_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
@@ -32,11 +32,11 @@ def row_gradient_kernel(
     grad_ptr,  # likewise aligned; in place: logits_ptr itself
     lead,
     stride_b,
-    stride_t,
+    stride_s,
     stride_h,
     grad_lead,
     grad_stride_b,
-    grad_stride_t,
+    grad_stride_s,
     grad_stride_h,
     seq_len,
     vocab_size,
@@ -73,8 +73,8 @@ def row_gradient_kernel(
         lse = tl.where(valid & (lse == lse), row_lse, lse)
         live |= valid
 
-    begin = lead + b * stride_b + t * stride_t + row * stride_h
-    grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_t + row * grad_stride_h
+    begin = lead + b * stride_b + t * stride_s + row * stride_h
+    grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
     peel, inner = inner_part(grad_begin, vocab_size, UNIT)
     row_ptr = logits_ptr + begin
     inner_ptr = logits_ptr + (first_unit(begin, UNIT) if IN_PHASE else begin + peel)

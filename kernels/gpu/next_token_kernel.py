@@ -12,7 +12,7 @@ import triton.language as tl
 from wmtp.kernels.rows import aligned_base, cross_entropy, launch_shape, row_max_sum, warp_size
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_t", "seq_len", "vocab_size",
+@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "seq_len", "vocab_size",
                                "ignore_index"])  # fmt: skip
 def next_token_ce_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0]
@@ -20,7 +20,7 @@ def next_token_ce_kernel(
     ref_ce_ptr,  # [B, S-1]
     lead,
     stride_b,
-    stride_t,
+    stride_s,
     seq_len,
     vocab_size,
     ignore_index,
@@ -33,7 +33,7 @@ def next_token_ce_kernel(
     in_range = (target >= 0) & (target < vocab_size)
     ce = 0.0
     if target != ignore_index:
-        begin = lead + b * stride_b + t * stride_t
+        begin = lead + b * stride_b + t * stride_s
         x_target = tl.load(logits_ptr + begin + target, mask=in_range).to(tl.float32)
         m, s = row_max_sum(logits_ptr, begin, vocab_size, BLOCK)
         ce, _lse = cross_entropy(m, s, x_target, in_range)

@@ -21,7 +21,7 @@ GIVEN = tl.constexpr(1)
 EXCESS = tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_t", "stride_h", "seq_len", "vocab_size",
+@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h", "seq_len", "vocab_size",
                                "ignore_index"])  # fmt: skip
 def token_loss_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
@@ -34,7 +34,7 @@ def token_loss_kernel(
     lse_ptr,  # [B, S, H]
     lead,
     stride_b,
-    stride_t,
+    stride_s,
     stride_h,
     seq_len,
     vocab_size,
@@ -56,7 +56,7 @@ def token_loss_kernel(
     valid = ahead & (target != ignore_index)
     in_range = (target >= 0) & (target < vocab_size)
 
-    begin = lead + b * stride_b + t * stride_t
+    begin = lead + b * stride_b + t * stride_s
     m = tl.zeros(head.shape, tl.float32)
     s = m + 1.0
     for row in range(1 if SHARED_HEADS else H):

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint sanitize bench clean
 
 demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
@@ -17,6 +17,14 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Python itself has no sanitizers in it, so their runtime is loaded before it; its leaks are not ours.
+sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undefined-behaviour sanitizers
+	$(BIN)/cmake -G Ninja -B build/sanitize -DWMTP_SANITIZE=ON -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+	$(BIN)/cmake --build build/sanitize
+	WMTP_CPU_LIBRARY=$(CURDIR)/build/sanitize/libwmtp_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
+	$(BIN)/python -m pytest tests/test_cpu.py tests/test_cpu_machine.py tests/test_gradient.py
 
 bench: $(READY)  ## speed and memory against eager torch
 	$(BIN)/wmtp bench

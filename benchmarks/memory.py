@@ -4,18 +4,28 @@ On the CPU from torch.profiler's `[memory]` events (every allocation and release
 from the allocator's own statistics.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from rich import box
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from wmtp.benchmarks.providers import PROVIDERS, make_arguments
+import wmtp
+from wmtp.benchmarks.problem import Problem, Shape
+from wmtp.benchmarks.providers import DIRECTIONS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+PROFILED = ("eager", "eager_float", "fused", "fused_inplace")  # compiling each shape takes long
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """The most bytes that `call` held at any moment, its results included.
+
+    What the library keeps from one call to the next is given back first, so that it counts.
 
     >>> peak_bytes(lambda: (torch.empty(1000, dtype=torch.uint8), None)[1])
     1000
@@ -28,6 +38,7 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
         torch.cuda.synchronize()
         del kept
         return torch.cuda.max_memory_allocated() - before
+    wmtp.release_memory()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     del kept
@@ -42,41 +53,42 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
 
 
 def loss_peak_bytes(
-    provider: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str
+    provider: str, direction: str, shape: Shape, dtype: torch.dtype, device: str
 ) -> int:
-    """Peak bytes of loss and gradient beyond the logits."""
-    logits, target_ids, head_weights = make_arguments(shape, dtype, device)
-    logits = logits.detach()
-    loss = PROVIDERS[provider]
-    leaf = logits.requires_grad_()
-    loss(*make_arguments((1, 2, 1, 2), dtype, device)).backward()  # one-time allocations
-
-    def call() -> torch.Tensor:
-        return torch.autograd.grad(loss(leaf, target_ids, head_weights), leaf)[0]
-
-    return peak_bytes(call, device)
+    """Peak bytes of the loss, and of its gradient unless "forward", beyond the logits."""
+    tiny = Problem((1, 2, 1, 2), dtype, "given", device)
+    tiny.call(provider, direction)()  # one-time allocations
+    return peak_bytes(Problem(shape, dtype, "given", device).call(provider, direction), device)
 
 
 def profile_table(
     vocabularies: list[int], length: int, heads: int, dtype: torch.dtype, device: str
 ) -> Table:
-    """Peak memory of each provider over the vocabularies, in MiB and in units of the logits."""
+    """Peak memory of each provider, direction and vocabulary, in units of the logits."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(
-        title=f"peak memory of loss + gradient beyond the logits [1, {length}, {heads}, V], "
+        title=f"peak memory beyond the logits [1, {length}, {heads}, V], "
         f"{str(dtype).removeprefix('torch.')}, {device}",
-        caption="MiB, and in units of the logits",
+        caption="in units of the logits; forward: without gradient",
         box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("V", justify="right")
-    table.add_column("logits", justify="right")
-    for provider in PROVIDERS:
-        table.add_column(provider, justify="right", no_wrap=True)
+    for column in ("V", "logits", "direction", *PROFILED):
+        table.add_column(column, justify="left" if column == "direction" else "right", no_wrap=True)
     for vocabulary in vocabularies:
         shape = (1, length, heads, vocabulary)
         logits_bytes = length * heads * vocabulary * dtype.itemsize
-        cells = []
-        for provider in PROVIDERS:
-            peak = loss_peak_bytes(provider, shape, dtype, device)
-            cells.append(f"{peak / 2**20:.1f} {peak / logits_bytes:.3f}x")
-        table.add_row(str(vocabulary), f"{logits_bytes / 2**20:.1f}", *cells)
+        start = [str(vocabulary), f"{logits_bytes / 2**20:.1f} MiB"]
+        for direction, contestants in DIRECTIONS.items():
+            cells = [
+                f"{loss_peak_bytes(provider, direction, shape, dtype, device) / logits_bytes:.3f}"
+                if provider in contestants
+                else ""
+                for provider in PROFILED
+            ]
+            table.add_row(*start, direction, *cells)
+            start = ["", ""]
+        table.add_section()
     return table

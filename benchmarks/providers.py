@@ -1,54 +1,131 @@
 """The contestants: every way to compute the weighted loss that is timed or profiled.
 
-Each maps (logits [B, S, H, V], target_ids [B, S], head_weights [B, S, H]) to the scalar loss.
+Each maps (leaves, target_ids [B, S], head_weights [B, S, H] or None, ref_ce [B, S - 1] or None) to
+the scalar loss; neither weights nor ref_ce means uniform. The leaves, which are what a gradient is
+taken for, are the logits [B, S, H, V]; those of `cce` are the factors of such logits.
 """
 
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmtp import fused_weighted_mtp_loss
+from wmtp import excess_head_weights, fused_weighted_mtp_loss
 from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
 
+Loss = Callable[..., Tensor]
 
-def eager(logits: Tensor, target_ids: Tensor, head_weights: Tensor) -> Tensor:
+
+def eager(
+    logits: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+) -> Tensor:
     """What one writes in a trainer: torch's own cross entropy in the logits' dtype."""
     targets = shift_to_heads(target_ids, logits.shape[2], IGNORE_INDEX)
     ce = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
-    weights = head_weights * has_target(target_ids, logits.shape[2])
+    return _weighted_mean(ce.view(targets.shape), target_ids, head_weights, ref_ce)
+
+
+def eager_float(logits: Tensor, target_ids: Tensor, *weights: Tensor | None) -> Tensor:
+    """The same after `.float()`, as Hugging Face's losses do."""
+    return eager(logits.float(), target_ids, *weights)
+
+
+def compiled(*arguments: Tensor | None) -> Tensor:
+    return _compiled_eager()(*arguments)
+
+
+def cce(
+    hidden: Tensor,
+    classifier: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+) -> Tensor:
+    """Cut Cross Entropy's torch.compile implementation: hidden [B, S, H, 1], classifier [V, 1].
+
+    It takes no logits. A hidden size of 1 makes its product about as cheap as filling them.
+    """
+    targets = shift_to_heads(target_ids, hidden.shape[2], IGNORE_INDEX)
+    linear_cross_entropy = importlib.import_module("cut_cross_entropy").linear_cross_entropy
+    ce = linear_cross_entropy(hidden, classifier, targets, reduction="none", impl="torch_compile")
+    return _weighted_mean(ce, target_ids, head_weights, ref_ce)
+
+
+def fused(
+    logits: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    return fused_weighted_mtp_loss(
+        logits, target_ids, head_weights, ref_ce=ref_ce, inplace=inplace
+    ).loss
+
+
+PROVIDERS: dict[str, Loss] = {
+    "eager": eager,
+    "eager_float": eager_float,
+    "compiled": compiled,
+    "cce": cce,
+    "fused": fused,
+    "fused_inplace": functools.partial(fused, inplace=True),
+}
+# What one call does; `copy`, which is no loss, is timed beside each.
+DIRECTIONS = {
+    "forward": ("eager", "eager_float", "compiled", "cce", "fused"),  # under no_grad
+    "forward+backward": ("eager", "eager_float", "compiled", "cce", "fused"),
+    "inplace": ("fused_inplace",),  # forward + backward over the logits' own storage
+}
+COMPILED = ("compiled", "cce")
+
+
+def absent(compiling: bool) -> dict[str, str]:
+    """The providers that are not timed here, and why.
+
+    Args:
+        compiling: there is time for torch.compile.
+    """
+    if not compiling:
+        return dict.fromkeys(COMPILED, "not timed with --quick")
+    missing = {}
+    if not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        missing = dict.fromkeys(COMPILED, "torch.compile finds no C++ compiler")
+    if importlib.util.find_spec("cut_cross_entropy") is None:
+        missing["cce"] = "cut-cross-entropy is not installed"
+    return missing
+
+
+def leaves(provider: str, logits: Tensor) -> tuple[Tensor, ...]:
+    """What the provider is called with, and differentiated by."""
+    if provider != "cce":
+        return (logits,)
+    factors = (logits[..., :1], logits[0, 0, 0, :, None])
+    return tuple(factor.detach().clone().requires_grad_() for factor in factors)
+
+
+def _weighted_mean(
+    ce: Tensor, target_ids: Tensor, head_weights: Tensor | None, ref_ce: Tensor | None
+) -> Tensor:
+    weights = has_target(target_ids, ce.shape[2]).to(torch.float32)
+    if ref_ce is not None:
+        weights = excess_head_weights(ce, ref_ce, target_ids)
+    elif head_weights is not None:
+        weights = head_weights * weights
     weight_sum = weights.sum(-1)
-    token_loss = (weights * ce.view(targets.shape)).sum(-1) / weight_sum.clamp(min=1e-8)
+    token_loss = (weights * ce).sum(-1) / weight_sum.clamp(min=1e-8)
     return token_loss.sum() / (weight_sum > 1e-8).sum()
 
 
-def eager_float(logits: Tensor, target_ids: Tensor, head_weights: Tensor) -> Tensor:
-    """The same after `.float()`, as Hugging Face's losses do."""
-    return eager(logits.float(), target_ids, head_weights)
-
-
-def fused(logits: Tensor, target_ids: Tensor, head_weights: Tensor) -> Tensor:
-    return fused_weighted_mtp_loss(logits, target_ids, head_weights).loss
-
-
-def fused_inplace(logits: Tensor, target_ids: Tensor, head_weights: Tensor) -> Tensor:
-    return fused_weighted_mtp_loss(logits, target_ids, head_weights, inplace=True).loss
-
-
-PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "eager": eager,
-    "eager_float": eager_float,
-    "fused": fused,
-    "fused_inplace": fused_inplace,
-}
-
-
-def make_arguments(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Random logits (a leaf that requires grad), target_ids and head_weights."""
-    batch, length, heads, vocabulary = shape
-    logits = torch.randn(shape, device=device, dtype=dtype).requires_grad_()
-    target_ids = torch.randint(vocabulary, (batch, length), device=device)
-    return logits, target_ids, torch.rand(batch, length, heads, device=device) + 0.1
+@functools.cache
+def _compiled_eager() -> Loss:
+    return torch.compile(eager, dynamic=False)

@@ -1,98 +1,144 @@
-"""Runs the suite, reads its JSON, and puts every time beside eager torch and the copy."""
+"""Runs the suite, gathers what it measured, and takes the ratios: each within one run."""
 
+import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 
 import wmtp
 import wmtp.cpu
+from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.providers import absent
 
-BENCH = Path(__file__).with_name("bench_loss.py")
+SUITES = {"loss": "bench_loss.py", "scaling": "bench_scaling.py"}
+# Measured anew in each run, so one value a run.
+SERIES = ("rounds", "median_ms", "q1_ms", "q3_ms")
 
 
-def run_suite(quick: bool) -> dict[str, Any]:
-    """Time everything in a process of its own; environment and results, ready for JSON.
+def run_suites(suites: Iterable[str], size: str) -> dict[str, Any]:
+    """Time everything once, in a process of its own.
+
+    Args:
+        suites: of SUITES.
+        size: "full", "quick" or "tiny".
+
+    Returns:
+        what pytest-benchmark writes.
 
     Raises:
-        RuntimeError: the suite failed (outputs that disagree, for one); carries its output.
+        RuntimeError: a suite failed (outputs that disagree, for one); carries its output.
     """
+    files = [str(Path(__file__).with_name(SUITES[suite])) for suite in suites]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.json"
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pytest", str(BENCH), "-p", "no:cacheprovider"),
+                *(sys.executable, "-m", "pytest", "-x", *files, "-p", "no:cacheprovider"),
                 f"--benchmark-json={file}",
             ],
-            env={**os.environ, "WMTP_BENCH_QUICK": str(int(quick))},
+            env={**os.environ, "WMTP_BENCH_SIZE": size},
             cwd=folder,
             capture_output=True,
             text=True,
         )
         if done.returncode != 0:
             raise RuntimeError(f"the benchmark suite failed:\n{done.stdout}{done.stderr}")
-        measured = json.loads(file.read_text())
+        return json.loads(file.read_text())
+
+
+def gather(command: str, size: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Environment and the results of all runs, ready for JSON."""
     return {
-        "command": "wmtp bench --quick" if quick else "wmtp bench",
-        "environment": environment(measured["machine_info"]["cpu"].get("brand_raw", "")),
-        "cases": [_case(benchmark) for benchmark in measured["benchmarks"]],
+        "command": command,
+        "environment": environment(runs[0]["machine_info"]["cpu"].get("brand_raw", "")),
+        "absent": absent(compiling=size == "full"),
+        "cases": _merge([_case(benchmark) for benchmark in run["benchmarks"]] for run in runs),
     }
 
 
 def environment(cpu: str) -> dict[str, Any]:
     """What a reader needs to know to repeat the numbers."""
+    packages = ("torch", "cut-cross-entropy", "pytest-benchmark")
     return {
         "cpu": cpu,
         "instruction_set": None if wmtp.cpu.unavailable() else wmtp.cpu.instruction_set(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{package: _version(package) for package in packages},
         "wmtp": wmtp.__version__,
     }
 
 
+def cases_by_key(results: dict[str, Any]) -> dict[Case, dict[str, Any]]:
+    """The results of `gather`, or of its JSON, by what identifies them."""
+    return {_key(case): case for case in results["cases"]}
+
+
+def in_units_of(case: dict[str, Any], peer: dict[str, Any]) -> list[float]:
+    """The case's time per element of the logits in units of its peer's, run by run."""
+    elements = torch.Size(peer["shape"]).numel() / torch.Size(case["shape"]).numel()
+    pairs = zip(case["median_ms"], peer["median_ms"], strict=True)
+    return [elements * mine / other for mine, other in pairs]
+
+
+def peer_of(case: Case, provider: str) -> Case:
+    """What the case is compared with; in place is an answer to forward + backward."""
+    if case.direction == "inplace" and provider != "copy":
+        case = case._replace(direction="forward+backward")
+    return case._replace(provider=provider)
+
+
+def logits_bytes(case: Case) -> int:
+    return torch.Size(case.shape).numel() * getattr(torch, case.dtype).itemsize
+
+
+def gigabytes_per_second(case: Case, median_ms: float) -> float:
+    """Of the bytes that the job needs: one read of the logits, and one write for a gradient."""
+    reads_only = case.direction == "forward" and case.provider != "copy"
+    return (1 if reads_only else 2) * logits_bytes(case) / (1e6 * median_ms)
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, least and most over the runs."""
+    return statistics.median(values), min(values), max(values)
+
+
+def _key(case: dict[str, Any]) -> Case:
+    fields = {name: case[name] for name in Case._fields}
+    return Case(**{**fields, "shape": tuple(case["shape"])})
+
+
+def _merge(runs: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    merged: dict[Case, dict[str, Any]] = {}
+    for run in runs:
+        for case in run:
+            known = merged.setdefault(_key(case), {**case, **{name: [] for name in SERIES}})
+            for name in SERIES:
+                known[name].append(case[name])
+    return list(merged.values())
+
+
 def _case(benchmark: dict[str, Any]) -> dict[str, Any]:
-    info, stats = benchmark["extra_info"], benchmark["stats"]
+    stats = benchmark["stats"]
     return {
-        **{name: info[name] for name in ("shape", "dtype", "provider", "peak_bytes")},
+        **benchmark["extra_info"],
         "rounds": stats["rounds"],
-        **{f"{name}_ms": round(1e3 * stats[name], 4) for name in ("median", "q1", "q3")},
+        **{f"{name}_ms": round(1e3 * stats[name], 5) for name in ("median", "q1", "q3")},
     }
 
 
-def table(results: dict[str, Any]) -> Table:
-    """Median, ratio to eager and to the copy, and peak bytes in units of the logits."""
-    known = {name: value for name, value in results["environment"].items() if value is not None}
-    caption = ", ".join(f"{name} {value}" for name, value in known.items())
-    rows = Table(title="loss + gradient", caption=caption, box=box.SIMPLE)
-    for column in ("shape", "dtype", "provider", "median", "eager /", "/ copy", "peak"):
-        text = column in ("dtype", "provider")
-        rows.add_column(column, justify="left" if text else "right", no_wrap=True)
-    groups: dict[tuple, dict[str, dict]] = {}
-    for case in results["cases"]:
-        key = (tuple(case["shape"]), case["dtype"])
-        groups.setdefault(key, {})[case["provider"]] = case
-    for (shape, dtype), cases in groups.items():
-        logits_bytes = torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-        for provider, case in sorted(cases.items(), key=lambda item: -item[1]["median_ms"]):
-            median = case["median_ms"]
-            rows.add_row(
-                "x".join(map(str, shape)),
-                dtype,
-                provider,
-                f"{median:.2f} ms",
-                f"{cases['eager']['median_ms'] / median:.2f}x",
-                f"{median / cases['copy']['median_ms']:.2f}x",
-                f"{case['peak_bytes'] / logits_bytes:.3f}",
-            )
-        rows.add_section()
-    return rows
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

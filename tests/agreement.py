@@ -1,10 +1,12 @@
 """Random cases, and how close a backend has to come to the fp64 truth on them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from wmtp import cpu
 from wmtp.labels import IGNORE_INDEX, has_target
 from wmtp.reference import MTPLoss, accumulation_dtype, compute_weighted_mtp_loss
 
@@ -75,30 +77,32 @@ def make_case(
     )
 
 
-def loss_and_gradient(function, case: Case, **more) -> tuple[MTPLoss, Tensor]:
-    """The outputs, and the gradient of `grad_loss * loss + sum(grad_ce * ce)` in the logits."""
+def loss_and_gradients(function, case: Case, **more) -> tuple[MTPLoss, Tensor]:
+    """The outputs, and [2, B, S, H, V] the gradients in the logits: that of `grad_loss * loss`,
+    which may have been written in forward, and of `grad_loss * loss + sum(grad_ce * ce)`."""
     logits = case.logits.detach().requires_grad_()
     result = function(logits, case.target_ids, **case.options, **more)
     outputs = [result.loss, result.ce_per_head]
     upstream = [case.grad_loss.to(result.loss.dtype), case.grad_ce.to(result.loss.dtype)]
-    (gradient,) = torch.autograd.grad(outputs, [logits], upstream)
-    return MTPLoss(*(value.detach() for value in result)), gradient
+    (of_loss,) = torch.autograd.grad(outputs[:1], [logits], upstream[:1], retain_graph=True)
+    (of_both,) = torch.autograd.grad(outputs, [logits], upstream)
+    return MTPLoss(*(value.detach() for value in result)), torch.stack([of_loss, of_both])
 
 
 def assert_identical(found: tuple[MTPLoss, Tensor], wanted: tuple[MTPLoss, Tensor]) -> None:
-    """Two answers of `loss_and_gradient`, bit by bit."""
+    """Two answers of `loss_and_gradients`, bit by bit."""
     for ours, theirs in zip((*found[0], found[1]), (*wanted[0], wanted[1]), strict=True):
         assert torch.equal(ours, theirs)
 
 
 def row_scalars(case: Case) -> Tensor:
-    """[B, S, H]: row by row the gradient above is this times (softmax - onehot)."""
+    """[2, B, S, H]: row by row the gradients above are this times (softmax - onehot)."""
     logits = case.logits.detach().requires_grad_()
     result = compute_weighted_mtp_loss(
         logits, case.target_ids, horizon=logits.shape[2], **case.options
     )
     (slope,) = torch.autograd.grad(result.loss, [result.ce_per_head], case.grad_loss)
-    return slope + case.grad_ce
+    return torch.stack([slope, slope + case.grad_ce])
 
 
 def largest(values: Tensor) -> float:
@@ -111,27 +115,62 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def assert_agrees(function, case: Case, **more) -> None:
-    """`function` against the truth in fp64, its gradient no worse than eager torch in its dtype."""
+    """`function` against the fp64 truth, its gradients no worse than eager torch in its dtype."""
     dtype, heads = case.logits.dtype, case.logits.shape[2]
-    result, gradient = loss_and_gradient(function, case, **more)
+    result, gradients = loss_and_gradients(function, case, **more)
     exact = case.cast(torch.float64)
-    truth, true_gradient = loss_and_gradient(compute_weighted_mtp_loss, exact, horizon=heads)
+    truth, true_gradients = loss_and_gradients(compute_weighted_mtp_loss, exact, horizon=heads)
     assert result.loss.dtype == result.ce_per_head.dtype == accumulation_dtype(case.logits)
-    assert gradient.dtype == dtype
+    assert gradients.dtype == dtype
     assert torch.equal(result.valid_mask, truth.valid_mask)
     rtol = LOSS_TOLERANCE.get(dtype, 2e-5)
     atol = rtol * (1e-2 if case.logits.device.type == "cpu" else 1e-1)  # a GPU's log is coarser
+    # The truth rounds its log-sum-exp too, and with it the logarithm of every probability.
+    of_truth = torch.finfo(torch.float64).eps * largest(exact.logits[exact.logits.isfinite()])
+    atol += of_truth
     torch.testing.assert_close(result.loss.double(), truth.loss, rtol=rtol, atol=atol)
     torch.testing.assert_close(result.ce_per_head.double(), truth.ce_per_head, rtol=rtol, atol=atol)
 
     valid = has_target(case.target_ids, heads, case.options.get("ignore_index", IGNORE_INDEX))
-    _, eager_gradient = loss_and_gradient(compute_weighted_mtp_loss, case, horizon=heads)
+    _, eager_gradients = loss_and_gradients(compute_weighted_mtp_loss, case, horizon=heads)
     # Where all tokens are certain, p - 1 is little but the rounding of p, in eager torch too; and
     # excess weights see the rounding of ce through 1 / temperature.
     of_excess = not case.options.keys().isdisjoint({"ref_ce", "ref_logits"})
     units = 4 / min(1.0, case.options.get("temperature", 1.0)) if of_excess else 4
-    rounding = units * torch.finfo(result.loss.dtype).eps * largest(row_scalars(exact)[valid])
-    allowed = max(GRADIENT_TOLERANCE[dtype] * largest(true_gradient), rounding)
-    eager_error = largest(eager_gradient.double() - true_gradient)
-    assert largest(gradient.double() - true_gradient) <= eager_error + allowed
-    assert torch.count_nonzero(gradient[~valid]) == 0
+    for ours, eager, true, scalars in zip(
+        gradients, eager_gradients, true_gradients, row_scalars(exact), strict=True
+    ):
+        rounding = (units * torch.finfo(result.loss.dtype).eps + of_truth) * largest(scalars[valid])
+        allowed = max(GRADIENT_TOLERANCE[dtype] * largest(true), rounding)
+        assert largest(ours.double() - true) <= largest(eager.double() - true) + allowed
+        assert torch.count_nonzero(ours[~valid]) == 0
+
+
+class KernelOutput(NamedTuple):
+    """What `wmtp.cpu.weighted_loss` returns, in its order."""
+
+    loss: Tensor
+    valid_mask: Tensor
+    ce: Tensor
+    token_loss: Tensor
+    weight_sum: Tensor
+    row_scalar: Tensor
+    lse: Tensor
+    factors: Tensor
+    grad: Tensor
+
+
+def cpu_loss(
+    logits, target_ids, weights=None, ref_ce=None, *,
+    signed=False, reduction="token_mean", normalizer=1.0, gradient="none",
+) -> KernelOutput:  # fmt: skip
+    """The C++ kernel's own outputs; unless told otherwise row_scalar is w / sum_k w."""
+    divisor = None if normalizer is None else torch.tensor(normalizer)
+    how = (divisor, 0.7, signed, reduction, IGNORE_INDEX, gradient)
+    return KernelOutput(*cpu.weighted_loss(logits, target_ids, weights, ref_ce, *how))
+
+
+def cpu_gradient(logits, target_ids, row_scalar) -> Tensor:
+    """The gradient of sum row_scalar ce, by the C++ kernel."""
+    unused_lse = torch.full_like(row_scalar, float("nan"))
+    return cpu.row_gradient(logits, target_ids, unused_lse, row_scalar, IGNORE_INDEX)

@@ -11,6 +11,22 @@ import pytest
 
 from wmtp import cpu
 
+# (backend, device): Triton on the CPU is its interpreter; on a GPU it is the real thing.
+TARGETS = [
+    pytest.param(("cpu", "cpu"), id="cpu"),
+    pytest.param(
+        ("triton", "cpu"),
+        id="interpreted",
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU runs the real kernel"),
+    ),
+    pytest.param(("triton", "cuda"), id="gpu", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    return request.param
+
 
 @pytest.fixture(autouse=True)
 def _same_random_numbers():
@@ -47,7 +63,7 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
 def instruction_set(request):
     """The C++ kernel with every instruction set of this machine; one thread, for small tensors."""
     if reason := cpu.unavailable():

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from lower layers and its own package only.
 LAYERS = [
-    {"labels", "checks", "kernels", "registry"},
-    {"reference", "cpu"},
+    {"labels", "checks", "reduction", "registry", "gradient_memory"},
+    {"reference", "cpu", "kernels"},
     {"backends"},
     {"ops"},
     {"loss"},

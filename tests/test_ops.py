@@ -4,30 +4,46 @@ import pytest
 import torch
 
 from agreement import make_case
-from wmtp import fused_weighted_mtp_loss, next_token_cross_entropy
+from wmtp import cpu, fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 
-BACKENDS = [
-    "cpu",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted on GPUs"),
-    ),
-]
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted on GPUs")
+BACKENDS = ["cpu", pytest.param("triton", marks=INTERPRETED)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def loss_arguments(weighting, backend, shape=(2, 4, 2, 9), reduction="token_mean", normalizer=None):
+    """`weighted_loss`'s, but for shared_heads, ahead and inplace."""
+    case = make_case(shape, weighting=weighting)
+    options = [case.options.get(name) for name in ("head_weights", "ref_ce")]
+    how = (normalizer, 0.7, False, reduction, -100, backend)
+    return (case.logits, case.target_ids, *options, *how)
+
+
+@pytest.mark.parametrize(
+    ("backend", "ahead"),
+    [("cpu", True), ("cpu", False), pytest.param("triton", False, marks=INTERPRETED)],
+)
 @pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce"])
-def test_opcheck_token_loss(backend, weighting):
-    case = make_case((2, 4, 2, 9), weighting=weighting)
-    weights = case.options.get("head_weights")
-    arguments = (
-        case.logits.requires_grad_(),
-        case.target_ids,
-        None if weights is None else weights.requires_grad_(),
-        case.options.get("ref_ce"),
-        0.7, False, True, -100, backend, False,
-    )  # fmt: skip
-    torch.library.opcheck(torch.ops.wmtp.token_loss.default, arguments)
+def test_opcheck_weighted_loss(backend, ahead, weighting):
+    arguments = loss_arguments(weighting, backend)
+    for tensor in (arguments[0], arguments[2]):
+        if tensor is not None:
+            tensor.requires_grad_()
+    operator = torch.ops.wmtp.weighted_loss.default
+    torch.library.opcheck(operator, (*arguments, False, ahead, False))
+
+
+@pytest.mark.parametrize("reduction", ["weight_mean", "sum"])
+def test_opcheck_weighted_loss_with_a_normalizer(reduction):
+    arguments = loss_arguments("given", "cpu", reduction=reduction, normalizer=torch.tensor(5.0))
+    arguments[0].requires_grad_()
+    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, (*arguments, False, True, False))
+
+
+def test_opcheck_shared_heads():
+    logits, *rest = loss_arguments("given", "cpu", (2, 4, 1, 9))
+    weights = torch.rand(2, 4, 3)
+    arguments = (logits.expand(-1, -1, 3, -1), rest[0], weights, *rest[2:], True)
+    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, (*arguments, True, False))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -36,11 +52,70 @@ def test_opcheck_the_others(backend):
     lse = case.logits.logsumexp(-1)
     rows = (case.logits, case.target_ids, lse, torch.rand(2, 4, 2), -100, backend)
     torch.library.opcheck(torch.ops.wmtp.row_gradient.default, (*rows, False))
-    torch.library.opcheck(torch.ops.wmtp.row_gradient_.default, rows)
+    if backend == "triton":  # elsewhere it is written in forward
+        torch.library.opcheck(torch.ops.wmtp.row_gradient_.default, rows)
     torch.library.opcheck(
         torch.ops.wmtp.next_token_ce.default,
         (case.logits[:, :, 0].contiguous(), case.target_ids, -100, backend),
     )
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """One entry for each pass of the C++ kernel: whether it wrote a gradient."""
+    calls, run = [], cpu._run
+
+    def counted(logits, target_ids, how, ignore_index, grad, grad_scale):
+        calls.append(grad is not None)
+        return run(logits, target_ids, how, ignore_index, grad, grad_scale)
+
+    monkeypatch.setattr(cpu, "_run", counted)
+    return calls
+
+
+def compilers():
+    def as_it_is(function):
+        return function
+
+    def aot_eager(function):
+        return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+    def inductor(function):
+        return torch.compile(function, fullgraph=True)
+
+    return [as_it_is, aot_eager, inductor]
+
+
+@pytest.mark.parametrize("compiler", compilers(), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+def test_loss_and_gradient_are_one_pass(kernel_calls, compiler, dtype, weighting):
+    case = make_case((2, 5, 3, 20), dtype, weighting)
+    logits = case.logits.requires_grad_()
+    step = compiler(
+        lambda x: 0.5 * fused_weighted_mtp_loss(x * 1, case.target_ids, **case.options).loss
+    )
+    for _ in range(2):
+        step(logits).backward()
+    assert kernel_calls == [True, True]
+
+
+@pytest.mark.parametrize("compiler", compilers(), ids=lambda f: f.__name__)
+def test_a_loss_without_gradient_writes_none(kernel_calls, compiler):
+    case = make_case((2, 5, 3, 20))
+    step = compiler(lambda x: fused_weighted_mtp_loss(x, case.target_ids).loss)
+    step(case.logits)
+    with torch.no_grad():
+        step(case.logits.requires_grad_())
+    assert kernel_calls == [False, False]
+
+
+@pytest.mark.parametrize("compiler", compilers(), ids=lambda f: f.__name__)
+def test_cross_entropies_write_their_gradient_in_backward(kernel_calls, compiler):
+    case = make_case((2, 5, 3, 20))
+    step = compiler(lambda x: mtp_cross_entropy(x, case.target_ids).square().sum())
+    step(case.logits.requires_grad_()).backward()
+    assert kernel_calls == [False, True]
 
 
 @pytest.mark.parametrize("shared_heads", [False, True])

@@ -4,6 +4,7 @@ from wmtp import fused_weighted_mtp_loss
 loss, valid_mask, ce_per_head = fused_weighted_mtp_loss(logits, target_ids)
 """
 
+from wmtp.gradient_memory import release_memory
 from wmtp.loss import (
     fused_weighted_mtp_loss,
     mtp_cross_entropy,
@@ -18,5 +19,6 @@ __all__ = [
     "fused_weighted_mtp_loss",
     "mtp_cross_entropy",
     "next_token_cross_entropy",
+    "release_memory",
     "td_head_weights",
 ]

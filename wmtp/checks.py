@@ -69,6 +69,8 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
             f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}: "
             f"pass unnormalised scores, not ids"
         )
+    if type(logits) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+        _check_not_overwritten(name, logits)
     rank = axes.count(",") + 1
     if logits.dim() != rank:
         remedy = "add the head axis with logits.unsqueeze(2)" if logits.dim() + 1 == rank else ""
@@ -189,9 +191,35 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
         )
     if torch.compiler.is_compiling():
         raise ValueError(
-            "inplace=True overwrites the logits during backward, which torch.compile cannot "
-            "trace: pass inplace=False inside compiled code"
+            "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
+            "inplace=False inside compiled code"
         )
+
+
+def note_overwritten(logits: Tensor) -> None:
+    """These logits hold their gradient now. Whoever saved them for a backward gets autograd's
+    error, and whoever passes them in again gets ours, until they are changed."""
+    torch.autograd.graph.increment_version(logits)
+    logits.untyped_storage()._wmtp_gradient = (logits._version, *_extent(logits))  # type: ignore[attr-defined]
+
+
+def _check_not_overwritten(name: str, logits: Tensor) -> None:
+    note = getattr(logits.untyped_storage(), "_wmtp_gradient", None)
+    if note is None or logits.is_inference():
+        return
+    (version, first, last), (begin, end) = note, _extent(logits)
+    if version == logits._version and begin < last and first < end:
+        raise ValueError(
+            f"{name} have been overwritten by their gradient: an earlier loss was computed from "
+            f"them with inplace=True; compute them again, or pass inplace=False there"
+        )
+
+
+def _extent(logits: Tensor) -> tuple[int, int]:
+    """The bytes between its first element and its last, as addresses."""
+    steps = zip(logits.shape, logits.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)
+    return logits.data_ptr(), logits.data_ptr() + elements * logits.element_size()
 
 
 def _rows_overlap(logits: Tensor) -> bool:

@@ -1,12 +1,13 @@
 """The CPU backend: calls libwmtp_cpu (kernels/cpu) through its C ABI.
 
-    token_loss     CE, weights, row scalar and loss of every token: one read of the logits
-    row_gradient   row_scalar (softmax - onehot): one read, one write
+    weighted_loss  loss, cross entropies and, if wanted, the gradient: one read and one write
+    row_gradient   the gradient of sum row_scalar * ce: one read, one write
     next_token_ce  a reference model's CE: one read
 
 B batch, S sequence, H heads, V vocabulary. Logits are float32, bfloat16, float16 or float64, with
 last stride 1 and any other strides; "acc" is float32, float64 for float64 logits. The library is
-loaded at first use; `WMTP_CPU_ISA=avx512|avx2|baseline` overrides its choice of instruction set.
+loaded at first use; `WMTP_CPU_ISA=avx512_bf16|avx512|avx2|baseline` overrides its choice of
+instruction set.
 """
 
 import ctypes
@@ -19,10 +20,14 @@ import torch
 from torch import Tensor
 
 from wmtp.checks import target_error, weight_error
+from wmtp.gradient_memory import new_gradient
 
-LIBRARY = Path(__file__).parent / "libwmtp_cpu.so"
+# The variable is for a build of another kind, `make sanitize` for one.
+LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parent / "libwmtp_cpu.so")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_REDUCTIONS = {"sum": 0, "token_mean": 1, "weight_mean": 2}
+_CE = 2  # the place of ce among the outputs
 _BAD_TARGET, _BAD_WEIGHT, _UNKNOWN_ISA, _MISSING_ISA = 1, 2, 3, 4
 
 
@@ -43,68 +48,87 @@ class _Weighting(ctypes.Structure):
         ("head_weights", ctypes.c_void_p),
         ("ref_ce", ctypes.c_void_p),
         ("temperature", ctypes.c_double),
+        ("normalizer", ctypes.c_double),
+        ("has_normalizer", ctypes.c_int32),
         ("is_signed", ctypes.c_int32),
-        ("normalize", ctypes.c_int32),
+        ("reduction", ctypes.c_int32),
+        ("are_row_scalars", ctypes.c_int32),
     ]
 
 
-class _TokenLoss(ctypes.Structure):
+class _Output(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_void_p) for name in ("token_loss", "row_scalar", "weight_sum", "ce", "lse")
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("loss", "valid_mask", "ce", "token_loss", "weight_sum", "row_scalar", "lse"),
+                *("factors", "grad", "scratch"),
+            )
+        ),
+        ("grad_scale", ctypes.c_double),
     ]
 
 
-def token_loss(
+def weighted_loss(
     logits: Tensor,
     target_ids: Tensor,
     head_weights: Tensor | None,
     ref_ce: Tensor | None,
+    normalizer: Tensor | None,
     temperature: float,
     signed: bool,
-    normalize: bool,
+    reduction: str,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """CE, weights and loss of every token.
+    gradient: str,
+) -> tuple[Tensor, ...]:
+    """The loss and, in the same pass, its gradient.
 
     Args:
         logits: [B, S, H, V].
         target_ids: [B, S] int64, contiguous, unshifted.
         head_weights: [B, S, H] acc, contiguous, or None.
         ref_ce: [B, S - 1] acc, contiguous, nats, or None; not with head_weights.
+        normalizer: [], replaces the denominator, or None.
         temperature: of the excess softmax, nats.
         signed: excess is ce - ref_ce instead of |ce - ref_ce|.
-        normalize: row_scalar is w / sum_k w instead of w.
+        reduction: "token_mean", "weight_mean" or "sum".
         ignore_index: a target of this id is no target.
+        gradient: "none", "new" or "inplace" (over the logits).
 
     Returns:
-        token_loss [B, S], row_scalar [B, S, H], weight_sum [B, S], ce [B, S, H], lse [B, S, H].
+        loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],
+        row_scalar [B, S, H] = dloss / dce, lse [B, S, H], factors [2], grad.
+        grad is [B, S, H, V]; shared heads (H > 1, stride 0 along them): [B, S, 1, V], an H-th of
+        their sum, for autograd adds it up over the expanded heads; "none": [0].
+        factors: 1 / denominator, and what grad is still to be multiplied with. That is 1 but for
+        float16, whose gradient is scaled to the range that float16 has: 1 / denominator would carry
+        most of it below the smallest number.
 
     Raises:
         IndexError: a target outside [0, V).
         ValueError: a negative or non-finite weight where there is a target.
     """
-    library = _library()
-    batch, length, heads, _ = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    tokens = [torch.empty(batch, length, dtype=dtype) for _ in range(2)]
-    rows = [torch.empty(batch, length, heads, dtype=dtype) for _ in range(3)]
-    out = (tokens[0], rows[0], tokens[1], rows[1], rows[2])
-    how = _Weighting(_pointer(head_weights), _pointer(ref_ce), temperature, signed, normalize)
-    position = ctypes.c_int64()
-    status = library.wmtp_cpu_token_loss(
-        _rows(logits, logits.stride(2), heads, target_ids, ignore_index),
-        how,
-        _TokenLoss(*(tensor.data_ptr() for tensor in out)),
-        position,
+    how = _Weighting(
+        _pointer(head_weights),
+        _pointer(ref_ce),
+        temperature,
+        0.0 if normalizer is None else normalizer.item(),
+        normalizer is not None,
+        signed,
+        _REDUCTIONS[reduction],
     )
+    grad = _gradient_memory(logits) if gradient == "new" else logits
+    wanted = None if gradient == "none" else grad
+    scale = 1 / logits.shape[2] if _shares_heads(logits) else 1.0
+    outputs, status, position = _run(logits, target_ids, how, ignore_index, wanted, scale)
     if status == _BAD_WEIGHT:
         assert head_weights is not None
-        token, k = divmod(position.value, heads)
-        b, t = divmod(token, length)
+        token, k = divmod(position, logits.shape[2])
+        b, t = divmod(token, logits.shape[1])
         raise weight_error(f"[{b}, {t}, {k}]", head_weights[b, t, k].item())
     if status == _BAD_TARGET:
-        _raise_target_error(target_ids, position.value, logits.shape[-1], ignore_index)
-    return out
+        _raise_target_error(target_ids, position, logits.shape[-1], ignore_index)
+    return (*outputs, logits.new_empty(0) if wanted is None else grad)
 
 
 def row_gradient(
@@ -113,45 +137,34 @@ def row_gradient(
     lse: Tensor,
     row_scalar: Tensor,
     ignore_index: int,
-    inplace: bool = False,
 ) -> Tensor:
     """The gradient of sum row_scalar * ce with respect to the logits.
 
     Args:
         logits: [B, S, H, V]. Shared heads (H > 1, stride 0 along them) are one row a token.
         target_ids: [B, S] int64, contiguous, unshifted.
-        lse: [B, S, H] acc, contiguous, from `token_loss`. Its rounding bounds the relative error of
-            the probabilities: half a unit in its last place, 1e-6 up to 32 in float32.
-        row_scalar: [B, S, H] acc, contiguous.
+        lse: not needed: the pass that finds it again has the exponentials then, unrounded by it.
+        row_scalar: [B, S, H] acc, contiguous, of any sign.
         ignore_index: a target of this id is no target; such rows get exactly 0, unread.
-        inplace: write over the logits.
 
     Returns:
-        [B, S, H, V] contiguous, of the logits' dtype; shared heads: their sum, [B, S, 1, V]. The
-        logits themselves when `inplace`.
+        [B, S, H, V] contiguous, of the logits' dtype; shared heads: their sum, [B, S, 1, V].
 
     Raises:
         IndexError: a target outside [0, V).
     """
-    library = _library()
-    batch, length, heads, vocabulary = logits.shape
-    grad = None
-    if not inplace:
-        shared = heads > 1 and logits.stride(2) == 0
-        shape = (batch, length, 1 if shared else heads, vocabulary)
-        grad = torch.empty(shape, dtype=logits.dtype)
-    position = ctypes.c_int64()
-    status = library.wmtp_cpu_row_gradient(
-        _rows(logits, logits.stride(2), heads, target_ids, ignore_index),
-        lse.data_ptr(),
-        row_scalar.data_ptr(),
-        _pointer(grad),
-        0 if grad is None else grad.numel() * grad.element_size(),
-        position,
-    )
+    how = _Weighting(row_scalar.data_ptr(), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
+    grad = _gradient_memory(logits)
+    _, status, position = _run(logits, target_ids, how, ignore_index, grad, 1.0)
     if status == _BAD_TARGET:
-        _raise_target_error(target_ids, position.value, vocabulary, ignore_index)
-    return logits if grad is None else grad
+        _raise_target_error(target_ids, position, logits.shape[-1], ignore_index)
+    return grad
+
+
+def scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad * factor [], of grad's dtype, in memory of its own."""
+    out = new_gradient(grad.shape, grad.dtype, _ask_for_huge_pages)
+    return torch.mul(grad, factor, out=out)
 
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
@@ -168,17 +181,62 @@ def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tens
     Raises:
         IndexError: a target outside [0, V).
     """
-    library = _library()
-    batch, length, vocabulary = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    ref_ce = torch.empty(batch, max(length - 1, 0), dtype=dtype)
-    position = ctypes.c_int64()
-    status = library.wmtp_cpu_next_token_ce(
-        _rows(logits, 0, 1, target_ids, ignore_index), ref_ce.data_ptr(), position
-    )
+    how = _Weighting(reduction=_REDUCTIONS["sum"])
+    outputs, status, position = _run(logits[:, :, None], target_ids, how, ignore_index, None, 1.0)
     if status == _BAD_TARGET:
-        _raise_target_error(target_ids, position.value, vocabulary, ignore_index)
-    return ref_ce
+        _raise_target_error(target_ids, position, logits.shape[-1], ignore_index)
+    return outputs[_CE][:, : max(logits.shape[1] - 1, 0), 0].contiguous()
+
+
+def _run(
+    logits: Tensor,
+    target_ids: Tensor,
+    how: _Weighting,
+    ignore_index: int,
+    grad: Tensor | None,
+    grad_scale: float,
+) -> tuple[list[Tensor], int, int]:
+    """All of `weighted_loss`'s outputs but the gradient, which goes to `grad`; status, position."""
+    library = _library()
+    batch, length, heads, _ = logits.shape
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    tokens, rows = (batch, length), (batch, length, heads)
+    outputs = [
+        _empty((), dtype),
+        _empty(tokens, torch.bool),
+        *(_empty(shape, dtype) for shape in (rows, tokens, tokens, rows, rows, (2,))),
+    ]
+    data = _rows(logits, target_ids, ignore_index)
+    scratch_bytes = library.wmtp_cpu_scratch_bytes(data, how, grad is not None)
+    scratch = _empty((scratch_bytes,), torch.uint8)
+    output = _Output(
+        *(tensor.data_ptr() for tensor in outputs),
+        _pointer(grad),
+        scratch.data_ptr(),
+        grad_scale,
+    )
+    position = ctypes.c_int64()
+    status = library.wmtp_cpu_weighted_loss(data, how, output, position)
+    return outputs, status, position.value
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
+
+
+def _shares_heads(logits: Tensor) -> bool:
+    return logits.shape[2] > 1 and logits.stride(2) == 0
+
+
+def _gradient_memory(logits: Tensor) -> Tensor:
+    batch, length, heads, vocabulary = logits.shape
+    rows = 1 if _shares_heads(logits) else heads
+    shape = (batch, length, rows, vocabulary)
+    return new_gradient(shape, logits.dtype, _ask_for_huge_pages)
+
+
+def _ask_for_huge_pages(new: Tensor) -> None:
+    _library().wmtp_cpu_ask_for_huge_pages(new.data_ptr(), new.nbytes)
 
 
 def unavailable() -> str | None:
@@ -188,17 +246,17 @@ def unavailable() -> str | None:
         RuntimeError: WMTP_CPU_ISA names an instruction set that is unknown or missing here.
     """
     remedy = "install a C++17 compiler, CMake and Ninja, then install wmtp again"
-    if not LIBRARY.exists():
-        return f"its C++ kernel was not built when wmtp was installed: {remedy}"
     try:
         _library()
     except OSError as error:
+        if not LIBRARY.exists():
+            return f"its C++ kernel was not built when wmtp was installed: {remedy}"
         return f"its C++ kernel does not load ({error}): {remedy}"
     return None
 
 
 def instruction_set() -> str:
-    """ "avx512", "avx2" or "baseline": what the kernel runs with here.
+    """ "avx512_bf16", "avx512", "avx2" or "baseline": what the kernel runs with here.
 
     Raises:
         OSError: the kernel is not there; `unavailable` says why.
@@ -210,21 +268,16 @@ def instruction_set() -> str:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
-    pointer, position = ctypes.c_void_p, ctypes.POINTER(ctypes.c_int64)
-    rows = ctypes.POINTER(_Rows)
+    rows, how = ctypes.POINTER(_Rows), ctypes.POINTER(_Weighting)
     library.wmtp_cpu_select.argtypes = [ctypes.c_char_p]
     library.wmtp_cpu_instruction_set.restype = ctypes.c_char_p
-    library.wmtp_cpu_token_loss.argtypes = [
-        rows,
-        ctypes.POINTER(_Weighting),
-        ctypes.POINTER(_TokenLoss),
-        position,
+    library.wmtp_cpu_ask_for_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    library.wmtp_cpu_scratch_bytes.argtypes = [rows, how, ctypes.c_int]
+    library.wmtp_cpu_scratch_bytes.restype = ctypes.c_int64
+    library.wmtp_cpu_weighted_loss.argtypes = [
+        *(rows, how, ctypes.POINTER(_Output)),
+        ctypes.POINTER(ctypes.c_int64),
     ]
-    library.wmtp_cpu_row_gradient.argtypes = [
-        *(rows, pointer, pointer, pointer),
-        *(ctypes.c_size_t, position),
-    ]
-    library.wmtp_cpu_next_token_ce.argtypes = [rows, pointer, position]
     _select_instruction_set(library, os.environ.get("WMTP_CPU_ISA", ""))
     return library
 
@@ -233,20 +286,18 @@ def _select_instruction_set(library: ctypes.CDLL, name: str) -> None:
     status = library.wmtp_cpu_select(name.encode())
     if status == _UNKNOWN_ISA:
         raise RuntimeError(
-            f"WMTP_CPU_ISA must be avx512, avx2 or baseline (the last only, elsewhere than on "
-            f"x86-64), got {name!r}: unset it to choose the best"
+            f"WMTP_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline (the last only, elsewhere "
+            f"than on x86-64), got {name!r}: unset it to choose the best"
         )
     if status == _MISSING_ISA:
         raise RuntimeError(f"WMTP_CPU_ISA is {name}, which this CPU lacks: unset it")
 
 
-def _rows(
-    logits: Tensor, head_stride: int, heads: int, target_ids: Tensor, ignore_index: int
-) -> _Rows:
+def _rows(logits: Tensor, target_ids: Tensor, ignore_index: int) -> _Rows:
     return _Rows(
         logits.data_ptr(),
-        *(logits.stride(0), logits.stride(1), head_stride),
-        *(logits.shape[0], logits.shape[1], heads, logits.shape[-1]),
+        *logits.stride()[:3],
+        *logits.shape,
         target_ids.data_ptr(),
         ignore_index,
         _DTYPES[logits.dtype],

@@ -59,8 +59,9 @@ def fused_weighted_mtp_loss(
             gradient accumulation and data-parallel runs.
         ignore_index: a target of this id is no target.
         horizon: when given, must equal H.
-        inplace: lets `backward` write the gradient over the logits, whose values are then gone;
-            a second backward raises. Eager torch has no use for the permission.
+        inplace: lets the loss write the gradient over the logits, whose values are then gone: a
+            second use of them raises, and so does a second backward. `ce_per_head` cannot be
+            differentiated then. Eager torch has no use for the permission.
         backend: "auto", "cpu", "triton" or "eager". A backend asked for by name never falls back;
             "auto" warns once if it must run in eager.
 
@@ -121,20 +122,21 @@ def fused_weighted_mtp_loss(
         )
     checks.check_inplace(inplace, logits)
     dtype = reference.accumulation_dtype(logits)
-    token_loss, _, weight_sum, ce, _ = ops.token_loss(
-        logits,
-        target_ids.long().contiguous(),
-        None if head_weights is None else head_weights.to(dtype).contiguous(),
-        None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
-        temperature,
-        excess == "signed",
-        reduction == "token_mean",
-        ignore_index,
-        chosen,
-        inplace,
+    return MTPLoss(
+        *ops.weighted_loss(
+            logits,
+            target_ids.long().contiguous(),
+            None if head_weights is None else head_weights.to(dtype).contiguous(),
+            None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
+            reference.as_tensor(normalizer),
+            temperature,
+            excess == "signed",
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=chosen,
+            inplace=inplace,
+        )
     )
-    loss, valid_mask = reference.reduce_token_loss(token_loss, weight_sum, reduction, normalizer)
-    return MTPLoss(loss, valid_mask, ce)
 
 
 def mtp_cross_entropy(
@@ -169,9 +171,21 @@ def mtp_cross_entropy(
                 [1.6094, 0.0000],
                 [0.0000, 0.0000]])
     """
-    return fused_weighted_mtp_loss(
-        logits, target_ids, reduction="sum", ignore_index=ignore_index, backend=backend
-    ).ce_per_head
+    checks.check_logits("logits", logits, "[B, S, H, V]")
+    checks.check_target_ids(target_ids, *logits.shape[:2])
+    checks.check_same_device(logits, target_ids=target_ids)
+    chosen = choose_backend(backend, logits.device.type, logits.dtype)
+    if chosen == "eager":
+        return reference.cross_entropy_per_head(logits, target_ids, ignore_index)
+    _, _, ce = ops.weighted_loss(
+        logits,
+        target_ids.long().contiguous(),
+        reduction="sum",
+        ignore_index=ignore_index,
+        backend=chosen,
+        loss_wanted=False,
+    )
+    return ce
 
 
 def next_token_cross_entropy(

@@ -1,30 +1,41 @@
-"""The registered operators: `torch.ops.wmtp.token_loss`, `row_gradient`, `next_token_ce`.
+"""The registered operators: `torch.ops.wmtp.weighted_loss`, `row_gradient`, `next_token_ce`.
 
 To autograd, torch.compile and the profiler each is one opaque operator; which kernels run is its
-`backend` argument ("cpu" or "triton"). Shapes, dtypes and the mathematics of each kernel call:
+`backend` argument ("cpu" or "triton"). Shapes and mathematics of the loss:
 
     logits [B, S, H, V], target_ids [B, S] int64, head_weights [B, S, H] or None,
-    ref_ce [B, S-1] or None  ->
-        token_loss [B, S]       sum_k row_scalar ce
-        row_scalar [B, S, H]    w / sum_k w when `normalize`, else w
+    ref_ce [B, S-1] or None, normalizer [] or None  ->
+        loss []                 sum row_scalar ce
+        valid_mask [B, S]       sum_k w > 1e-8
+        ce, lse [B, S, H]
+        token_loss [B, S]       sum_k w ce, over sum_k w for token_mean
         weight_sum [B, S]       sum_k w
-        ce, lse    [B, S, H]
+        row_scalar [B, S, H]    dloss/dce
+        factors [2]             1 / denominator, and what grad is still to be multiplied with
+        grad                    dloss/dlogits[b, t, k, :] = row_scalar (softmax - onehot)
 
-    dtoken_loss/dlogits[b, t, k, :] = row_scalar[b, t, k] (softmax - onehot)
+A backend of IN_FORWARD writes `grad` in the pass that reads the logits, so backward has at most a
+factor left to multiply. The others leave it to backward, and so does whoever wants no more than ce.
 """
 
 import torch
 from torch import Tensor
 
 from wmtp.backends import KERNELS
+from wmtp.checks import note_overwritten
 from wmtp.labels import has_target
-from wmtp.reference import accumulation_dtype, counted_tokens
+from wmtp.reduction import counted_tokens
+from wmtp.reference import accumulation_dtype
+
+IN_FORWARD = {"cpu"}
 
 _library = torch.library.Library("wmtp", "DEF")
 _library.define(
-    "token_loss(Tensor logits, Tensor target_ids, Tensor? head_weights, Tensor? ref_ce, "
-    "float temperature, bool signed, bool normalize, int ignore_index, str backend, bool inplace)"
-    " -> (Tensor token_loss, Tensor row_scalar, Tensor weight_sum, Tensor ce, Tensor lse)"
+    "weighted_loss(Tensor logits, Tensor target_ids, Tensor? head_weights, Tensor? ref_ce, "
+    "Tensor? normalizer, float temperature, bool signed, str reduction, int ignore_index, "
+    "str backend, bool shared_heads, bool ahead, bool inplace)"
+    " -> (Tensor loss, Tensor valid_mask, Tensor ce, Tensor token_loss, Tensor weight_sum, "
+    "Tensor row_scalar, Tensor lse, Tensor factors, Tensor grad)"
 )
 _library.define(
     "row_gradient(Tensor logits, Tensor target_ids, Tensor lse, Tensor row_scalar, "
@@ -39,39 +50,63 @@ _library.define(
 )
 
 
+def weighted_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    temperature: float = 1.0,
+    signed: bool = False,
+    *,
+    reduction: str,
+    ignore_index: int,
+    backend: str,
+    inplace: bool = False,
+    loss_wanted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, valid_mask, ce), differentiable in logits and head_weights; arguments as checked.
+
+    `loss_wanted=False`: only ce will be differentiated, so no gradient is written ahead.
+    """
+    differentiated = torch.is_grad_enabled() and logits.requires_grad
+    # Of a leaf every head's own gradient is wanted; of a view only their sum is ever used.
+    of_heads = differentiated and logits.is_leaf and not inplace
+    shared = heads_share_storage(logits) and not of_heads
+    ahead = differentiated and loss_wanted and backend in IN_FORWARD
+    traced = torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
+    arguments = (
+        *(logits, target_ids, head_weights, ref_ce, normalizer, temperature, signed, reduction),
+        *(ignore_index, backend, shared, ahead, inplace and differentiated and not traced),
+    )
+    call = torch.ops.wmtp.weighted_loss if traced else _WeightedLoss.apply
+    return call(*arguments)[:3]
+
+
 def heads_share_storage(logits: Tensor) -> bool:
     """One row of logits per token, seen H times: `logits[:, :, None].expand(-1, -1, H, -1)`."""
     return logits.shape[2] > 1 and logits.stride(2) == 0
 
 
-def _unit_stride(logits: Tensor, shared_heads: bool = False) -> Tensor:
+def _rows(logits: Tensor, shared_heads: bool) -> Tensor:
     """The kernels walk along V one by one; every other stride is free."""
     if shared_heads:  # torch.compile may have materialised the heads on the way here
         return _unit_stride(logits[:, :, :1]).expand(logits.shape)
+    return logits.contiguous() if heads_share_storage(logits) else _unit_stride(logits)
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def _token_loss(
-    logits, target_ids, head_weights, ref_ce, temperature, signed, normalize, ignore_index,
-    backend, inplace,
-):  # fmt: skip
-    logits = _unit_stride(logits, heads_share_storage(logits))
-    return KERNELS[backend].token_loss(
-        logits,
-        target_ids,
-        head_weights,
-        ref_ce,
-        temperature,
-        signed,
-        normalize,
-        ignore_index,
-    )
+def _weighted_loss(logits, *arguments):
+    *options, backend, shared_heads, ahead, inplace = arguments
+    gradient = ("inplace" if inplace else "new") if ahead else "none"
+    return KERNELS[backend].weighted_loss(_rows(logits, shared_heads), *options, gradient)
 
 
 def _row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, shared_heads):
-    logits = _unit_stride(logits, shared_heads)
-    if heads_share_storage(logits) and not shared_heads:
-        logits = logits.contiguous()
+    logits = _rows(logits, shared_heads)
     return KERNELS[backend].row_gradient(logits, target_ids, lse, row_scalar, ignore_index)
 
 
@@ -83,15 +118,23 @@ def _next_token_ce(logits, target_ids, ignore_index, backend):
     return KERNELS[backend].next_token_ce(_unit_stride(logits), target_ids, ignore_index)
 
 
-def _fake_token_loss(logits, *_):
-    tokens = logits.new_empty(logits.shape[:2], dtype=accumulation_dtype(logits))
-    rows = logits.new_empty(logits.shape[:3], dtype=accumulation_dtype(logits))
-    return tokens, rows, tokens.clone(), rows.clone(), rows.clone()
+def _fake_weighted_loss(logits, *arguments):
+    *_, shared_heads, ahead, _inplace = arguments
+    tokens, rows, dtype = logits.shape[:2], logits.shape[:3], accumulation_dtype(logits)
+    loss, mask = logits.new_empty((), dtype=dtype), logits.new_empty(tokens, dtype=torch.bool)
+    shapes = (rows, tokens, tokens, rows, rows, (2,))
+    others = (logits.new_empty(shape, dtype=dtype) for shape in shapes)
+    grad = _fake_gradient(logits, shared_heads) if ahead else logits.new_empty(0)
+    return loss, mask, *others, grad
+
+
+def _fake_gradient(logits, shared_heads):
+    batch, length, heads, vocabulary = logits.shape
+    return logits.new_empty(batch, length, 1 if shared_heads else heads, vocabulary)
 
 
 def _fake_row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, shared_heads):
-    batch, length, heads, vocabulary = logits.shape
-    return logits.new_empty(batch, length, 1 if shared_heads else heads, vocabulary)
+    return _fake_gradient(logits, shared_heads)
 
 
 def _fake_row_gradient_(*_):
@@ -104,46 +147,96 @@ def _fake_next_token_ce(logits, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
-    logits, target_ids = inputs[:2]
-    ctx.normalize, ctx.ignore_index, ctx.backend, ctx.inplace = inputs[6:]
-    # Of a leaf every head's own gradient is wanted; of a view only their sum is ever used.
-    ctx.shared_heads = heads_share_storage(logits) and (ctx.inplace or not logits.is_leaf)
-    token_loss, row_scalar, weight_sum, ce, lse = output
-    ctx.mark_non_differentiable(row_scalar, lse)
-    ctx.save_for_backward(logits, target_ids, lse, row_scalar, token_loss, weight_sum, ce)
+    logits, target_ids, _weights, _ref_ce, normalizer, _temperature, _signed = inputs[:7]
+    ctx.reduction, ctx.ignore_index, ctx.backend, ctx.shared_heads, ahead, ctx.inplace = inputs[7:]
+    ctx.constant_denominator = normalizer is not None or ctx.reduction != "weight_mean"
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1], *output[3:])
+    *output, grad = output
+    ctx.overwritten = ahead and ctx.inplace
+    ctx.grad = grad if ahead and not ctx.inplace else None
+    if ctx.overwritten:
+        note_overwritten(logits)
+    ctx.save_for_backward(logits, target_ids, *output)
 
 
-def _backward(ctx, grad_token_loss, _row_scalar, grad_weight_sum, grad_ce, _lse):
-    logits, target_ids, lse, row_scalar, token_loss, weight_sum, ce = ctx.saved_tensors
+def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
     grad_logits = grad_weights = None
-    if ctx.needs_input_grad[2]:
-        slope = ce
-        if ctx.normalize:  # d/dw of sum w ce / sum w
-            slope = (ce - token_loss[..., None]) / weight_sum[..., None]
-            slope = torch.where(counted_tokens(weight_sum)[..., None], slope, 0.0)
-        grad_weights = grad_token_loss[..., None] * slope + grad_weight_sum[..., None]
-        grad_weights = torch.where(
-            has_target(target_ids, ce.shape[2], ctx.ignore_index), grad_weights, 0.0
+    if ctx.needs_input_grad[2] and grad_loss is not None:
+        grad_weights = _weights_gradient(ctx, grad_loss)
+    if ctx.needs_input_grad[0] and not (grad_loss is None and grad_ce is None):
+        grad_logits = _logits_gradient(ctx, grad_loss, grad_ce)
+    return grad_logits, None, grad_weights, *(None,) * 10
+
+
+def _weights_gradient(ctx, grad_loss):
+    _, target_ids, loss, _, ce, token_loss, weight_sum, _, _, factors = ctx.saved_tensors
+    slope = ce
+    if ctx.reduction == "token_mean":  # d/dw of sum w ce / sum w, token by token
+        slope = (ce - token_loss[..., None]) / weight_sum[..., None]
+        slope = torch.where(counted_tokens(weight_sum)[..., None], slope, 0.0)
+    elif not ctx.constant_denominator:  # and over the batch
+        slope = ce - loss
+    valid = has_target(target_ids, ce.shape[2], ctx.ignore_index)
+    return torch.where(valid, grad_loss * factors[0] * slope, 0.0)
+
+
+def _logits_gradient(ctx, grad_loss, grad_ce):
+    logits, target_ids, *_, row_scalar, lse, factors = ctx.saved_tensors
+    of_loss_alone = grad_ce is None and not torch.is_grad_enabled()
+    if ctx.overwritten and not of_loss_alone:
+        raise RuntimeError(
+            "inplace=True has put the gradient of the loss where the logits were: neither "
+            "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
         )
-    if ctx.needs_input_grad[0]:
-        scalar = grad_token_loss[..., None] * row_scalar + grad_ce
-        grad_logits = _logits_gradient(ctx, logits, target_ids, lse, scalar)
-    return grad_logits, None, grad_weights, *(None,) * 7
-
-
-def _logits_gradient(ctx, logits, target_ids, lse, scalar):
+    if ctx.overwritten:
+        return _multiplied_inplace(ctx, logits, grad_loss * factors[1])
+    if ctx.grad is not None and of_loss_alone:
+        # It belongs to whoever gets it; a second backward is computed anew.
+        grad, ctx.grad = ctx.grad, None
+        return _multiplied(ctx, grad, grad_loss * factors[1]).expand(logits.shape)
+    scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
+    if grad_loss is not None:
+        scalar = scalar + row_scalar * grad_loss
     if ctx.shared_heads:
         # Autograd sums the heads' gradients into the one row; each is handed an equal part.
         scalar = scalar / logits.shape[2]
-    if ctx.inplace:
-        torch.ops.wmtp.row_gradient_(logits, target_ids, lse, scalar, ctx.ignore_index, ctx.backend)
-        # From here on whoever saved these logits, a second backward too, gets autograd's error.
-        torch.autograd.graph.increment_version(logits)
-        return logits.detach()
-    grad = torch.ops.wmtp.row_gradient(
-        logits, target_ids, lse, scalar, ctx.ignore_index, ctx.backend, ctx.shared_heads
-    )
-    return grad.expand(logits.shape)
+    rows = (logits, target_ids, lse, scalar.contiguous(), ctx.ignore_index, ctx.backend)
+    if not ctx.inplace:
+        return torch.ops.wmtp.row_gradient(*rows, ctx.shared_heads).expand(logits.shape)
+    torch.ops.wmtp.row_gradient_(*rows)
+    note_overwritten(logits)
+    return logits.detach()
+
+
+def _multiplied(ctx, grad, factor):
+    """The gradient written ahead, times what came from above; mostly that is 1."""
+    if type(factor) is not Tensor:  # traced: its value is not known yet
+        return grad * factor
+    return grad if factor == 1 else KERNELS[ctx.backend].scaled(grad, factor)
+
+
+def _multiplied_inplace(ctx, logits, factor):
+    grad = logits.detach()
+    if factor != 1:
+        (grad[:, :, :1] if ctx.shared_heads else grad).mul_(factor)
+    note_overwritten(logits)
+    return grad
+
+
+class _WeightedLoss(torch.autograd.Function):
+    """The operator in eager mode: the same functions without torch.library's 60 us a call, and with
+    the permission to write over an input, which a differentiable operator does not have."""
+
+    @staticmethod
+    def forward(ctx, logits, *arguments):  # a setup_context of its own would cost another 30 us
+        *output, grad = _weighted_loss(logits, *arguments)
+        *_, ahead, inplace = arguments
+        output = (*output, grad.new_empty(0) if ahead and inplace else grad)
+        _save_for_backward(ctx, (logits, *arguments), output)
+        return output
+
+    backward = staticmethod(_backward)
 
 
 def _no_second_derivative(ctx, *_):
@@ -161,10 +254,9 @@ def _register(name, kernel, fake, backward=None, setup_context=None):
         )
 
 
-_register("token_loss", _token_loss, _fake_token_loss, _backward, _save_for_backward)
+_register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, _save_for_backward)
 _register("row_gradient", _row_gradient, _fake_row_gradient, _no_second_derivative)
 _register("row_gradient_", _row_gradient_, _fake_row_gradient_)
 _register("next_token_ce", _next_token_ce, _fake_next_token_ce)
 
-token_loss = torch.ops.wmtp.token_loss
 next_token_ce = torch.ops.wmtp.next_token_ce

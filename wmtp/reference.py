@@ -14,8 +14,7 @@ from torch import Tensor
 
 from wmtp import checks
 from wmtp.labels import has_target, shift_to_heads
-
-MIN_WEIGHT_SUM = 1e-8
+from wmtp.reduction import counted_tokens, find_denominator, to_row_scalar
 
 
 class MTPLoss(NamedTuple):
@@ -85,45 +84,17 @@ def compute_weighted_mtp_loss(
         weights = valid.to(ce.dtype)
 
     weight_sum = weights.sum(-1)
-    if reduction == "token_mean":
-        counted = counted_tokens(weight_sum)[..., None]
-        row_scalar = torch.where(counted, weights, 0.0) / torch.where(
-            counted, weight_sum[..., None], 1.0
-        )
-    else:
-        row_scalar = weights
-    token_loss = (row_scalar * ce).sum(-1)
-    loss, valid_mask = reduce_token_loss(token_loss, weight_sum, reduction, normalizer)
-    return MTPLoss(loss, valid_mask, ce)
+    row_scalar = to_row_scalar(weights, weight_sum) if reduction == "token_mean" else weights
+    denominator = find_denominator(weight_sum, reduction, as_tensor(normalizer))
+    loss = (row_scalar * ce).sum() / denominator
+    return MTPLoss(loss, counted_tokens(weight_sum), ce)
 
 
-def counted_tokens(weight_sum: Tensor) -> Tensor:
-    """[B, S] bool: sum_k w > 1e-8, and NaN counts."""
-    return ~(weight_sum <= MIN_WEIGHT_SUM)
-
-
-def reduce_token_loss(
-    token_loss: Tensor,
-    weight_sum: Tensor,
-    reduction: str,
-    normalizer: Tensor | float | None,
-) -> tuple[Tensor, Tensor]:
-    """From [B, S] token losses and weight sums to the scalar loss and the valid mask.
-
-    An empty batch has token losses 0 and is divided by 1, so its loss and gradients are 0.
-    """
-    valid_mask = counted_tokens(weight_sum)
-    denominator: Tensor | float = 1.0
-    if isinstance(normalizer, Tensor):
-        denominator = normalizer.to(token_loss.dtype)
-    elif normalizer is not None:
-        denominator = normalizer
-    elif reduction == "token_mean":
-        denominator = valid_mask.sum().clamp(min=1)
-    elif reduction == "weight_mean":
-        total = weight_sum.sum()
-        denominator = torch.where(total == 0, torch.ones_like(total), total)
-    return token_loss.sum() / denominator, valid_mask
+def as_tensor(normalizer: Tensor | float | None) -> Tensor | None:
+    """A constant, whatever it was."""
+    if normalizer is None or isinstance(normalizer, Tensor):
+        return None if normalizer is None else normalizer.detach()
+    return torch.tensor(normalizer, dtype=torch.float64, device="cpu")
 
 
 def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:

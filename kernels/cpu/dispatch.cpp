@@ -39,10 +39,16 @@ bool has_avx2() { return has(bit_FMA | bit_F16C, bit_AVX2, 0x06); }
 bool has_avx512() {
   return has_avx2() && has(0, bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL, 0xe6);
 }
+
+bool has_avx512_bf16() {
+  uint32_t a, b, c, d;
+  return has_avx512() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1 << 5));
+}
 #endif
 
 const InstructionSet kInstructionSets[] = {  // the best first
 #if defined(WMTP_X86)
+    {"avx512_bf16", &avx512_bf16::kernels, has_avx512_bf16},
     {"avx512", &avx512::kernels, has_avx512},
     {"avx2", &avx2::kernels, has_avx2},
 #endif
@@ -77,18 +83,6 @@ template <class T> bool weights_ok(const Rows& r, const T* w, int64_t* position)
   return true;
 }
 
-// Fresh memory is paid for by page: with 4 KiB pages a fresh 131 MB gradient takes three times as long
-// (75 ms against 23, both on a busy machine). Only a hint.
-void ask_for_huge_pages(const void* memory, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 4096, begin = (uintptr_t(memory) + page - 1) / page * page;
-  const uintptr_t end = (uintptr_t(memory) + bytes) / page * page;
-  if (bytes >= (size_t(8) << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
 }  // namespace
 
 // Null or "" chooses the best that this machine has.
@@ -104,29 +98,31 @@ WMTP_EXPORT int wmtp_cpu_select(const char* name) {
 
 WMTP_EXPORT const char* wmtp_cpu_instruction_set() { return chosen->name; }
 
-WMTP_EXPORT int wmtp_cpu_token_loss(const Rows* rows, const Weighting* how, const TokenLoss* out,
-                                    int64_t* position) {
+// Fresh memory is paid for by page: with 4 KiB pages a fresh 131 MB gradient takes three times as long
+// (75 ms against 23, both on a busy machine). Only a hint.
+WMTP_EXPORT void wmtp_cpu_ask_for_huge_pages(const void* memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, begin = (uintptr_t(memory) + page - 1) / page * page;
+  const uintptr_t end = (uintptr_t(memory) + bytes) / page * page;
+  if (bytes >= (size_t(8) << 20)) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
+// Bytes that Output::scratch must have.
+WMTP_EXPORT int64_t wmtp_cpu_scratch_bytes(const Rows* rows, const Weighting* how, int with_grad) {
+  return useful_threads(*rows) * thread_scratch_bytes(*rows, *how, with_grad);
+}
+
+WMTP_EXPORT int wmtp_cpu_weighted_loss(const Rows* rows, const Weighting* how, const Output* out,
+                                       int64_t* position) {
   if (!targets_ok(*rows, position)) return kBadTarget;
-  const void* w = how->head_weights;
+  const void* w = how->are_row_scalars ? nullptr : how->head_weights;
   if (w && !(rows->dtype == kFloat64 ? weights_ok(*rows, static_cast<const double*>(w), position)
                                      : weights_ok(*rows, static_cast<const float*>(w), position)))
     return kBadWeight;
-  chosen->kernels->token_loss(*rows, *how, *out);
-  return kOk;
-}
-
-// Without grad (null, 0 bytes) the logits are overwritten.
-WMTP_EXPORT int wmtp_cpu_row_gradient(const Rows* rows, const void* lse, const void* row_scalar,
-                                      void* grad, size_t grad_bytes, int64_t* position) {
-  if (!targets_ok(*rows, position)) return kBadTarget;
-  ask_for_huge_pages(grad, grad_bytes);
-  chosen->kernels->row_gradient(*rows, lse, row_scalar, grad);
-  return kOk;
-}
-
-WMTP_EXPORT int wmtp_cpu_next_token_ce(const Rows* rows, void* ref_ce, int64_t* position) {
-  if (!targets_ok(*rows, position)) return kBadTarget;
-  chosen->kernels->next_token_ce(*rows, ref_ce);
+  chosen->kernels->weighted_loss(*rows, *how, *out);
   return kOk;
 }
 

@@ -1,6 +1,7 @@
-// One row of logits x [V].
-//   log_sum_exp:  max_i x_i  and  log sum_i exp(x_i - max): one read from memory
-//   gradient:     out_i = scale * exp(x_i - lse): one read, one write
+// One row of logits x [V], or one thread's part of it.
+//   sum_exp:        x -> max and sum exp(x - shift), the exponentials kept: one read from memory
+//   write_softmax:  exponentials -> scale softmax(x): one write
+// Both passes of a row meet in the caches: memory sees one read and one write.
 #pragma once
 #include <math.h>
 
@@ -9,53 +10,76 @@
 namespace wmtp {
 namespace WMTP_ISA {
 
-// A block stays in L1 between its maximum and its exponentials.
+// The shift may change from block to block; a block that must be done again is still in L1.
 constexpr int64_t kBlock = 4096;
+constexpr int64_t kProbe = 256;  // the first shift is the maximum of so many
+constexpr int kSlack = 40;       // e^40 summed over 2^31 columns is far from overflow
 
 inline float log(float x) { return ::logf(x); }
 inline double log(double x) { return ::log(x); }
 
 template <class T> inline T exp_one(T x) { return exp<T>(broadcast(x))[0]; }
 template <class E> inline Acc<E> value_at(const E* x, int64_t i) { return load_first(x + i, 1)[0]; }
+template <class T> inline bool finite(T x) { return x - x == 0; }
+
+// sum = sum exp(x - shift), max - kSlack <= shift <= max. Special: max is infinite, or sum NaN.
+template <class T> struct PartialSum { T max, shift, sum; };
+
+// e [V] = exp(x - shift), each block with its own shift. Null e: not kept.
+template <class T> struct Exponentials { T *e, *shifts; };
 
 // Kept apart, so that ce = (max - x_target) + log_sum loses nothing to a large max.
 template <class T> struct LogSumExp {
-  T max, log_sum;
+  T max, sum, log_sum;  // sum = sum exp(x - max)
   T lse() const { return max + log_sum; }
   T ce(T x_target) const { return (max - x_target) + log_sum; }
 };
+
+template <class T> inline T largest_lane(Vec4<T>& v) {
+  const Vec<T> most = larger(larger(v[0], v[1]), larger(v[2], v[3]));
+  T max = most[0];
+  for (int lane = 1; lane < kLanes<T>; ++lane) max = most[lane] > max ? most[lane] : max;
+  return max;
+}
 
 template <class E> inline Acc<E> block_max(const E* x, int64_t n) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
   const Vec<T> lowest = broadcast(-kInfinity<T>);
   Vec4<T> most = {lowest, lowest, lowest, lowest};
-  int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L)
-    for (int j = 0; j < 4; ++j) most[j] = larger(load(x + i + j * L), most[j]);
-  for (; i + L <= n; i += L) most[0] = larger(load(x + i), most[0]);
-  if (i < n) most[1] = larger(load_first(x + i, n - i), most[1]);
-  most[0] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-  T max = most[0][0];
-  for (int lane = 1; lane < L; ++lane) max = most[0][lane] > max ? most[0][lane] : max;
-  return max;
+  for (int64_t i = 0; i < n; i += L)
+    most[0] = larger(i + L <= n ? load(x + i) : load_first(x + i, n - i), most[0]);
+  return largest_lane<T>(most);
 }
 
-template <class E> inline Acc<E> block_sum_exp(const E* x, int64_t n, Acc<E> max) {
+// sum exp(x - shift), which goes to e as well, and max x.
+template <class E>
+inline Acc<E> block_sum_exp(const E* x, int64_t n, Acc<E> shift, Acc<E>* e, Acc<E>* max) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
-  Vec4<T> sums = {}, terms;
+  const Vec<T> lowest = broadcast(-kInfinity<T>);
+  Vec4<T> most = {lowest, lowest, lowest, lowest}, sums = {}, terms;
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
     // The exponentials keep the core busy: fetch the next block meanwhile. A prefetch never faults.
     for (unsigned line = 0; line < 4 * L * sizeof(E); line += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + line);
-    for (int j = 0; j < 4; ++j) terms[j] = load(x + i + j * L) - max;
-    exp4<T>(terms);
+    for (int j = 0; j < 4; ++j) terms[j] = load(x + i + j * L);
+    for (int j = 0; j < 4; ++j) most[j] = larger(terms[j], most[j]);
+    for (int j = 0; j < 4; ++j) terms[j] -= shift;
+    exp4<E>(terms);
     for (int j = 0; j < 4; ++j) sums[j] += terms[j];
+    if (e)
+      for (int j = 0; j < 4; ++j) store(e + i + j * L, terms[j]);
   }
-  for (; i + L <= n; i += L) sums[0] += exp<T>(load(x + i) - max);
-  if (i < n) sums[1] += exp<T>(load_first(x + i, n - i) - max);
+  for (; i < n; i += L) {
+    const Vec<T> values = i + L <= n ? load(x + i) : load_first(x + i, n - i);
+    const Vec<T> term = exp<E>(values - shift);
+    most[0] = larger(values, most[0]);
+    sums[0] += term;
+    if (e) store(e + i, term);  // padded to a whole vector
+  }
+  *max = largest_lane<T>(most);
   sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   T sum = 0;
   for (int lane = 0; lane < L; ++lane) sum += sums[0][lane];
@@ -68,40 +92,89 @@ template <class E> inline bool has_nan(const E* x, int64_t V) {
   return false;
 }
 
-// x [V] -> (max, log sum exp(x - max)). A NaN gives NaN, +inf gives (+inf, 0), all -inf gives NaN.
-template <class E> LogSumExp<Acc<E>> log_sum_exp(const E* x, int64_t V) {
+template <class E>
+PartialSum<Acc<E>> sum_exp(const E* x, int64_t V, Exponentials<Acc<E>> keep) {
   using T = Acc<E>;
-  T max = -kInfinity<T>, sum = 0;
-  for (int64_t begin = 0; begin < V; begin += kBlock) {
+  const auto special = [&](T max) {
+    // A part that is all -inf, of a row that is not, is 0 throughout; the others are written from x.
+    for (int64_t i = 0; keep.e && i < V; ++i) keep.e[i] = 0, keep.shifts[i / kBlock] = max;
+    return PartialSum<T>{max, max, has_nan(x, V) ? kInfinity<T> - kInfinity<T> : T(0)};
+  };
+  T shift = block_max(x, V < kProbe ? V : kProbe);
+  if (!finite(shift)) shift = block_max(x, V);  // a masked beginning
+  if (!finite(shift)) return special(shift);
+  T max = shift, sum = 0;
+  for (int64_t begin = 0, block = 0; begin < V; begin += kBlock, ++block) {
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;
-    const T here = block_max(x + begin, n);
-    if (here > max) {
-      sum *= exp_one(max - here);
-      max = here;
+    T* const e = keep.e ? keep.e + begin : nullptr;
+    T here, part = block_sum_exp(x + begin, n, shift, e, &here);
+    if (here > shift + kSlack) {
+      if (!finite(here)) return special(here);
+      sum *= exp_one(shift - here);
+      shift = here;
+      part = block_sum_exp(x + begin, n, shift, e, &here);
     }
-    if (max == kInfinity<T>) break;
-    // Nothing but -inf (and NaN) so far: subtract 0, since -inf - -inf would be NaN.
-    sum += block_sum_exp(x + begin, n, max == -kInfinity<T> ? T(0) : max);
+    sum += part;
+    max = here > max ? here : max;
+    if (e) keep.shifts[block] = shift;
   }
-  const T nan = kInfinity<T> - kInfinity<T>;
-  if (max == kInfinity<T>) return has_nan(x, V) ? LogSumExp<T>{nan, nan} : LogSumExp<T>{max, T(0)};
-  if (max == -kInfinity<T>) return {nan, nan};
-  return {max, log(sum)};
+  return {max, shift, sum};
 }
 
-// x [V], lse, scale -> out [V] = scale * exp(x - lse); the target's -1 is the caller's. out may be x.
-template <class E> void scaled_softmax(const E* x, int64_t V, Acc<E> lse, Acc<E> scale, E* out) {
+// The parts of one row -> the whole. A NaN gives NaN, +inf gives (+inf, 0), all -inf gives NaN.
+template <class T> LogSumExp<T> combine(const PartialSum<T>* parts, int count) {
+  T max = -kInfinity<T>, sum = 0;
+  for (int i = 0; i < count; ++i) max = parts[i].max > max ? parts[i].max : max;
+  for (int i = 0; i < count; ++i)
+    sum += parts[i].sum * (parts[i].shift == max ? T(1) : exp_one(parts[i].shift - max));
+  const T nan = kInfinity<T> - kInfinity<T>;
+  if (sum != sum || max == -kInfinity<T>) return {nan, nan, nan};
+  if (max == kInfinity<T>) return {max, T(0), T(0)};
+  if (sum < 1) sum = 1;  // the largest term is 1: below it there is only rounding
+  return {max, sum, log(sum)};
+}
+
+// out [n] = e scale. Past the caches goes what is too large to be met there again: its lines need not be
+// fetched before they are overwritten.
+template <class E>
+void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, E* out) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
-  Vec4<T> p;
   int64_t i = 0;
-  for (; i + 4 * L <= V; i += 4 * L) {
-    for (int j = 0; j < 4; ++j) p[j] = load(x + i + j * L) - lse;
-    exp4<T>(p);
-    for (int j = 0; j < 4; ++j) store(out + i + j * L, p[j] * scale);
+  if (past_caches) {
+    const int64_t peel = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(E));
+    for (; i + L <= peel && i + L <= n; i += L) store(out + i, load(e + i) * scale);
+    if (i < peel && peel < n) store_first(out + i, load(e + i) * scale, peel - i), i = peel;
+    for (; i + 4 * L <= n; i += 4 * L)
+      for (int j = 0; j < 4; ++j) store_past_caches(out + i + j * L, load(e + i + j * L) * scale);
+    fence();
   }
-  for (; i + L <= V; i += L) store(out + i, exp<T>(load(x + i) - lse) * scale);
-  if (i < V) store_first(out + i, exp<T>(load_first(x + i, V - i) - lse) * scale, V - i);
+  for (; i + 4 * L <= n; i += 4 * L)
+    for (int j = 0; j < 4; ++j) store(out + i + j * L, load(e + i + j * L) * scale);
+  for (; i + L <= n; i += L) store(out + i, load(e + i) * scale);
+  if (i < n) store_first(out + i, load(e + i) * scale, n - i);
+}
+
+// out [V] = c exp(x - max) / sum, from the kept exponentials.
+template <class E>
+void write_softmax(Exponentials<Acc<E>> kept, int64_t V, LogSumExp<Acc<E>> of, Acc<E> c,
+                   bool past_caches, E* out) {
+  for (int64_t begin = 0, end; begin < V; begin = end) {  // runs of blocks with one shift
+    const Acc<E> shift = kept.shifts[begin / kBlock];
+    for (end = begin + kBlock; end < V && kept.shifts[end / kBlock] == shift;) end += kBlock;
+    if (end > V) end = V;
+    const Acc<E> scale = c / of.sum * exp_one(shift - of.max);
+    write_scaled(kept.e + begin, end - begin, scale, past_caches, out + begin);
+  }
+}
+
+// The same from x itself, for rows of special values. out may be x.
+template <class E> void write_special(const E* x, int64_t V, Acc<E> lse, Acc<E> c, E* out) {
+  constexpr int L = kLanes<Acc<E>>;
+  for (int64_t i = 0; i < V; i += L) {
+    const int64_t count = V - i < L ? V - i : L;
+    store_first(out + i, exp<E>(load_first(x + i, count) - lse) * c, count);
+  }
 }
 
 }  // namespace WMTP_ISA

@@ -44,13 +44,6 @@ template <> struct Simd<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr uint32_t kBias = 127;
   static constexpr float kLowest = -88.02969f;  // -127 ln 2, where the scale 2^n becomes exactly 0
-  static constexpr float kLn2High = 0.693359375f;  // 10 bits: n * kLn2High is exact
-  static constexpr float kLn2Low = -2.12194440e-4f;
-  // e^f on |f| <= ln 2 / 2 to 1e-8, the highest power first: 1 + f + f^2 q(f), where q interpolates
-  // (e^f - 1 - f) / f^2 at Chebyshev nodes.
-  static constexpr int kTerms = 7;
-  static constexpr float kPoly[kTerms] = {
-      0.0013926213466f, 0.008363202971576f, 0.0416665544376859f, 0.16666576845994f, 0.5f, 1, 1};
 };
 
 template <> struct Simd<double> {
@@ -60,13 +53,27 @@ template <> struct Simd<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr uint64_t kBias = 1023;
   static constexpr double kLowest = -709.0895657128241;  // -1023 ln 2
-  static constexpr double kLn2High = 0x1.62e42feep-1;    // 32 bits
-  static constexpr double kLn2Low = 1.90821492927058770e-10;
+};
+
+// 2^f on |f| <= 1/2, the highest power first: 1 + f q(f), where q interpolates (2^f - 1) / f at
+// Chebyshev nodes. Storage of 16 bits is served by one power less: 2e-7 instead of 5e-9.
+template <class E> struct Exp2 {
+  static constexpr int kTerms = 6;
+  static constexpr float kPoly[kTerms] = {
+      0.001338130254f, 0.009666368515f, 0.05550381014f, 0.2402234904f, 0.6931471806f, 1};
+};
+template <> struct Exp2<float> {
+  static constexpr int kTerms = 7;
+  static constexpr float kPoly[kTerms] = {0.0001545316295f, 0.001339086336f, 0.009618082557f,
+                                          0.05550357114f,   0.2402265076f,   0.693147188f, 1};
+};
+template <> struct Exp2<double> {
   static constexpr int kTerms = 12;
-  static constexpr double kPoly[kTerms] = {  // the same, to 2e-17
-      2.51004241570050668e-8, 2.76201387197339956e-7, 2.75572683786841929e-6, 2.48015211902177277e-5,
-      1.98412698631059687e-4, 1.38888889172817933e-3, 8.33333333333005135e-3, 4.16666666666239915e-2,
-      0.166666666666666675,   0.500000000000000103,   1, 1};
+  static constexpr double kPoly[kTerms] = {  // the same, to 8e-18
+      4.45496059818651839e-10, 7.0725859492692237e-9,   1.01780624458457735e-7,
+      1.32154425879216897e-6,  1.52527338298361184e-5,  1.54035304417360502e-4,
+      1.33335581464169353e-3,  9.61812910760688853e-3,  5.55041086648215943e-2,
+      0.240226506959100982,    0.693147180559945309,    1};
 };
 
 template <class T> using Vec = typename Simd<T>::Vec;
@@ -87,30 +94,49 @@ inline FloatVec larger(FloatVec a, FloatVec b) { return a > b ? a : b; }
 #endif
 inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
 
-// e^x for x <= 0 or a rounding error above: -inf and anything below the normal range give exactly 0,
-// NaN stays NaN. e^x = 2^n e^f with n = round(x / ln 2), f = x - n ln 2.
-// Four vectors go step by step together, so that their latencies overlap.
+// e^x of four vectors, for x up to 80: -inf gives exactly 0 (outside AVX-512 so does anything below the
+// normal range), NaN stays NaN. e^x = 2^n 2^f with t = x / ln 2, n = round(t), f = t - n; the error in t
+// matters only where e^x is next to nothing. They go step by step together: their latencies overlap.
 template <class T> using Vec4 = Vec<T>[4];
+constexpr double kLog2E = 1.4426950408889634;
 
-template <class T> inline void exp4(Vec4<T>& x) {
+template <class T> inline void split(Vec4<T>& x, Vec4<T>& f, Bits<T> (&scale)[4]) {  // overwrites x
   using C = Simd<T>;
-  Vec4<T> n, f, poly;
-  Bits<T> scale[4];
+  Vec4<T> n;
   for (int j = 0; j < 4; ++j) x[j] = larger(broadcast(C::kLowest), x[j]);
-  for (int j = 0; j < 4; ++j) n[j] = x[j] * T(1.4426950408889634) + C::kMagic;
+  for (int j = 0; j < 4; ++j) n[j] = x[j] * T(kLog2E) + C::kMagic;
   for (int j = 0; j < 4; ++j) scale[j] = ((Bits<T>)n[j] + C::kBias) << C::kMantissaBits;
-  for (int j = 0; j < 4; ++j) n[j] = n[j] - C::kMagic;
-  for (int j = 0; j < 4; ++j) f[j] = x[j] - n[j] * C::kLn2High;
-  for (int j = 0; j < 4; ++j) f[j] = f[j] - n[j] * C::kLn2Low;
+  for (int j = 0; j < 4; ++j) f[j] = x[j] * T(kLog2E) - (n[j] - C::kMagic);
+}
+template <class T> inline Vec<T> times_power(Vec<T> value, Bits<T> scale) { return value * (Vec<T>)scale; }
+
+#if defined(__AVX512F__)  // two instructions know what takes the others five
+template <> inline void split<float>(Vec4<float>& x, Vec4<float>& f, UInt32Vec (&n)[4]) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  for (int j = 0; j < 4; ++j) x[j] = x[j] * float(kLog2E);
+  for (int j = 0; j < 4; ++j) n[j] = (UInt32Vec)_mm512_roundscale_ps((__m512)x[j], nearest);
+  for (int j = 0; j < 4; ++j) f[j] = (FloatVec)_mm512_reduce_ps((__m512)x[j], nearest);
+}
+template <> inline FloatVec times_power<float>(FloatVec value, UInt32Vec n) {
+  return (FloatVec)_mm512_scalef_ps((__m512)value, (__m512)n);
+}
+#endif
+
+template <class E> inline void exp4(Vec4<Acc<E>>& x) {
+  using T = Acc<E>;
+  using C = Exp2<E>;
+  Vec4<T> f, poly;
+  Bits<T> scale[4];
+  split<T>(x, f, scale);
   for (int j = 0; j < 4; ++j) poly[j] = C::kPoly[0] * f[j] + C::kPoly[1];
   for (int i = 2; i < C::kTerms; ++i)
     for (int j = 0; j < 4; ++j) poly[j] = poly[j] * f[j] + C::kPoly[i];
-  for (int j = 0; j < 4; ++j) x[j] = poly[j] * (Vec<T>)scale[j];
+  for (int j = 0; j < 4; ++j) x[j] = times_power<T>(poly[j], scale[j]);
 }
 
-template <class T> inline Vec<T> exp(Vec<T> x) {
-  Vec4<T> four = {x, x, x, x};
-  exp4<T>(four);
+template <class E> inline Vec<Acc<E>> exp(Vec<Acc<E>> x) {
+  Vec4<Acc<E>> four = {x, x, x, x};
+  exp4<E>(four);
   return four[0];
 }
 
@@ -133,6 +159,9 @@ inline UInt16Vec narrow_bits(UInt32Vec v) { return __builtin_convertvector(v, UI
 
 inline FloatVec widen(UInt16Vec bits, Bf16) { return (FloatVec)(widen_bits(bits) << 16); }
 
+#if defined(__AVX512BF16__)  // subnormals become 0
+inline UInt16Vec narrow(FloatVec value, Bf16) { return (UInt16Vec)_mm512_cvtneps_pbh((__m512)value); }
+#else
 // Every NaN stored is the result of arithmetic, so a quiet one, that keeps being a NaN when it is cut
 // off; rounding could carry it into an infinity or a zero.
 inline UInt16Vec narrow(FloatVec value, Bf16) {
@@ -140,6 +169,7 @@ inline UInt16Vec narrow(FloatVec value, Bf16) {
   const UInt32Vec rounding = 0x7fff + ((bits >> 16) & 1);
   return narrow_bits((bits + (rounding & (UInt32Vec)(value == value))) >> 16);
 }
+#endif
 
 #if defined(__F16C__)
 inline FloatVec widen(UInt16Vec bits, Fp16) {
@@ -204,14 +234,37 @@ template <class E> inline void store(E* to, FloatVec v) {
   std::memcpy(to, &bits, sizeof bits);
 }
 
+// Past the caches, to a multiple of the vector's size. A fence must follow.
+template <class V> inline void stream(void* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), (__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)v);
+  if constexpr (sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)v);
+#endif
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline void fence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+template <class E> inline void store_past_caches(E* to, Vec<Acc<E>> v) {
+  if constexpr (sizeof(E) == 2)
+    stream(to, narrow(v, E{}));
+  else
+    stream(to, v);
+}
+
 // Never touches memory past from[count - 1]; the other lanes are -inf, which neither max nor exp sees.
 template <class E> inline Vec<Acc<E>> load_first(const E* from, int64_t count) {
-  using T = Acc<E>;
-  E lanes[kLanes<T>] = {};
+  E lanes[kLanes<Acc<E>>];
+  store(lanes, broadcast(-kInfinity<Acc<E>>));
   std::memcpy(lanes, from, count * sizeof(E));
-  Vec<T> v = load(lanes);
-  for (int64_t i = count; i < kLanes<T>; ++i) v[i] = -kInfinity<T>;
-  return v;
+  return load(lanes);
 }
 
 template <class E> inline void store_first(E* to, Vec<Acc<E>> v, int64_t count) {
@@ -219,6 +272,32 @@ template <class E> inline void store_first(E* to, Vec<Acc<E>> v, int64_t count) 
   store(lanes, v);
   std::memcpy(to, lanes, count * sizeof(E));
 }
+
+#if defined(__AVX512F__)
+inline uint32_t first_lanes(int64_t count) { return (uint32_t(1) << count) - 1; }  // count <= 16
+
+template <> inline FloatVec load_first(const float* from, int64_t count) {
+  const FloatVec others = broadcast(-kInfinity<float>);
+  return (FloatVec)_mm512_mask_loadu_ps((__m512)others, __mmask16(first_lanes(count)), from);
+}
+template <> inline void store_first(float* to, FloatVec v, int64_t count) {
+  _mm512_mask_storeu_ps(to, __mmask16(first_lanes(count)), (__m512)v);
+}
+template <> inline FloatVec load_first(const Bf16* from, int64_t count) {
+  const __m256i others = _mm256_set1_epi16(int16_t(0xff80));  // -inf
+  return widen((UInt16Vec)_mm256_mask_loadu_epi16(others, __mmask16(first_lanes(count)), from), Bf16{});
+}
+template <> inline void store_first(Bf16* to, FloatVec v, int64_t count) {
+  _mm256_mask_storeu_epi16(to, __mmask16(first_lanes(count)), (__m256i)narrow(v, Bf16{}));
+}
+template <> inline FloatVec load_first(const Fp16* from, int64_t count) {
+  const __m256i others = _mm256_set1_epi16(int16_t(0xfc00));
+  return widen((UInt16Vec)_mm256_mask_loadu_epi16(others, __mmask16(first_lanes(count)), from), Fp16{});
+}
+template <> inline void store_first(Fp16* to, FloatVec v, int64_t count) {
+  _mm256_mask_storeu_epi16(to, __mmask16(first_lanes(count)), (__m256i)narrow(v, Fp16{}));
+}
+#endif
 
 }  // namespace WMTP_ISA
 }  // namespace wmtp

@@ -1,10 +1,18 @@
-// The loops over tokens, compiled once per instruction set. A token (b, t) has H rows of logits [V]:
+// The loop over tokens, compiled once per instruction set. A token (b, t) has H rows of logits [V]:
 //   ce_k       = logsumexp(row_k) - row_k[target_k]                          valid k, else 0
 //   w_k        = 1 | head_weights[b,t,k] | softmax over valid k of excess_k / temperature
-//   row_scalar = w_k / sum_k w_k  (0 when the sum is <= 1e-8), or w_k
-//   token_loss = sum_k row_scalar_k ce_k
-//   d/d row_k  = row_scalar_k (softmax(row_k) - onehot(target_k))
+//   row_scalar = w_k / sum_k w_k  (0 when the sum is <= 1e-8), or w_k;  over the denominator
+//   loss       = sum row_scalar ce
+//   d loss / d row_k = row_scalar_k (softmax(row_k) - onehot(target_k))
+// The gradient is written while the row's exponentials are in the caches: row by row where the weights
+// are known, token by token where they follow from all of the token's cross entropies.
 // A row without a valid target is not read. Targets are checked before (dispatch.cpp).
+#include <cmath>
+#include <type_traits>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
 #include "row.h"
 #include "wmtp_cpu.h"
 
@@ -17,6 +25,12 @@ inline int64_t target_of(const Rows& r, int64_t token, int64_t k) {  // -1: no v
   return id == r.ignore_index ? -1 : id;
 }
 
+inline bool has_target(const Rows& r, int64_t token) {
+  for (int64_t k = 0; k < r.H; ++k)
+    if (target_of(r, token, k) >= 0) return true;
+  return false;
+}
+
 template <class E> inline const E* row_of(const Rows& r, int64_t token, int64_t k) {
   const int64_t b = token / r.S, t = token % r.S;
   return static_cast<const E*>(r.logits) + b * r.stride_b + t * r.stride_s + k * r.stride_h;
@@ -24,38 +38,81 @@ template <class E> inline const E* row_of(const Rows& r, int64_t token, int64_t 
 
 inline bool shared_heads(const Rows& r) { return r.H > 1 && r.stride_h == 0; }
 
-// Calls body(token) for every token, on r.threads threads where the work is worth it. One thread opens
-// no parallel region: a forked child of a threaded parent must not.
-template <class Body> void for_each_token(const Rows& r, const Body& body) {
-  const int64_t tokens = r.B * r.S, work = r.H * r.V, worth = 1 << 15;
-  const int64_t most = 1 + tokens * work / worth;
-  const int threads = int(most < r.threads ? most : r.threads);
+// ---- Threads: each takes tokens, or, where tokens are few, columns of every row ----
+
+struct Team {
+  int rank, size;
+  int64_t begin, end;    // this thread's columns
+  char* kept;            // its exponentials
+  char* partial_sums;    // [2][H][size], everybody's
+  mutable int turn = 0;  // which of the two: a fast thread may write the next while a slow one reads
+
+  void barrier() const {
+    turn ^= 1;
+    if (size == 1) return;
+#pragma omp barrier
+  }
+};
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+inline int thread_count() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// body(token, team) for every token. One thread opens no parallel region: a forked child of a threaded
+// parent must not.
+template <class Body>
+void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, int64_t stride,
+                    const Body& body) {
+  const int64_t tokens = r.B * r.S;
+  const int threads = useful_threads(r);
+  const auto alone = [&](char* mine) { return Team{0, 1, 0, r.V, mine, mine + kept}; };
   if (threads <= 1) {
-    for (int64_t token = 0; token < tokens; ++token) body(token);
+    for (int64_t token = 0; token < tokens; ++token) body(token, alone(scratch));
+    return;
+  }
+  // How many threads have work, on average, by tokens and by columns. Barriers are not free.
+  const int64_t rounds = (live + threads - 1) / threads, blocks = r.V / kBlock;
+  const int by_columns = int(blocks < threads ? blocks : threads);
+  if (live && 0.9 * by_columns > double(live) / rounds) {
+#pragma omp parallel num_threads(by_columns)
+    {
+      const int rank = thread_number(), size = thread_count();
+      const int64_t part = (r.V + size * 64 - 1) / (size * 64) * 64, begin = rank * part;
+      const int64_t end = begin + part < r.V ? begin + part : r.V;
+      const Team team = {rank, size, begin < end ? begin : end, end, scratch + rank * stride,
+                         scratch + kept};
+      for (int64_t token = 0; token < tokens; ++token) body(token, team);
+    }
     return;
   }
   // Dynamic, since ignored tokens cost nothing; in runs long enough that two threads seldom fault in
   // the same page of the gradient.
   [[maybe_unused]] const int64_t chunk = tokens / (threads * 8) + 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
-  for (int64_t token = 0; token < tokens; ++token) body(token);
+  for (int64_t token = 0; token < tokens; ++token)
+    body(token, alone(scratch + thread_number() * stride));
 }
 
-// The H rows of a token -> ce [H], lse [H]. Shared heads read their one row once.
-template <class E>
-void token_ce(const Rows& r, int64_t token, Acc<E>* ce, Acc<E>* lse) {
-  LogSumExp<Acc<E>> stats{};
-  bool known = false;
-  for (int64_t k = 0; k < r.H; ++k) {
-    ce[k] = lse[k] = 0;
-    const int64_t target = target_of(r, token, k);
-    if (target < 0) continue;
-    const E* row = row_of<E>(r, token, k);
-    if (!known) stats = log_sum_exp(row, r.V);
-    known = shared_heads(r);
-    ce[k] = stats.ce(value_at(row, target));
-    lse[k] = stats.lse();
-  }
+// ---- Weights ----
+
+// w [H] where they do not depend on the cross entropies.
+template <class T>
+void known_weights(const Rows& r, const Weighting& how, int64_t token, T* w) {
+  const T* given = static_cast<const T*>(how.head_weights);
+  for (int64_t k = 0; k < r.H; ++k)
+    w[k] = target_of(r, token, k) < 0 ? T(0) : given ? given[token * r.H + k] : T(1);
 }
 
 // w_k = softmax over valid k of excess_k / temperature, ref_ce [H] being the token's first.
@@ -76,119 +133,224 @@ void excess_weights(const Rows& r, const Weighting& how, int64_t token, const T*
     if (target_of(r, token, k) >= 0) w[k] /= sum;
 }
 
+template <class T> T sum_of(const T* w, int64_t H) {
+  T sum = 0;
+  for (int64_t k = 0; k < H; ++k) sum += w[k];
+  return sum;
+}
+
+template <class T> bool counts(T weight_sum) { return !(weight_sum <= T(1e-8)); }  // so does NaN
+
+// w -> d token_loss / d ce.
 template <class T>
-void token_weights(const Rows& r, const Weighting& how, int64_t token, const T* ce, T* w) {
-  if (how.ref_ce) return excess_weights(r, how, token, ce, w);
-  const T* given = static_cast<const T*>(how.head_weights);
-  for (int64_t k = 0; k < r.H; ++k)
-    w[k] = target_of(r, token, k) < 0 ? T(0) : given ? given[token * r.H + k] : T(1);
+void to_row_scalars(const Weighting& how, T weight_sum, int64_t H, T* w) {
+  if (how.reduction != kTokenMean) return;
+  for (int64_t k = 0; k < H; ++k) w[k] = counts(weight_sum) ? w[k] / weight_sum : T(0);
 }
 
-template <class E>
-void token_loss(const Rows& r, const Weighting& how, const TokenLoss& out) {
-  using T = Acc<E>;
-  for_each_token(r, [&](int64_t token) {
-    T* ce = static_cast<T*>(out.ce) + token * r.H;
-    T* w = static_cast<T*>(out.row_scalar) + token * r.H;
-    token_ce<E>(r, token, ce, static_cast<T*>(out.lse) + token * r.H);
-    token_weights(r, how, token, ce, w);
-    T weight_sum = 0, loss = 0;
-    for (int64_t k = 0; k < r.H; ++k) weight_sum += w[k];
-    for (int64_t k = 0; k < r.H; ++k) {
-      if (how.normalize) w[k] = weight_sum <= T(1e-8) ? T(0) : w[k] / weight_sum;
-      loss += w[k] * ce[k];
-    }
-    static_cast<T*>(out.weight_sum)[token] = weight_sum;
-    static_cast<T*>(out.token_loss)[token] = loss;
-  });
-}
-
-// out [V] = c (softmax - onehot(target)). A finite lse says that the row is free of NaN and +inf, so
-// that c = 0 gives exactly 0 and the row need not be read.
-template <class E>
-void gradient_row(const E* x, int64_t V, Acc<E> lse, Acc<E> c, int64_t target, E* out) {
-  using T = Acc<E>;
-  if (target < 0 || (c == 0 && lse - lse == 0)) {
-    std::memset(out, 0, V * sizeof(E));
-    return;
-  }
-  const T column = c * (exp_one(value_at(x, target) - lse) - 1);
-  scaled_softmax(x, V, lse, c, out);
-  store_first(out + target, broadcast(column), 1);
-}
-
-// Shared heads: out [V] = (sum_k c_k) softmax - sum_k c_k onehot(target_k), rounded once.
-template <class E>
-void gradient_shared(const Rows& r, int64_t token, const Acc<E>* lse, const Acc<E>* c, E* out) {
-  using T = Acc<E>;
-  const E* x = row_of<E>(r, token, 0);
-  int64_t valid = -1;
-  T total = 0;
-  for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) total += c[valid = k];
-  if (valid < 0) return gradient_row<E>(x, r.V, 0, 0, -1, out);
-  // The targets' columns come first: out may be x.
-  T* columns = static_cast<T*>(__builtin_alloca(r.H * sizeof(T)));
-  for (int64_t k = 0; k < r.H; ++k) {
-    const int64_t target = target_of(r, token, k);
-    if (target < 0) continue;
-    columns[k] = total * exp_one(value_at(x, target) - lse[valid]);
-    for (int64_t j = 0; j < r.H; ++j)  // heads may predict the same id
-      if (target_of(r, token, j) == target) columns[k] -= c[j];
-  }
-  scaled_softmax(x, r.V, lse[valid], total, out);
-  for (int64_t k = 0; k < r.H; ++k)
-    if (const int64_t target = target_of(r, token, k); target >= 0)
-      store_first(out + target, broadcast(columns[k]), 1);
-}
-
-// lse, row_scalar [B, S, H] -> grad contiguous [B, S, H, V], or [B, S, 1, V] for shared heads. Without
-// grad the logits themselves are overwritten: each row is read before it is written, vector by vector.
-template <class E>
-void row_gradient(const Rows& r, const void* lse, const void* row_scalar, void* grad) {
-  using T = Acc<E>;
-  const int64_t rows = shared_heads(r) ? 1 : r.H;
-  for_each_token(r, [&](int64_t token) {
-    const T* token_lse = static_cast<const T*>(lse) + token * r.H;
-    const T* c = static_cast<const T*>(row_scalar) + token * r.H;
-    for (int64_t k = 0; k < rows; ++k) {
-      const E* x = row_of<E>(r, token, k);
-      E* out = grad ? static_cast<E*>(grad) + (token * rows + k) * r.V : const_cast<E*>(x);
-      if (shared_heads(r)) return gradient_shared(r, token, token_lse, c, out);
-      gradient_row(x, r.V, token_lse[k], c[k], target_of(r, token, k), out);
-    }
-  });
-}
-
-// logits [B, S, 1, V] -> ref_ce [B, S - 1].
-template <class E> void next_token_ce(const Rows& r, void* ref_ce) {
-  for_each_token(r, [&](int64_t token) {
-    if (token % r.S + 1 == r.S) return;
-    Acc<E> lse;
-    token_ce<E>(r, token, static_cast<Acc<E>*>(ref_ce) + token - token / r.S, &lse);
-  });
-}
-
-template <class F> void by_dtype(int32_t dtype, const F& f) {
-  switch (dtype) {
-    case kFloat32: return f(float{});
-    case kBFloat16: return f(Bf16{});
-    case kFloat16: return f(Fp16{});
-    case kFloat64: return f(double{});
-  }
-}
-
-const Kernels kernels = {
-    [](const Rows& r, const Weighting& how, const TokenLoss& out) {
-      by_dtype(r.dtype, [&](auto e) { token_loss<decltype(e)>(r, how, out); });
-    },
-    [](const Rows& r, const void* lse, const void* row_scalar, void* grad) {
-      by_dtype(r.dtype, [&](auto e) { row_gradient<decltype(e)>(r, lse, row_scalar, grad); });
-    },
-    [](const Rows& r, void* ref_ce) {
-      by_dtype(r.dtype, [&](auto e) { next_token_ce<decltype(e)>(r, ref_ce); });
-    },
+// Known before the first logit is read, since excess weights sum to 1.
+struct Totals {
+  int64_t live;         // tokens with a target
+  double denominator;   // what divides the sum of the token losses
+  double largest;       // no d token_loss / d ce is larger
 };
+
+template <class T> Totals find_totals(const Rows& r, const Weighting& how) {
+  T* w = static_cast<T*>(__builtin_alloca(r.H * sizeof(T)));
+  int64_t live = 0, counted = 0;
+  double total = 0, largest = 0;
+  for (int64_t token = 0; token < r.B * r.S; ++token) {
+    known_weights(r, how, token, w);
+    const bool lives = has_target(r, token);
+    const T weight_sum = how.ref_ce ? T(lives) : sum_of(w, r.H);
+    live += lives;
+    counted += counts(weight_sum);
+    total += weight_sum;
+    for (int64_t k = 0; k < r.H; ++k) largest = w[k] > largest ? w[k] : largest;
+  }
+  if (how.reduction == kTokenMean || how.ref_ce) largest = 1;
+  if (how.has_normalizer) return {live, how.normalizer, largest};
+  if (how.reduction == kTokenMean) return {live, counted ? double(counted) : 1, largest};
+  return {live, how.reduction == kWeightMean && total != 0 ? total : 1, largest};
+}
+
+// ---- One token ----
+
+// The heads that a row of logits serves: all of them, or the one.
+struct Heads { int64_t first, last; };
+inline Heads heads_of(const Rows& r, int64_t row) {
+  return shared_heads(r) ? Heads{0, r.H} : Heads{row, row + 1};
+}
+
+inline bool row_has_target(const Rows& r, int64_t token, int64_t row) {
+  for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k)
+    if (target_of(r, token, k) >= 0) return true;
+  return false;
+}
+
+template <class T> Exponentials<T> exponentials(const Rows& r, const Team& team, int64_t slot) {
+  T* const e = reinterpret_cast<T*>(team.kept + slot * exponentials_bytes(r));
+  return {e, e + r.V + 16};
+}
+
+// What is known of a token's rows once they are read: by row the statistics, by head the rest.
+template <class T> struct TokenState { LogSumExp<T>* stats; T *x_target, *ce, *lse, *w, *c; };
+
+// Rows [first, last) of a token -> statistics and cross entropies. All reading of x for them is done when
+// this returns, by every thread: in place, it may be overwritten then.
+template <class E>
+void read_rows(const Rows& r, int64_t token, Heads rows, const Team& team, bool keep,
+               const TokenState<Acc<E>>& state) {
+  using T = Acc<E>;
+  PartialSum<T>* const sums =
+      reinterpret_cast<PartialSum<T>*>(team.partial_sums) + team.turn * r.H * team.size;
+  bool live = false;
+  for (int64_t row = rows.first; row < rows.last; ++row) {
+    const E* x = row_of<E>(r, token, row);
+    live |= row_has_target(r, token, row);
+    for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k)
+      if (const int64_t target = target_of(r, token, k); target >= 0)
+        state.x_target[k] = value_at(x, target);
+    if (row_has_target(r, token, row))
+      sums[row * team.size + team.rank] =
+          sum_exp(x + team.begin, team.end - team.begin,
+                  keep ? exponentials<T>(r, team, row - rows.first) : Exponentials<T>{});
+  }
+  if (live) team.barrier();
+  for (int64_t row = rows.first; row < rows.last; ++row) {
+    if (row_has_target(r, token, row)) state.stats[row] = combine(sums + row * team.size, team.size);
+    for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k) {
+      const bool valid = target_of(r, token, k) >= 0;
+      state.ce[k] = valid ? state.stats[row].ce(state.x_target[k]) : T(0);
+      state.lse[k] = valid ? state.stats[row].lse() : T(0);
+    }
+  }
+}
+
+// A new gradient of this size is out of the caches before anybody reads it.
+constexpr int64_t kPastCachesBytes = int64_t(32) << 20;
+
+// out [V] = (sum_k c_k) softmax - sum_k c_k onehot(target_k) over the row's heads k: this thread's
+// columns. A finite lse says that the row is free of NaN and +inf, so that c = 0 gives exactly 0.
+template <class E>
+void write_gradient(const Rows& r, int64_t token, int64_t row, const Team& team, Exponentials<Acc<E>> kept,
+                    const TokenState<Acc<E>>& state, E* out) {
+  using T = Acc<E>;
+  const int64_t rows = r.B * r.S * (shared_heads(r) ? 1 : r.H);
+  const bool past_caches = out != row_of<E>(r, token, row) &&
+                           rows * r.V * int64_t(sizeof(E)) >= kPastCachesBytes;
+  const LogSumExp<T>& stats = state.stats[row];
+  const int64_t columns = team.end - team.begin;
+  const Heads heads = heads_of(r, row);
+  T c = 0;
+  for (int64_t k = heads.first; k < heads.last; ++k)
+    if (target_of(r, token, k) >= 0) c += state.c[k];
+  const bool live = row_has_target(r, token, row);
+  if (live && !finite(stats.lse()))
+    write_special(row_of<E>(r, token, row) + team.begin, columns, stats.lse(), c, out + team.begin);
+  else if (live && c != 0)
+    write_softmax(kept, columns, stats, c, past_caches, out + team.begin);
+  else
+    std::memset(out + team.begin, 0, columns * sizeof(E));
+  for (int64_t k = heads.first; k < heads.last; ++k) {
+    const int64_t target = target_of(r, token, k);
+    if (target < team.begin || target >= team.end) continue;
+    const T p = finite(stats.lse()) ? exp_one(state.x_target[k] - stats.max) / stats.sum
+                                    : exp_one(state.x_target[k] - stats.lse());
+    T own = 0;
+    for (int64_t j = heads.first; j < heads.last; ++j)  // heads may predict the same id
+      if (target_of(r, token, j) == target) own += state.c[j];
+    const T column = own * (p - 1) + (c - own) * p;  // exactly 0 where p is 1
+    store_first(out + target, broadcast(column), 1);
+  }
+}
+
+template <class E> E* gradient_row(const Rows& r, const Output& out, int64_t token, int64_t row) {
+  if (out.grad == r.logits) return const_cast<E*>(row_of<E>(r, token, row));
+  return static_cast<E*>(out.grad) + (token * (shared_heads(r) ? 1 : r.H) + row) * r.V;
+}
+
+template <class T>
+void write_token(const Rows& r, const Output& out, int64_t token, T weight_sum, double inverse,
+                 const TokenState<T>& state) {
+  T loss = 0;
+  for (int64_t k = 0; k < r.H; ++k) {
+    loss += state.w[k] * state.ce[k];
+    static_cast<T*>(out.ce)[token * r.H + k] = state.ce[k];
+    static_cast<T*>(out.lse)[token * r.H + k] = state.lse[k];
+    static_cast<T*>(out.row_scalar)[token * r.H + k] = T(state.w[k] * inverse);
+  }
+  static_cast<T*>(out.token_loss)[token] = loss;
+  static_cast<T*>(out.weight_sum)[token] = weight_sum;
+  out.valid_mask[token] = counts(weight_sum);
+}
+
+// state.w: weights, and then d token_loss / d ce; state.c: d loss / d ce, as the gradient is written.
+template <class E>
+void token_pass(const Rows& r, const Weighting& how, const Output& out, int64_t token, const Team& team,
+                double inverse, double scale) {
+  using T = Acc<E>;
+  const int64_t rows = shared_heads(r) ? 1 : r.H, step = waiting_rows(r, how);
+  T* const numbers = static_cast<T*>(__builtin_alloca(5 * r.H * sizeof(T)));
+  const TokenState<T> state = {static_cast<LogSumExp<T>*>(__builtin_alloca(rows * sizeof(LogSumExp<T>))),
+                               numbers, numbers + r.H, numbers + 2 * r.H, numbers + 3 * r.H,
+                               numbers + 4 * r.H};
+  T weight_sum = 0;
+  if (!how.ref_ce) {
+    known_weights(r, how, token, state.w);
+    weight_sum = sum_of(state.w, r.H);
+    to_row_scalars(how, weight_sum, r.H, state.w);
+  }
+  for (int64_t first = 0; first < rows; first += step) {
+    read_rows<E>(r, token, Heads{first, first + step}, team, out.grad, state);
+    if (how.ref_ce) {
+      excess_weights(r, how, token, state.ce, state.w);
+      weight_sum = sum_of(state.w, r.H);
+      if (finite(weight_sum)) weight_sum = has_target(r, token);
+      to_row_scalars(how, weight_sum, r.H, state.w);
+    }
+    for (int64_t k = 0; k < r.H; ++k) state.c[k] = T(state.w[k] * scale);
+    if (out.grad)
+      for (int64_t row = first; row < first + step; ++row)
+        write_gradient<E>(r, token, row, team, exponentials<T>(r, team, row - first), state,
+                          gradient_row<E>(r, out, token, row));
+  }
+  if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state);
+}
+
+// What the gradient is written times, instead of 1 / denominator. That would carry most of an fp16
+// gradient below the smallest number, before it meets the loss scale in backward: there it is the power
+// of two that puts the largest possible entry at 2^14 .. 2^15.
+template <class E> double written_scale(const Weighting& how, const Totals& totals) {
+  if (!std::is_same<E, Fp16>::value || how.are_row_scalars) return 1 / totals.denominator;
+  return totals.largest > 1e-30 ? std::ldexp(1.0, 14 - std::ilogb(totals.largest)) : 1;
+}
+
+template <class E> void weighted_loss(const Rows& r, const Weighting& how, const Output& out) {
+  using T = Acc<E>;
+  const Totals totals = find_totals<T>(r, how);
+  const double scale = written_scale<E>(how, totals);
+  const int64_t kept = out.grad ? waiting_rows(r, how) * exponentials_bytes(r) : 0;
+  for_each_token(r, totals.live, static_cast<char*>(out.scratch), kept,
+                 thread_scratch_bytes(r, how, out.grad), [&](int64_t token, const Team& team) {
+                   token_pass<E>(r, how, out, token, team, 1 / totals.denominator,
+                                 out.grad_scale * scale);
+                 });
+  double sum = 0;
+  for (int64_t token = 0; token < r.B * r.S; ++token) sum += static_cast<T*>(out.token_loss)[token];
+  *static_cast<T*>(out.loss) = T(sum / totals.denominator);
+  static_cast<T*>(out.factors)[0] = T(1 / totals.denominator);
+  static_cast<T*>(out.factors)[1] = T(1 / totals.denominator / scale);
+}
+
+const Kernels kernels = {[](const Rows& r, const Weighting& how, const Output& out) {
+  switch (r.dtype) {
+    case kFloat32: return weighted_loss<float>(r, how, out);
+    case kBFloat16: return weighted_loss<Bf16>(r, how, out);
+    case kFloat16: return weighted_loss<Fp16>(r, how, out);
+    case kFloat64: return weighted_loss<double>(r, how, out);
+  }
+}};
 
 }  // namespace WMTP_ISA
 }  // namespace wmtp

@@ -6,6 +6,7 @@
 namespace wmtp {
 
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+enum Reduction : int32_t { kSum = 0, kTokenMean = 1, kWeightMean = 2 };
 
 struct Rows {
   const void* logits;                    // [B, S, H, V], last stride 1
@@ -22,27 +23,54 @@ struct Weighting {
   const void* head_weights;  // [B, S, H] acc, or null
   const void* ref_ce;        // [B, S - 1] acc, or null: head k at t compares with ref_ce[b, t + k]
   double temperature;
-  int32_t is_signed;  // excess = ce - ref instead of |ce - ref|
-  int32_t normalize;  // row_scalar = w / sum w instead of w
+  double normalizer;        // replaces the denominator, if has_normalizer
+  int32_t has_normalizer;
+  int32_t is_signed;        // excess = ce - ref instead of |ce - ref|
+  int32_t reduction;
+  int32_t are_row_scalars;  // head_weights are d loss / d ce: of any sign, unchecked, and grad is final
 };
 
-// Contiguous, acc; every entry is written.
-struct TokenLoss {
-  void* token_loss;  // [B, S]
-  void* row_scalar;  // [B, S, H]
-  void* weight_sum;  // [B, S]
-  void* ce;          // [B, S, H]
-  void* lse;         // [B, S, H]
+// Contiguous, acc unless said otherwise; every entry is written.
+struct Output {
+  void* loss;           // [1]
+  uint8_t* valid_mask;  // [B, S]
+  void* ce;             // [B, S, H]
+  void* token_loss;     // [B, S]
+  void* weight_sum;     // [B, S]
+  void* row_scalar;     // [B, S, H] d loss / d ce
+  void* lse;            // [B, S, H]
+  void* factors;        // [2]: 1 / denominator, and what grad still has to be multiplied with
+  void* grad;           // [B, S, H, V] of the logits' dtype, [B, S, 1, V] for shared heads; the logits
+                        // themselves: in place, with their strides; null: not wanted
+  void* scratch;        // scratch_bytes(), 64-byte aligned
+  double grad_scale;    // grad is that of grad_scale x loss
 };
 
 struct Kernels {
-  void (*token_loss)(const Rows&, const Weighting&, const TokenLoss&);
-  void (*row_gradient)(const Rows&, const void* lse, const void* row_scalar, void* grad);
-  void (*next_token_ce)(const Rows&, void* ref_ce);
+  void (*weighted_loss)(const Rows&, const Weighting&, const Output&);
 };
 
 namespace baseline { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
+
+inline int useful_threads(const Rows& r) {
+  const int64_t worth = 1 << 15, most = 1 + r.B * r.S * r.H * r.V / worth;
+  return int(most < r.threads ? most : r.threads);
+}
+
+// Scratch of one thread: the exponentials of the rows whose gradient waits for the weights, padded by a
+// vector, with a shift for every block of 4096; and 2 x H x threads partial sums of three numbers.
+inline int64_t exponentials_bytes(const Rows& r) {
+  return ((r.V + 16 + r.V / 4096 + 1) * (r.dtype == kFloat64 ? 8 : 4) + 63) / 64 * 64;
+}
+inline int64_t waiting_rows(const Rows& r, const Weighting& how) {
+  return how.ref_ce && r.stride_h ? r.H : 1;
+}
+inline int64_t thread_scratch_bytes(const Rows& r, const Weighting& how, bool with_grad) {
+  const int64_t kept = with_grad ? waiting_rows(r, how) * exponentials_bytes(r) : 0;
+  return kept + (2 * r.H * useful_threads(r) * 24 + 63) / 64 * 64;
+}
 
 }  // namespace wmtp

@@ -1,4 +1,4 @@
-"""The Triton backend: `token_loss`, `row_gradient`, `next_token_ce`, each one kernel in one file.
+"""The Triton backend: `weighted_loss`, `row_gradient`, `next_token_ce`; one kernel, one file.
 
 Triton is imported with the first of them, not with this package: `unavailable()` says what to do
 where it is missing.
@@ -12,15 +12,24 @@ import torch
 
 if TYPE_CHECKING:
     from wmtp.kernels.gradient_kernel import row_gradient
+    from wmtp.kernels.loss import weighted_loss
     from wmtp.kernels.next_token_kernel import next_token_ce
     from wmtp.kernels.token_kernel import token_loss
 
-__all__ = ["interpreted", "next_token_ce", "row_gradient", "token_loss", "unavailable"]
+__all__ = [
+    "interpreted",
+    "next_token_ce",
+    "row_gradient",
+    "token_loss",
+    "unavailable",
+    "weighted_loss",
+]
 
 _MODULES = {
     "token_loss": "wmtp.kernels.token_kernel",
     "row_gradient": "wmtp.kernels.gradient_kernel",
     "next_token_ce": "wmtp.kernels.next_token_kernel",
+    "weighted_loss": "wmtp.kernels.loss",
 }
 
 

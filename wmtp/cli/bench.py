@@ -1,8 +1,10 @@
 """`wmtp bench`: the loss against eager torch and against a plain copy, with pytest-benchmark."""
 
+import importlib
 import importlib.util
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,27 +13,78 @@ import typer
 from wmtp.cli.console import console
 
 
+class Suite(StrEnum):
+    """What can be run alone."""
+
+    LOSS = "loss"
+    SCALING = "scaling"
+
+
 def bench(
     quick: Annotated[
-        bool, typer.Option("--quick", help="One shape, few rounds: half a minute.")
+        bool,
+        typer.Option("--quick", help="One shape and tiny ones, no torch.compile: half a minute."),
     ] = False,
+    runs: Annotated[
+        int, typer.Option(min=1, help="Runs, each a process of its own; ratios get their spread.")
+    ] = 1,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write environment and results here.")
     ] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw loss + gradient as PNG here.")
+    ] = None,
+    only: Annotated[
+        Suite | None,
+        typer.Option(
+            help="loss: against the peers; scaling: from tiny to large, threads, weights."
+        ),
+    ] = None,
 ) -> None:
-    """Time loss + gradient, count peak bytes, and print both beside eager torch and a copy.
+    """Time the loss with and without gradient, count peak bytes, and print both beside the peers'.
 
-    Outputs are compared before anything is timed.
+    Outputs are compared before anything is timed. The whole suite takes some ten minutes a run.
     """
-    from wmtp.benchmarks.report import run_suite, table
+    from wmtp.benchmarks.report import SUITES, gather, run_suites
 
     if importlib.util.find_spec("pytest_benchmark") is None:
         sys.exit("wmtp: bench needs pytest-benchmark: pip install 'wmtp[bench]'")
+    if plot_file is not None and only == Suite.SCALING:
+        raise typer.BadParameter("--plot draws the suite that --only scaling leaves out")
+    for file in filter(None, (json_file, plot_file)):
+        file.parent.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
+    if plot_file is not None:
+        importlib.import_module("matplotlib")
+    size = "quick" if quick else "full"
+    measured = []
     try:
-        results = run_suite(quick)
+        for run in range(runs):
+            console.print(f"run {run + 1} of {runs}", highlight=False)
+            measured.append(run_suites([only] if only else SUITES, size))
     except RuntimeError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from error
-    console.print(table(results))
+    results = gather(_command(quick, runs, only), size, measured)
+    _show(results, json_file, plot_file)
+
+
+def _command(quick: bool, runs: int, only: Suite | None) -> str:
+    options = (
+        *(["--quick"] if quick else []),
+        *([f"--runs {runs}"] if runs > 1 else []),
+        *([f"--only {only}"] if only else []),
+    )
+    return " ".join(("wmtp bench", *options))
+
+
+def _show(results: dict, json_file: Path | None, plot_file: Path | None) -> None:
+    from wmtp.benchmarks.tables import tables
+
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
+    if plot_file is not None:
+        from wmtp.benchmarks.plot import plot_loss
+
+        plot_loss(results, plot_file)
+    for table in tables(results):
+        console.print(table)

@@ -1,0 +1,113 @@
+"""What is timed: the cases, the inputs of one shape, and what a provider does with them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from wmtp.benchmarks.providers import PROVIDERS, leaves
+
+Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
+THREADS = torch.get_num_threads()
+WEIGHTINGS = ("given", "uniform", "ref_ce")
+# Against eager_float. Native 16-bit eager rounds its cross entropy and its probabilities.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class Case(NamedTuple):
+    """One row of a table: these fields identify it within a run."""
+
+    study: str
+    shape: Shape
+    dtype: str
+    direction: str
+    provider: str
+    weighting: str = "given"
+    threads: int = THREADS
+
+    def __str__(self) -> str:
+        study, shape, *rest = self
+        return "-".join([study, "x".join(map(str, shape)), *map(str, rest)])
+
+
+class Problem:
+    """Random logits, targets and weights; the logits can be had afresh after an in-place call."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, weighting: str, device: str = "cpu"):
+        batch, length, heads, vocabulary = shape
+        torch.manual_seed(0)
+        self.device = device
+        self.pristine = torch.randn(shape, device=device, dtype=dtype)
+        self.logits = self.pristine.clone().requires_grad_()
+        self.target_ids = torch.randint(vocabulary, (batch, length), device=device)
+        given = torch.rand(batch, length, heads, device=device) + 0.1
+        # A cross entropy of these logits is log V + 0.5, give or take 1.
+        ref_ce = torch.rand(batch, length - 1, device=device) + math.log(vocabulary)
+        self.weights = {"given": (given, None), "uniform": (), "ref_ce": (None, ref_ce)}[weighting]
+
+    def restore(self) -> None:
+        """Undo what an in-place call did to the logits."""
+        with torch.no_grad():
+            self.logits.copy_(self.pristine)
+
+    def call(self, provider: str, direction: str) -> Callable[[], tuple[Tensor, ...]]:
+        """What is timed and measured; it returns the loss, and the gradients unless "forward"."""
+        if provider == "copy":
+            destination = torch.empty_like(self.pristine)
+            return lambda: (destination.copy_(self.logits.detach()),)
+        inputs = leaves(provider, self.logits)
+        loss = functools.partial(PROVIDERS[provider], *inputs, self.target_ids, *self.weights)
+        return _without_gradient(loss) if direction == "forward" else _with_gradient(loss, inputs)
+
+    def check(self, provider: str, direction: str) -> None:
+        """Compare loss and gradient with eager torch in float32.
+
+        Raises:
+            AssertionError: they disagree.
+        """
+        self.restore()
+        found = self.call(provider, direction)()
+        wanted: tuple[Tensor, ...] = self._truth
+        if provider == "copy":
+            wanted = (self.pristine,)
+        elif provider == "cce":  # the gradients of its factors are no gradient of the logits
+            found, wanted = found[:1], (self._truth_of_cce(),)
+        tolerance = TOLERANCE[self.pristine.dtype]
+        for name, got, want in zip(("loss", "gradient"), found, wanted, strict=False):
+            error = ((got.detach().float() - want).norm() / want.norm()).item()
+            assert error <= tolerance, (
+                f"{provider} disagrees with eager torch in float32: relative error {error:.1e} "
+                f"of the {name}, {tolerance:.0e} allowed"
+            )
+
+    @functools.cached_property
+    def _truth(self) -> tuple[Tensor, ...]:
+        logits = self.pristine.float().requires_grad_()
+        loss = PROVIDERS["eager_float"](logits, self.target_ids, *self.weights)
+        return loss.detach(), *torch.autograd.grad(loss, logits)
+
+    def _truth_of_cce(self) -> Tensor:
+        hidden, classifier = leaves("cce", self.pristine)
+        with torch.no_grad():
+            return PROVIDERS["eager_float"](hidden @ classifier.T, self.target_ids, *self.weights)
+
+
+def _without_gradient(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    def call() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (loss(),)
+
+    return call
+
+
+def _with_gradient(
+    loss: Callable[[], Tensor], inputs: tuple[Tensor, ...]
+) -> Callable[[], tuple[Tensor, ...]]:
+    def call() -> tuple[Tensor, ...]:
+        value = loss()
+        return value, *torch.autograd.grad(value, inputs)
+
+    return call

@@ -1,0 +1,240 @@
+"""inplace=True: the gradient takes the logits' storage, and nobody mistakes it for logits."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from agreement import GRADIENT_TOLERANCE, largest, make_case
+from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
+from wmtp.benchmarks.memory import peak_bytes
+from wmtp.checks import FLOAT_DTYPES
+from wmtp.reference import compute_weighted_mtp_loss
+
+MODIFIED = "modified by an inplace operation"
+OVERWRITTEN = "overwritten by their gradient"
+NOT_TWICE = r"inplace=True .* pass inplace=False"
+cpu_loss = partial(fused_weighted_mtp_loss, backend="cpu")
+
+
+def new_logits(*shape, dtype=torch.float32):
+    """Not a leaf, as a model's are not."""
+    return torch.randn(*shape, dtype=dtype, requires_grad=True) * 1
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_inplace_gradient_takes_the_logits_storage(target, shared):
+    backend, device = target
+    case = make_case((2, 6, 3, 40), weighting="given", device=device)
+    leaf = (case.logits[:, :, :1] if shared else case.logits).contiguous().requires_grad_()
+
+    def run(inplace):
+        logits = leaf * 1.0
+        expanded = logits.expand(-1, -1, 3, -1)
+        loss = fused_weighted_mtp_loss(
+            expanded, case.target_ids, **case.options, inplace=inplace, backend=backend
+        ).loss
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        return logits, loss, gradient
+
+    _, _, expected = run(inplace=False)
+    logits, loss, gradient = run(inplace=True)
+    torch.testing.assert_close(gradient, expected)
+    scale = 3 if shared else 1  # autograd sums three equal parts
+    torch.testing.assert_close(logits.detach() * scale, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("upstream", [1.0, -2.5, 0.0, 1e-3, 65536.0])
+@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_any_upstream_gradient(dtype, weighting, upstream):
+    case = make_case((2, 6, 3, 40), dtype, weighting)
+    leaf = case.logits.requires_grad_()
+    gradients = []
+    for inplace in (False, True):
+        logits = leaf * 1
+        loss = cpu_loss(logits, case.target_ids, **case.options, inplace=inplace).loss
+        gradients.append(torch.autograd.grad(loss * upstream, logits)[0])
+    expected, found = gradients
+    assert found.data_ptr() == logits.data_ptr()
+    assert torch.count_nonzero(found) or not upstream
+    assert largest(found - expected) <= GRADIENT_TOLERANCE[dtype] * largest(expected)
+
+
+def test_it_takes_no_memory():
+    case = make_case((1, 256, 4, 4000), weighting="given")
+    leaf = case.logits.requires_grad_()
+    for upstream in (1.0, 0.5):
+        logits = leaf * 1
+
+        def step(logits=logits, upstream=upstream):
+            loss = cpu_loss(logits, case.target_ids, **case.options, inplace=True).loss
+            return torch.autograd.grad(loss * upstream, logits)
+
+        assert peak_bytes(step) < 0.01 * leaf.nbytes
+
+
+@pytest.mark.parametrize("heads_differ", [True, False])
+def test_a_view_of_a_layers_output(heads_differ):
+    """What a model has: [B, S, H V] seen as [B, S, H, V], or [B, S, V] for all heads."""
+    B, S, H, D, V = 2, 6, 3, 8, 40
+    hidden = torch.randn(B, S, D, requires_grad=True)
+    weight = torch.randn(H * V if heads_differ else V, D, requires_grad=True)
+    target_ids = torch.randint(V, (B, S))
+    gradients = []
+    for inplace in (False, True):
+        output = hidden @ weight.T
+        view = output.view(B, S, H, V) if heads_differ else output[:, :, None].expand(-1, -1, H, -1)
+        loss = cpu_loss(view, target_ids, inplace=inplace).loss
+        gradients.append(torch.autograd.grad(loss, (hidden, weight), retain_graph=inplace))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+    for again in (view, output.view(B, S, -1, V), output[..., :V][:, :, None]):
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            cpu_loss(again, target_ids)
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        loss.backward()
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_other_users_of_the_logits_are_told(before):
+    """From the forward on, for there the logits are overwritten."""
+    logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
+    z_loss = logits.square().sum()
+    loss = cpu_loss(logits, ids, inplace=True).loss
+    if not before:
+        loss.backward()
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        z_loss.backward()
+
+
+@pytest.mark.parametrize("backward_first", [False, True])
+def test_a_second_use_of_the_logits_is_refused(backward_first):
+    logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
+    loss = cpu_loss(logits, ids, inplace=True).loss
+    if backward_first:
+        loss.backward()
+    second_uses = (
+        lambda: cpu_loss(logits, ids),
+        lambda: cpu_loss(logits, ids, inplace=True),
+        lambda: cpu_loss(logits[:, 1:4], ids[:, 1:4]),
+        lambda: cpu_loss(logits[..., 3:], ids - 3),
+        lambda: cpu_loss(torch.randn(1, 6, 2, 40), ids, ref_logits=logits[:, :, 0]),
+        lambda: fused_weighted_mtp_loss(logits, ids, backend="eager"),
+        lambda: compute_weighted_mtp_loss(logits, ids, horizon=2),
+        lambda: mtp_cross_entropy(logits, ids),
+        lambda: next_token_cross_entropy(logits[:, :, 1], ids),
+    )
+    for use in second_uses:
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            use()
+
+
+def test_a_detached_alias_is_refused_too():
+    logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
+    alias = logits.detach()
+    cpu_loss(logits, ids, inplace=True)
+    for use in (alias, logits.detach()):
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            cpu_loss(use, ids)
+
+
+def test_so_is_a_parameter():
+    logits, ids = torch.nn.Parameter(torch.randn(1, 6, 2, 40)), torch.randint(40, (1, 6))
+    cpu_loss(logits, ids, inplace=True)
+    with pytest.raises(ValueError, match=OVERWRITTEN):
+        cpu_loss(logits, ids)
+
+
+def test_logits_that_were_written_again_are_logits_again():
+    logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
+    values = logits.detach().clone()
+    expected = cpu_loss(values, ids).loss
+    cpu_loss(logits, ids, inplace=True)
+    with torch.no_grad():
+        logits.copy_(values)
+        assert cpu_loss(logits, ids).loss == expected
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_a_second_backward_is_an_error(keep_graph):
+    logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
+    loss = cpu_loss(logits, ids, inplace=True).loss
+    loss.backward(retain_graph=keep_graph)
+    with pytest.raises(RuntimeError, match=MODIFIED if keep_graph else "second time"):
+        loss.backward()
+
+
+def test_cross_entropies_cannot_be_differentiated_then():
+    for of_both in (False, True):
+        result = cpu_loss(new_logits(1, 6, 2, 40), torch.randint(40, (1, 6)), inplace=True)
+        total = result.ce_per_head.sum() + (result.loss if of_both else 0)
+        with pytest.raises(RuntimeError, match=NOT_TWICE):
+            total.backward()
+
+
+def test_nor_can_the_gradient():
+    logits = new_logits(1, 6, 2, 40)
+    loss = cpu_loss(logits, torch.randint(40, (1, 6)), inplace=True).loss
+    with pytest.raises(RuntimeError, match=NOT_TWICE):
+        torch.autograd.grad(loss, logits, create_graph=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 2, 40), (2, 1, 2, 40), (2, 0, 2, 40)])
+def test_no_token_at_all(target, shape):
+    backend, device = target
+    leaf = torch.randn(shape, device=device, requires_grad=True)
+    ids = torch.zeros(shape[:2], dtype=torch.int64, device=device)
+    result = fused_weighted_mtp_loss(leaf * 1, ids, inplace=True, backend=backend)
+    result.loss.backward()
+    assert result.loss == 0
+    assert leaf.grad.shape == shape
+    assert torch.count_nonzero(leaf.grad) == 0
+
+
+def test_gradients_of_weights_and_logits_together():
+    case = make_case((2, 6, 3, 40), weighting="given")
+    weights = case.options["head_weights"].requires_grad_()
+    gradients = []
+    for inplace in (False, True):
+        logits = case.logits.clone().requires_grad_() * 1
+        loss = cpu_loss(logits, case.target_ids, weights, inplace=inplace).loss
+        gradients.append(torch.autograd.grad(2 * loss, (logits, weights)))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("why", ["no_grad", "detached", "only weights"])
+def test_without_a_gradient_nothing_is_overwritten(target, why):
+    backend, device = target
+    case = make_case((2, 6, 3, 40), weighting="given", device=device)
+    weights = case.options["head_weights"].requires_grad_(why == "only weights")
+    logits = case.logits.requires_grad_(why == "no_grad")
+    before, version = logits.detach().clone(), logits._version
+    with torch.set_grad_enabled(why != "no_grad"):
+        for _ in range(2):
+            loss = fused_weighted_mtp_loss(
+                logits, case.target_ids, weights, inplace=True, backend=backend
+            ).loss
+    if why == "only weights":
+        loss.backward()
+        assert torch.count_nonzero(weights.grad)
+    assert torch.equal(logits, before)
+    assert logits._version == version
+
+
+def test_inside_a_checkpoint():
+    """The recomputed logits are new ones."""
+    hidden = torch.randn(1, 6, 2, 8, requires_grad=True)
+    weight, ids = torch.randn(40, 8, requires_grad=True), torch.randint(40, (1, 6))
+
+    def head(hidden, inplace):
+        return cpu_loss(hidden @ weight.T, ids, inplace=inplace).loss
+
+    expected = torch.autograd.grad(head(hidden, False), (hidden, weight))
+    loss = torch.utils.checkpoint.checkpoint(head, hidden, True, use_reentrant=False)
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

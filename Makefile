@@ -24,9 +24,9 @@ sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undef
 	$(BIN)/cmake --build build/sanitize
 	WMTP_CPU_LIBRARY=$(CURDIR)/build/sanitize/libwmtp_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest tests/test_cpu.py tests/test_cpu_machine.py tests/test_gradient.py
+	$(BIN)/python -m pytest tests/test_cpu*.py tests/test_inplace.py
 
-bench: $(READY)  ## speed and memory against eager torch
+bench: $(READY)  ## speed and memory against eager torch, torch.compile and a plain copy
 	$(BIN)/wmtp bench
 
 # torch first and alone: its pinned build decides what the rest may bring along.

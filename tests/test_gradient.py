@@ -285,16 +285,37 @@ def test_gradient_of_weights_alone_costs_none_of_logits():
     assert torch.count_nonzero(weights.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("upstream", [1, 0.5])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weighting", ["given", "ref_ce"])
-def test_a_leafs_gradient_is_all_the_memory_it_takes(dtype, weighting):
+def test_a_leafs_gradient_is_all_the_memory_it_takes(dtype, weighting, upstream):
     case = make_case((1, 256, 2, 4000), dtype, weighting)
     logits = case.logits.requires_grad_()
 
     def step():
         logits.grad = None
-        loss_of(case, logits).backward()
+        (upstream * loss_of(case, logits)).backward()
 
     step()
     logits.grad = None
     assert peak_bytes(step) < 1.03 * logits.nbytes
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "given"])
+def test_the_caller_may_change_what_he_got(weighting):
+    """As trainers do: `loss *= processes`."""
+    case = make_case((1, 6, 2, 40), torch.float64, weighting)
+    inputs = [case.logits.requires_grad_()]
+    if weighting == "given":
+        inputs.append(case.options["head_weights"].double().requires_grad_())
+        case.options["head_weights"] = inputs[1]
+    gradients = []
+    for function in (partial(compute_weighted_mtp_loss, horizon=2), fused):
+        result = function(case.logits, case.target_ids, **case.options)
+        loss = result.loss * 1 if function is not fused else result.loss
+        loss /= 4
+        if function is fused:
+            result.ce_per_head.detach().mul_(3)
+        gradients.append(torch.autograd.grad(loss, inputs))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -153,7 +153,8 @@ def test_where_torch_cannot_count_users_nothing_is_kept():
         "from wmtp.gradient_memory import KEPT_FROM_BYTES, new_gradient\n"
         "new = []\n"
         "for _ in range(2): new_gradient((KEPT_FROM_BYTES,), torch.int8, lambda _: new.append(1))\n"
-        "assert len(new) == 2"
+        "import wmtp.gradient_memory\n"
+        "assert len(new) == 2 and wmtp.gradient_memory._kept is None"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -142,11 +142,21 @@ def test_a_detached_alias_is_refused_too():
             cpu_loss(use, ids)
 
 
-def test_so_is_a_parameter():
+def test_each_of_two_chunks_is_remembered():
+    logits, ids = new_logits(2, 6, 2, 40), torch.randint(40, (2, 6))
+    for chunk in (0, 1):
+        cpu_loss(logits[chunk : chunk + 1], ids[chunk : chunk + 1], inplace=True)
+    for chunk in (0, 1):
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            cpu_loss(logits[chunk : chunk + 1], ids[chunk : chunk + 1])
+
+
+def test_a_parameter_is_not_overwritten():
     logits, ids = torch.nn.Parameter(torch.randn(1, 6, 2, 40)), torch.randint(40, (1, 6))
-    cpu_loss(logits, ids, inplace=True)
-    with pytest.raises(ValueError, match=OVERWRITTEN):
-        cpu_loss(logits, ids)
+    values = logits.detach().clone()
+    with pytest.raises(ValueError, match="would overwrite a Parameter"):
+        cpu_loss(logits, ids, inplace=True)
+    assert torch.equal(logits, values)
 
 
 def test_logits_that_were_written_again_are_logits_again():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from agreement import make_case
 from wmtp import cpu, fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
@@ -176,3 +177,25 @@ def test_reference_compiles_too():
     torch.testing.assert_close(
         compiled(logits, case.target_ids), next_token_cross_entropy(logits, case.target_ids)
     )
+
+
+def test_eager_goes_through_torch_func():
+    case = make_case((1, 6, 2, 40))
+
+    def eager(logits):
+        return fused_weighted_mtp_loss(logits, case.target_ids, backend="eager").loss
+
+    found = torch.func.grad(eager)(case.logits)
+    (expected,) = torch.autograd.grad(eager(case.logits.requires_grad_()), case.logits)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_trace_holds_the_operator_not_its_results():
+    case = make_case((1, 6, 2, 40))
+
+    def loss_of(logits):
+        return fused_weighted_mtp_loss(logits, case.target_ids, backend="cpu").loss
+
+    traced = make_fx(loss_of)(case.logits)
+    assert "wmtp.weighted_loss" in traced.code
+    torch.testing.assert_close(traced(case.logits), loss_of(case.logits))

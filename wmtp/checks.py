@@ -69,7 +69,7 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
             f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}: "
             f"pass unnormalised scores, not ids"
         )
-    if type(logits) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _has_storage(logits):
         _check_not_overwritten(name, logits)
     rank = axes.count(",") + 1
     if logits.dim() != rank:
@@ -183,6 +183,10 @@ def check_normalizer(normalizer: Tensor | float | None) -> None:
 def check_inplace(inplace: bool, logits: Tensor) -> None:
     if not inplace:
         return
+    if isinstance(logits, torch.nn.Parameter):
+        raise ValueError(
+            "inplace=True would overwrite a Parameter with its gradient: pass inplace=False"
+        )
     if logits.stride(-1) != 1 or _rows_overlap(logits):
         raise ValueError(
             f"inplace=True needs rows of their own whose last dimension is contiguous, got shape "
@@ -196,23 +200,34 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
         )
 
 
+def _has_storage(logits: Tensor) -> bool:
+    """Not so for subclasses and inside torch.func; inference tensors count no versions."""
+    plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_inference()
+    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
+
+
 def note_overwritten(logits: Tensor) -> None:
     """These logits hold their gradient now. Whoever saved them for a backward gets autograd's
     error, and whoever passes them in again gets ours, until they are changed."""
+    storage = logits.untyped_storage()
+    extents = _overwritten_parts(logits)
     torch.autograd.graph.increment_version(logits)
-    logits.untyped_storage()._wmtp_gradient = (logits._version, *_extent(logits))  # type: ignore[attr-defined]
+    storage._wmtp_gradients = (logits._version, [*extents, _extent(logits)])  # type: ignore[attr-defined]
 
 
 def _check_not_overwritten(name: str, logits: Tensor) -> None:
-    note = getattr(logits.untyped_storage(), "_wmtp_gradient", None)
-    if note is None or logits.is_inference():
-        return
-    (version, first, last), (begin, end) = note, _extent(logits)
-    if version == logits._version and begin < last and first < end:
+    begin, end = _extent(logits)
+    if any(begin < last and first < end for first, last in _overwritten_parts(logits)):
         raise ValueError(
             f"{name} have been overwritten by their gradient: an earlier loss was computed from "
             f"them with inplace=True; compute them again, or pass inplace=False there"
         )
+
+
+def _overwritten_parts(logits: Tensor) -> list[tuple[int, int]]:
+    """Where the storage holds gradients; none any more once somebody else has written to it."""
+    version, parts = getattr(logits.untyped_storage(), "_wmtp_gradients", (None, []))
+    return parts if parts and version == logits._version else []
 
 
 def _extent(logits: Tensor) -> tuple[int, int]:

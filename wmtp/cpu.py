@@ -161,12 +161,6 @@ def row_gradient(
     return grad
 
 
-def scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor [], of grad's dtype, in memory of its own."""
-    out = new_gradient(grad.shape, grad.dtype, _ask_for_huge_pages)
-    return torch.mul(grad, factor, out=out)
-
-
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
     """The CE of each position predicting the next token.
 

@@ -45,7 +45,8 @@ def new_gradient(shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable) 
         if _is_free(nbytes):
             new = torch.empty(0, dtype=dtype, device="cpu")
             return new.set_(_kept, 0, shape)  # type: ignore[call-overload]
-        is_kept = nbytes >= KEPT_FROM_BYTES and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
+        allowed = _IDLE is not None and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
+        is_kept = allowed and nbytes >= KEPT_FROM_BYTES
         if is_kept:
             _kept = None  # before the new one is allocated: never two
         new = torch.empty(shape, dtype=dtype, device="cpu")
@@ -69,4 +70,4 @@ def _is_free(nbytes: int) -> bool:
     """Whether there is memory of this size that nobody uses, not in another process either."""
     if _kept is None or _kept.nbytes() != nbytes or _kept.is_shared():
         return False
-    return _IDLE is not None and _references(_kept) == _IDLE
+    return _references(_kept) == _IDLE

@@ -59,8 +59,9 @@ def fused_weighted_mtp_loss(
             gradient accumulation and data-parallel runs.
         ignore_index: a target of this id is no target.
         horizon: when given, must equal H.
-        inplace: lets the loss write the gradient over the logits, whose values are then gone: a
-            second use of them raises, and so does a second backward. `ce_per_head` cannot be
+        inplace: lets the loss write the gradient over the logits, whose values are then gone.
+            Another loss of ours from them raises, a second backward, and a backward that saved
+            them; whatever else reads them afterwards sees the gradient. `ce_per_head` cannot be
             differentiated then. Eager torch has no use for the permission.
         backend: "auto", "cpu", "triton" or "eager". A backend asked for by name never falls back;
             "auto" warns once if it must run in eager.

@@ -20,6 +20,7 @@ factor left to multiply. The others leave it to backward, and so does whoever wa
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp.backends import KERNELS
 from wmtp.checks import note_overwritten
@@ -74,7 +75,11 @@ def weighted_loss(
     of_heads = differentiated and logits.is_leaf and not inplace
     shared = heads_share_storage(logits) and not of_heads
     ahead = differentiated and loss_wanted and backend in IN_FORWARD
-    traced = torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter)
+    traced = (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or type(logits) not in (Tensor, torch.nn.Parameter)
+    )
     arguments = (
         *(logits, target_ids, head_weights, ref_ce, normalizer, temperature, signed, reduction),
         *(ignore_index, backend, shared, ahead, inplace and differentiated and not traced),
@@ -96,6 +101,7 @@ def _rows(logits: Tensor, shared_heads: bool) -> Tensor:
 
 
 def _unit_stride(logits: Tensor) -> Tensor:
+    logits = logits.resolve_neg()
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -152,12 +158,16 @@ def _save_for_backward(ctx, inputs, output):
     ctx.constant_denominator = normalizer is not None or ctx.reduction != "weight_mean"
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], *output[3:])
-    *output, grad = output
+    loss, _, ce, token_loss, weight_sum, row_scalar, lse, factors, grad = output
     ctx.overwritten = ahead and ctx.inplace
     ctx.grad = grad if ahead and not ctx.inplace else None
     if ctx.overwritten:
         note_overwritten(logits)
-    ctx.save_for_backward(logits, target_ids, *output)
+    # The caller may change his loss in place, `loss /= n`: copies.
+    of_weights = (
+        (loss.clone(), ce.clone(), token_loss, weight_sum) if ctx.needs_input_grad[2] else ()
+    )
+    ctx.save_for_backward(logits, target_ids, row_scalar, lse, factors, *of_weights)
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
@@ -170,7 +180,7 @@ def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
 
 
 def _weights_gradient(ctx, grad_loss):
-    _, target_ids, loss, _, ce, token_loss, weight_sum, _, _, factors = ctx.saved_tensors
+    _, target_ids, _, _, factors, loss, ce, token_loss, weight_sum = ctx.saved_tensors
     slope = ce
     if ctx.reduction == "token_mean":  # d/dw of sum w ce / sum w, token by token
         slope = (ce - token_loss[..., None]) / weight_sum[..., None]
@@ -182,46 +192,42 @@ def _weights_gradient(ctx, grad_loss):
 
 
 def _logits_gradient(ctx, grad_loss, grad_ce):
-    logits, target_ids, *_, row_scalar, lse, factors = ctx.saved_tensors
-    of_loss_alone = grad_ce is None and not torch.is_grad_enabled()
-    if ctx.overwritten and not of_loss_alone:
+    logits, target_ids, row_scalar, lse, factors, *_ = ctx.saved_tensors
+    # What was written ahead belongs to whoever gets it; a second backward is computed anew.
+    grad, ctx.grad = ctx.grad, None
+    if grad_ce is None and not torch.is_grad_enabled():
+        if ctx.overwritten:
+            rows = logits.detach()
+            _multiply(rows[:, :, :1] if ctx.shared_heads else rows, grad_loss * factors[1])
+            note_overwritten(logits)
+            return rows
+        if grad is not None:
+            return _multiply(grad, grad_loss * factors[1]).expand(logits.shape)
+    elif ctx.overwritten:
         raise RuntimeError(
             "inplace=True has put the gradient of the loss where the logits were: neither "
             "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
         )
-    if ctx.overwritten:
-        return _multiplied_inplace(ctx, logits, grad_loss * factors[1])
-    if ctx.grad is not None and of_loss_alone:
-        # It belongs to whoever gets it; a second backward is computed anew.
-        grad, ctx.grad = ctx.grad, None
-        return _multiplied(ctx, grad, grad_loss * factors[1]).expand(logits.shape)
+    del grad
     scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
     if grad_loss is not None:
         scalar = scalar + row_scalar * grad_loss
     if ctx.shared_heads:
         # Autograd sums the heads' gradients into the one row; each is handed an equal part.
         scalar = scalar / logits.shape[2]
-    rows = (logits, target_ids, lse, scalar.contiguous(), ctx.ignore_index, ctx.backend)
+    arguments = (logits, target_ids, lse, scalar.contiguous(), ctx.ignore_index, ctx.backend)
     if not ctx.inplace:
-        return torch.ops.wmtp.row_gradient(*rows, ctx.shared_heads).expand(logits.shape)
-    torch.ops.wmtp.row_gradient_(*rows)
+        return torch.ops.wmtp.row_gradient(*arguments, ctx.shared_heads).expand(logits.shape)
+    torch.ops.wmtp.row_gradient_(*arguments)
     note_overwritten(logits)
     return logits.detach()
 
 
-def _multiplied(ctx, grad, factor):
+def _multiply(grad, factor):
     """The gradient written ahead, times what came from above; mostly that is 1."""
     if type(factor) is not Tensor:  # traced: its value is not known yet
         return grad * factor
-    return grad if factor == 1 else KERNELS[ctx.backend].scaled(grad, factor)
-
-
-def _multiplied_inplace(ctx, logits, factor):
-    grad = logits.detach()
-    if factor != 1:
-        (grad[:, :, :1] if ctx.shared_heads else grad).mul_(factor)
-    note_overwritten(logits)
-    return grad
+    return grad if factor == 1 else grad.mul_(factor)
 
 
 class _WeightedLoss(torch.autograd.Function):

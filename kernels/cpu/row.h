@@ -6,12 +6,11 @@
 #include <math.h>
 
 #include "simd.h"
+#include "wmtp_cpu.h"
 
 namespace wmtp {
 namespace WMTP_ISA {
 
-// The shift may change from block to block; a block that must be done again is still in L1.
-constexpr int64_t kBlock = 4096;
 constexpr int64_t kProbe = 256;  // the first shift is the maximum of so many
 constexpr int kSlack = 40;       // e^40 summed over 2^31 columns is far from overflow
 

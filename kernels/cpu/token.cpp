@@ -9,27 +9,14 @@
 // A row without a valid target is not read. Targets are checked before (dispatch.cpp).
 #include <cmath>
 #include <type_traits>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 #include "row.h"
+#include "threads.h"
+#include "weights.h"
 #include "wmtp_cpu.h"
 
 namespace wmtp {
 namespace WMTP_ISA {
-
-inline int64_t target_of(const Rows& r, int64_t token, int64_t k) {  // -1: no valid target
-  if (token % r.S + k + 1 >= r.S) return -1;
-  const int64_t id = r.target_ids[token + k + 1];
-  return id == r.ignore_index ? -1 : id;
-}
-
-inline bool has_target(const Rows& r, int64_t token) {
-  for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) return true;
-  return false;
-}
 
 template <class E> inline const E* row_of(const Rows& r, int64_t token, int64_t k) {
   const int64_t b = token / r.S, t = token % r.S;
@@ -37,144 +24,6 @@ template <class E> inline const E* row_of(const Rows& r, int64_t token, int64_t 
 }
 
 inline bool shared_heads(const Rows& r) { return r.H > 1 && r.stride_h == 0; }
-
-// ---- Threads: each takes tokens, or, where tokens are few, columns of every row ----
-
-struct Team {
-  int rank, size;
-  int64_t begin, end;    // this thread's columns
-  char* kept;            // its exponentials
-  char* partial_sums;    // [2][H][size], everybody's
-  mutable int turn = 0;  // which of the two: a fast thread may write the next while a slow one reads
-
-  void barrier() const {
-    turn ^= 1;
-    if (size == 1) return;
-#pragma omp barrier
-  }
-};
-
-inline int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-inline int thread_count() {
-#if defined(_OPENMP)
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
-// body(token, team) for every token. One thread opens no parallel region: a forked child of a threaded
-// parent must not.
-template <class Body>
-void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, int64_t stride,
-                    const Body& body) {
-  const int64_t tokens = r.B * r.S;
-  const int threads = useful_threads(r);
-  const auto alone = [&](char* mine) { return Team{0, 1, 0, r.V, mine, mine + kept}; };
-  if (threads <= 1) {
-    for (int64_t token = 0; token < tokens; ++token) body(token, alone(scratch));
-    return;
-  }
-  // How many threads have work, on average, by tokens and by columns. Barriers are not free.
-  const int64_t rounds = (live + threads - 1) / threads, blocks = r.V / kBlock;
-  const int by_columns = int(blocks < threads ? blocks : threads);
-  if (live && 0.9 * by_columns > double(live) / rounds) {
-#pragma omp parallel num_threads(by_columns)
-    {
-      const int rank = thread_number(), size = thread_count();
-      const int64_t part = (r.V + size * 64 - 1) / (size * 64) * 64, begin = rank * part;
-      const int64_t end = begin + part < r.V ? begin + part : r.V;
-      const Team team = {rank, size, begin < end ? begin : end, end, scratch + rank * stride,
-                         scratch + kept};
-      for (int64_t token = 0; token < tokens; ++token) body(token, team);
-    }
-    return;
-  }
-  // Dynamic, since ignored tokens cost nothing; in runs long enough that two threads seldom fault in
-  // the same page of the gradient.
-  [[maybe_unused]] const int64_t chunk = tokens / (threads * 8) + 1;
-#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
-  for (int64_t token = 0; token < tokens; ++token)
-    body(token, alone(scratch + thread_number() * stride));
-}
-
-// ---- Weights ----
-
-// w [H] where they do not depend on the cross entropies.
-template <class T>
-void known_weights(const Rows& r, const Weighting& how, int64_t token, T* w) {
-  const T* given = static_cast<const T*>(how.head_weights);
-  for (int64_t k = 0; k < r.H; ++k)
-    w[k] = target_of(r, token, k) < 0 ? T(0) : given ? given[token * r.H + k] : T(1);
-}
-
-// w_k = softmax over valid k of excess_k / temperature, ref_ce [H] being the token's first.
-template <class T>
-void excess_weights(const Rows& r, const Weighting& how, int64_t token, const T* ce, T* w) {
-  const T* ref_ce = static_cast<const T*>(how.ref_ce) + token - token / r.S;  // [B, S - 1]
-  T max = -kInfinity<T>, sum = 0;
-  for (int64_t k = 0; k < r.H; ++k) {
-    w[k] = 0;
-    if (target_of(r, token, k) < 0) continue;
-    const T excess = ce[k] - ref_ce[k];
-    w[k] = (how.is_signed || excess >= 0 ? excess : -excess) / T(how.temperature);
-    if (w[k] > max) max = w[k];
-  }
-  for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) sum += w[k] = exp_one(w[k] - max);
-  for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) w[k] /= sum;
-}
-
-template <class T> T sum_of(const T* w, int64_t H) {
-  T sum = 0;
-  for (int64_t k = 0; k < H; ++k) sum += w[k];
-  return sum;
-}
-
-template <class T> bool counts(T weight_sum) { return !(weight_sum <= T(1e-8)); }  // so does NaN
-
-// w -> d token_loss / d ce.
-template <class T>
-void to_row_scalars(const Weighting& how, T weight_sum, int64_t H, T* w) {
-  if (how.reduction != kTokenMean) return;
-  for (int64_t k = 0; k < H; ++k) w[k] = counts(weight_sum) ? w[k] / weight_sum : T(0);
-}
-
-// Known before the first logit is read, since excess weights sum to 1.
-struct Totals {
-  int64_t live;         // tokens with a target
-  double denominator;   // what divides the sum of the token losses
-  double largest;       // no d token_loss / d ce is larger
-};
-
-template <class T> Totals find_totals(const Rows& r, const Weighting& how) {
-  T* w = static_cast<T*>(__builtin_alloca(r.H * sizeof(T)));
-  int64_t live = 0, counted = 0;
-  double total = 0, largest = 0;
-  for (int64_t token = 0; token < r.B * r.S; ++token) {
-    known_weights(r, how, token, w);
-    const bool lives = has_target(r, token);
-    const T weight_sum = how.ref_ce ? T(lives) : sum_of(w, r.H);
-    live += lives;
-    counted += counts(weight_sum);
-    total += weight_sum;
-    for (int64_t k = 0; k < r.H; ++k) largest = w[k] > largest ? w[k] : largest;
-  }
-  if (how.reduction == kTokenMean || how.ref_ce) largest = 1;
-  if (how.has_normalizer) return {live, how.normalizer, largest};
-  if (how.reduction == kTokenMean) return {live, counted ? double(counted) : 1, largest};
-  return {live, how.reduction == kWeightMean && total != 0 ? total : 1, largest};
-}
-
-// ---- One token ----
 
 // The heads that a row of logits serves: all of them, or the one.
 struct Heads { int64_t first, last; };
@@ -190,7 +39,7 @@ inline bool row_has_target(const Rows& r, int64_t token, int64_t row) {
 
 template <class T> Exponentials<T> exponentials(const Rows& r, const Team& team, int64_t slot) {
   T* const e = reinterpret_cast<T*>(team.kept + slot * exponentials_bytes(r));
-  return {e, e + r.V + 16};
+  return {e, e + r.V + kPadding};
 }
 
 // What is known of a token's rows once they are read: by row the statistics, by head the rest.
@@ -318,29 +167,30 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, int64_t 
   if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state);
 }
 
-// What the gradient is written times, instead of 1 / denominator. That would carry most of an fp16
-// gradient below the smallest number, before it meets the loss scale in backward: there it is the power
-// of two that puts the largest possible entry at 2^14 .. 2^15.
-template <class E> double written_scale(const Weighting& how, const Totals& totals) {
-  if (!std::is_same<E, Fp16>::value || how.are_row_scalars) return 1 / totals.denominator;
+// What the gradient is written times, instead of 1 / denominator, which would carry most of an fp16
+// gradient below the smallest number before it meets the loss scale in backward: the power of two that puts
+// the largest possible entry at 2^14 .. 2^15.
+inline double fp16_scale(const Totals& totals) {
   return totals.largest > 1e-30 ? std::ldexp(1.0, 14 - std::ilogb(totals.largest)) : 1;
 }
 
 template <class E> void weighted_loss(const Rows& r, const Weighting& how, const Output& out) {
   using T = Acc<E>;
   const Totals totals = find_totals<T>(r, how);
-  const double scale = written_scale<E>(how, totals);
+  const double inverse = 1 / totals.denominator;
+  const bool scaled = std::is_same<E, Fp16>::value && !how.are_row_scalars;
+  const double scale = scaled ? fp16_scale(totals) : inverse;
   const int64_t kept = out.grad ? waiting_rows(r, how) * exponentials_bytes(r) : 0;
   for_each_token(r, totals.live, static_cast<char*>(out.scratch), kept,
                  thread_scratch_bytes(r, how, out.grad), [&](int64_t token, const Team& team) {
-                   token_pass<E>(r, how, out, token, team, 1 / totals.denominator,
+                   token_pass<E>(r, how, out, token, team, inverse,
                                  out.grad_scale * scale);
                  });
   double sum = 0;
   for (int64_t token = 0; token < r.B * r.S; ++token) sum += static_cast<T*>(out.token_loss)[token];
   *static_cast<T*>(out.loss) = T(sum / totals.denominator);
-  static_cast<T*>(out.factors)[0] = T(1 / totals.denominator);
-  static_cast<T*>(out.factors)[1] = T(1 / totals.denominator / scale);
+  static_cast<T*>(out.factors)[0] = T(inverse);
+  static_cast<T*>(out.factors)[1] = scaled ? T(inverse / scale) : T(1);
 }
 
 const Kernels kernels = {[](const Rows& r, const Weighting& how, const Output& out) {

@@ -55,15 +55,20 @@ namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
 namespace avx512_bf16 { extern const Kernels kernels; }
 
+// A row is summed block by block, from L1; the shift of its exponentials may change with each.
+constexpr int64_t kBlock = 4096;
+constexpr int64_t kPadding = 16;  // the last exponentials are stored as a whole vector
+
 inline int useful_threads(const Rows& r) {
   const int64_t worth = 1 << 15, most = 1 + r.B * r.S * r.H * r.V / worth;
   return int(most < r.threads ? most : r.threads);
 }
 
-// Scratch of one thread: the exponentials of the rows whose gradient waits for the weights, padded by a
-// vector, with a shift for every block of 4096; and 2 x H x threads partial sums of three numbers.
+// Scratch of one thread: the exponentials of the rows whose gradient waits for the weights, with a shift
+// for every block; and 2 x H x threads partial sums of three numbers.
 inline int64_t exponentials_bytes(const Rows& r) {
-  return ((r.V + 16 + r.V / 4096 + 1) * (r.dtype == kFloat64 ? 8 : 4) + 63) / 64 * 64;
+  const int64_t entries = r.V + kPadding + r.V / kBlock + 1;
+  return (entries * (r.dtype == kFloat64 ? 8 : 4) + 63) / 64 * 64;
 }
 inline int64_t waiting_rows(const Rows& r, const Weighting& how) {
   return how.ref_ce && r.stride_h ? r.H : 1;

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Annotated
 import typer
 
 from wmtp.cli.console import console
+
+SETTINGS = ("OMP_NUM_THREADS", "WMTP_CPU_ISA", "WMTP_KEEP_GRADIENT")  # what changes the numbers
 
 
 class Suite(StrEnum):
@@ -74,7 +77,9 @@ def _command(quick: bool, runs: int, only: Suite | None) -> str:
         *([f"--runs {runs}"] if runs > 1 else []),
         *([f"--only {only}"] if only else []),
     )
-    return " ".join(("wmtp bench", *options))
+    chosen = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+    settings = (f"{name}={value}" for name, value in chosen.items())
+    return " ".join((*settings, "wmtp bench", *options))
 
 
 def _show(results: dict, json_file: Path | None, plot_file: Path | None) -> None:

@@ -1,0 +1,79 @@
+// Threads: each takes tokens, or, where tokens are few, columns of every row.
+#pragma once
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "row.h"
+#include "wmtp_cpu.h"
+
+namespace wmtp {
+namespace WMTP_ISA {
+
+struct Team {
+  int rank, size;
+  int64_t begin, end;    // this thread's columns
+  char* kept;            // its exponentials
+  char* partial_sums;    // [2][H][size], everybody's
+  mutable int turn = 0;  // which of the two: a fast thread may write the next while a slow one reads
+
+  void barrier() const {
+    turn ^= 1;
+    if (size == 1) return;
+#pragma omp barrier
+  }
+};
+
+inline int thread_number() {
+#if defined(_OPENMP)
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+inline int thread_count() {
+#if defined(_OPENMP)
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
+// body(token, team) for every token. One thread opens no parallel region: a forked child of a threaded
+// parent must not.
+template <class Body>
+void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, int64_t stride,
+                    const Body& body) {
+  const int64_t tokens = r.B * r.S;
+  const int threads = useful_threads(r);
+  const auto alone = [&](char* mine) { return Team{0, 1, 0, r.V, mine, mine + kept}; };
+  if (threads <= 1) {
+    for (int64_t token = 0; token < tokens; ++token) body(token, alone(scratch));
+    return;
+  }
+  // How many threads have work, on average, by tokens and by columns. Barriers are not free.
+  const int64_t rounds = (live + threads - 1) / threads, blocks = r.V / kBlock;
+  const int by_columns = int(blocks < threads ? blocks : threads);
+  if (live && 0.9 * by_columns > double(live) / rounds) {
+#pragma omp parallel num_threads(by_columns)
+    {
+      const int rank = thread_number(), size = thread_count();
+      const int64_t part = (r.V + size * 64 - 1) / (size * 64) * 64, begin = rank * part;
+      const int64_t end = begin + part < r.V ? begin + part : r.V;
+      const Team team = {rank, size, begin < end ? begin : end, end, scratch + rank * stride,
+                         scratch + kept};
+      for (int64_t token = 0; token < tokens; ++token) body(token, team);
+    }
+    return;
+  }
+  // Dynamic, since ignored tokens cost nothing and often stand together; in runs long enough that two
+  // threads seldom fault in the same page of the gradient.
+  [[maybe_unused]] const int64_t chunk = live / (threads * 8) + 1;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
+  for (int64_t token = 0; token < tokens; ++token)
+    body(token, alone(scratch + thread_number() * stride));
+}
+
+}  // namespace WMTP_ISA
+}  // namespace wmtp

@@ -51,6 +51,12 @@ template <class E> inline Acc<E> block_max(const E* x, int64_t n) {
   return largest_lane<T>(most);
 }
 
+// Four vectors' worth, into L1 (3) or L2 (2). A prefetch never faults.
+template <class E, int kLocality> inline void fetch4(const E* ahead) {
+  for (unsigned line = 0; line < 4 * kLanes<Acc<E>> * sizeof(E); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line, 0, kLocality);
+}
+
 // sum exp(x - shift), which goes to e as well, and max x.
 template <class E>
 inline Acc<E> block_sum_exp(const E* x, int64_t n, Acc<E> shift, Acc<E>* e, Acc<E>* max) {
@@ -60,9 +66,7 @@ inline Acc<E> block_sum_exp(const E* x, int64_t n, Acc<E> shift, Acc<E>* e, Acc<
   Vec4<T> most = {lowest, lowest, lowest, lowest}, sums = {}, terms;
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
-    // The exponentials keep the core busy: fetch the next block meanwhile. A prefetch never faults.
-    for (unsigned line = 0; line < 4 * L * sizeof(E); line += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i + kBlock) + line);
+    fetch4<E, 3>(x + i + kBlock);  // the exponentials keep the core busy meanwhile
     for (int j = 0; j < 4; ++j) terms[j] = load(x + i + j * L);
     for (int j = 0; j < 4; ++j) most[j] = larger(terms[j], most[j]);
     for (int j = 0; j < 4; ++j) terms[j] -= shift;
@@ -133,10 +137,11 @@ template <class T> LogSumExp<T> combine(const PartialSum<T>* parts, int count) {
   return {max, sum, log(sum)};
 }
 
-// out [n] = e scale. Past the caches goes what is too large to be met there again: its lines need not be
-// fetched before they are overwritten.
+// out [n] = e scale, while ahead [n] is fetched into L2. Past the caches goes what is too large to be met
+// there again: its lines need not be fetched before they are overwritten.
 template <class E>
-void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, E* out) {
+void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, const E* ahead,
+                  E* out) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
   int64_t i = 0;
@@ -144,26 +149,30 @@ void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, E*
     const int64_t peel = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(E));
     for (; i + L <= peel && i + L <= n; i += L) store(out + i, load(e + i) * scale);
     if (i < peel && peel < n) store_first(out + i, load(e + i) * scale, peel - i), i = peel;
-    for (; i + 4 * L <= n; i += 4 * L)
+    for (; i + 4 * L <= n; i += 4 * L) {
+      fetch4<E, 2>(ahead + i);
       for (int j = 0; j < 4; ++j) store_past_caches(out + i + j * L, load(e + i + j * L) * scale);
+    }
     fence();
   }
-  for (; i + 4 * L <= n; i += 4 * L)
+  for (; i + 4 * L <= n; i += 4 * L) {
+    fetch4<E, 2>(ahead + i);
     for (int j = 0; j < 4; ++j) store(out + i + j * L, load(e + i + j * L) * scale);
+  }
   for (; i + L <= n; i += L) store(out + i, load(e + i) * scale);
   if (i < n) store_first(out + i, load(e + i) * scale, n - i);
 }
 
-// out [V] = c exp(x - max) / sum, from the kept exponentials.
+// out [V] = c exp(x - max) / sum, from the kept exponentials; ahead [V] is what will be read next.
 template <class E>
 void write_softmax(Exponentials<Acc<E>> kept, int64_t V, LogSumExp<Acc<E>> of, Acc<E> c,
-                   bool past_caches, E* out) {
+                   bool past_caches, const E* ahead, E* out) {
   for (int64_t begin = 0, end; begin < V; begin = end) {  // runs of blocks with one shift
     const Acc<E> shift = kept.shifts[begin / kBlock];
     for (end = begin + kBlock; end < V && kept.shifts[end / kBlock] == shift;) end += kBlock;
     if (end > V) end = V;
     const Acc<E> scale = c / of.sum * exp_one(shift - of.max);
-    write_scaled(kept.e + begin, end - begin, scale, past_caches, out + begin);
+    write_scaled(kept.e + begin, end - begin, scale, past_caches, ahead + begin, out + begin);
   }
 }
 

@@ -95,10 +95,11 @@ void write_gradient(const Rows& r, int64_t token, int64_t row, const Team& team,
   for (int64_t k = heads.first; k < heads.last; ++k)
     if (target_of(r, token, k) >= 0) c += state.c[k];
   const bool live = row_has_target(r, token, row);
+  const E* x = row_of<E>(r, token, row) + team.begin;
   if (live && !finite(stats.lse()))
-    write_special(row_of<E>(r, token, row) + team.begin, columns, stats.lse(), c, out + team.begin);
+    write_special(x, columns, stats.lse(), c, out + team.begin);
   else if (live && c != 0)
-    write_softmax(kept, columns, stats, c, past_caches, out + team.begin);
+    write_softmax(kept, columns, stats, c, past_caches, x + r.V, out + team.begin);  // mostly the next row
   else
     std::memset(out + team.begin, 0, columns * sizeof(E));
   for (int64_t k = heads.first; k < heads.last; ++k) {

@@ -216,8 +216,9 @@ def note_overwritten(logits: Tensor) -> None:
 
 
 def _check_not_overwritten(name: str, logits: Tensor) -> None:
-    begin, end = _extent(logits)
-    if any(begin < last and first < end for first, last in _overwritten_parts(logits)):
+    parts = _overwritten_parts(logits)
+    begin, end = _extent(logits) if parts else (0, 0)
+    if any(begin < last and first < end for first, last in parts):
         raise ValueError(
             f"{name} have been overwritten by their gradient: an earlier loss was computed from "
             f"them with inplace=True; compute them again, or pass inplace=False there"

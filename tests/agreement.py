@@ -8,7 +8,8 @@ from torch import Tensor
 
 from wmtp import cpu
 from wmtp.labels import IGNORE_INDEX, has_target
-from wmtp.reference import MTPLoss, accumulation_dtype, compute_weighted_mtp_loss
+from wmtp.reduction import accumulation_dtype
+from wmtp.reference import MTPLoss, compute_weighted_mtp_loss
 
 # Beyond eager torch's own error in that dtype, relative to the largest gradient entry.
 GRADIENT_TOLERANCE = {

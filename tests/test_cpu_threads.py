@@ -1,7 +1,7 @@
 """Threads of the C++ kernel: over tokens, over the columns of few tokens, side by side."""
 
 import math
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -155,20 +155,10 @@ def test_two_python_threads_at_once():
         make_case((2, 40, 2, 3000), torch.bfloat16, "given", seed=2),
     ]
     expected = [loss_and_gradients(fused, case) for case in cases]
-    wrong = []
 
     def work(case, wanted):
         for _ in range(20):
-            try:
-                assert_identical(loss_and_gradients(fused, case), wanted)
-            except Exception as error:
-                wrong.append(error)
+            assert_identical(loss_and_gradients(fused, case), wanted)
 
-    workers = [
-        threading.Thread(target=work, args=pair) for pair in zip(cases, expected, strict=True)
-    ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert not wrong
+    with ThreadPoolExecutor(2) as workers:
+        list(workers.map(work, cases, expected))  # raises what either has raised

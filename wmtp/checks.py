@@ -238,9 +238,14 @@ def _extent(logits: Tensor) -> tuple[int, int]:
     return logits.data_ptr(), logits.data_ptr() + elements * logits.element_size()
 
 
+def heads_share_storage(logits: Tensor) -> bool:
+    """One row of logits per token, seen H times: `logits[:, :, None].expand(-1, -1, H, -1)`."""
+    return logits.shape[2] > 1 and logits.stride(2) == 0
+
+
 def _rows_overlap(logits: Tensor) -> bool:
     """Whether two elements share memory; heads of stride 0 are one row by design."""
-    rows = logits[:, :, :1] if logits.stride(2) == 0 else logits
+    rows = logits[:, :, :1] if heads_share_storage(logits) else logits
     extent = 1
     for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
         if size > 1:

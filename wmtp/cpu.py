@@ -19,8 +19,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wmtp.checks import target_error, weight_error
+from wmtp.checks import heads_share_storage, target_error, weight_error
 from wmtp.gradient_memory import new_gradient
+from wmtp.reduction import accumulation_dtype
 
 # The variable is for a build of another kind, `make sanitize` for one.
 LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parent / "libwmtp_cpu.so")
@@ -119,7 +120,7 @@ def weighted_loss(
     )
     grad = _gradient_memory(logits) if gradient == "new" else logits
     wanted = None if gradient == "none" else grad
-    scale = 1 / logits.shape[2] if _shares_heads(logits) else 1.0
+    scale = 1 / logits.shape[2] if heads_share_storage(logits) else 1.0
     outputs, status, position = _run(logits, target_ids, how, ignore_index, wanted, scale)
     if status == _BAD_WEIGHT:
         assert head_weights is not None
@@ -193,7 +194,7 @@ def _run(
     """All of `weighted_loss`'s outputs but the gradient, which goes to `grad`; status, position."""
     library = _library()
     batch, length, heads, _ = logits.shape
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(logits)
     tokens, rows = (batch, length), (batch, length, heads)
     outputs = [
         _empty((), dtype),
@@ -218,13 +219,9 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
 
 
-def _shares_heads(logits: Tensor) -> bool:
-    return logits.shape[2] > 1 and logits.stride(2) == 0
-
-
 def _gradient_memory(logits: Tensor) -> Tensor:
     batch, length, heads, vocabulary = logits.shape
-    rows = 1 if _shares_heads(logits) else heads
+    rows = 1 if heads_share_storage(logits) else heads
     shape = (batch, length, rows, vocabulary)
     return new_gradient(shape, logits.dtype, _ask_for_huge_pages)
 

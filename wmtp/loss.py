@@ -4,6 +4,7 @@ from torch import Tensor
 
 from wmtp import checks, ops, reference
 from wmtp.backends import choose_backend
+from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 
 
@@ -122,7 +123,7 @@ def fused_weighted_mtp_loss(
             normalizer=normalizer,
         )
     checks.check_inplace(inplace, logits)
-    dtype = reference.accumulation_dtype(logits)
+    dtype = accumulation_dtype(logits)
     return MTPLoss(
         *ops.weighted_loss(
             logits,
@@ -172,10 +173,7 @@ def mtp_cross_entropy(
                 [1.6094, 0.0000],
                 [0.0000, 0.0000]])
     """
-    checks.check_logits("logits", logits, "[B, S, H, V]")
-    checks.check_target_ids(target_ids, *logits.shape[:2])
-    checks.check_same_device(logits, target_ids=target_ids)
-    chosen = choose_backend(backend, logits.device.type, logits.dtype)
+    chosen = _checked_backend(logits, "[B, S, H, V]", target_ids, backend)
     if chosen == "eager":
         return reference.cross_entropy_per_head(logits, target_ids, ignore_index)
     _, _, ce = ops.weighted_loss(
@@ -216,10 +214,14 @@ def next_token_cross_entropy(
         >>> next_token_cross_entropy(torch.zeros(1, 3, 5), torch.tensor([[0, 1, 2]]))
         tensor([[1.6094, 1.6094]])
     """
-    checks.check_logits("logits", logits, "[B, S, V]")
-    checks.check_target_ids(target_ids, *logits.shape[:2])
-    checks.check_same_device(logits, target_ids=target_ids)
-    chosen = choose_backend(backend, logits.device.type, logits.dtype)
+    chosen = _checked_backend(logits, "[B, S, V]", target_ids, backend)
     if chosen == "eager":
         return reference.next_token_ce(logits, target_ids, ignore_index)
     return ops.next_token_ce(logits.detach(), target_ids.long().contiguous(), ignore_index, chosen)
+
+
+def _checked_backend(logits: Tensor, axes: str, target_ids: Tensor, backend: str) -> str:
+    checks.check_logits("logits", logits, axes)
+    checks.check_target_ids(target_ids, *logits.shape[:2])
+    checks.check_same_device(logits, target_ids=target_ids)
+    return choose_backend(backend, logits.device.type, logits.dtype)

@@ -23,10 +23,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp.backends import KERNELS
-from wmtp.checks import note_overwritten
+from wmtp.checks import heads_share_storage, note_overwritten
 from wmtp.labels import has_target
-from wmtp.reduction import counted_tokens
-from wmtp.reference import accumulation_dtype
+from wmtp.reduction import accumulation_dtype, counted_tokens
 
 IN_FORWARD = {"cpu"}
 
@@ -86,11 +85,6 @@ def weighted_loss(
     )
     call = torch.ops.wmtp.weighted_loss if traced else _WeightedLoss.apply
     return call(*arguments)[:3]
-
-
-def heads_share_storage(logits: Tensor) -> bool:
-    """One row of logits per token, seen H times: `logits[:, :, None].expand(-1, -1, H, -1)`."""
-    return logits.shape[2] > 1 and logits.stride(2) == 0
 
 
 def _rows(logits: Tensor, shared_heads: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""From token losses to the scalar loss: which tokens count, and what divides their sum.
+"""From token losses to the scalar loss: in which dtype, which tokens count, what divides their sum.
 
 B batch, S sequence, H heads. Part of the definition in `wmtp.reference`.
 """
@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 MIN_WEIGHT_SUM = 1e-8
+
+
+def accumulation_dtype(logits: Tensor) -> torch.dtype:
+    """fp32, whatever the logits' dtype; fp64 for fp64 logits."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def counted_tokens(weight_sum: Tensor) -> Tensor:

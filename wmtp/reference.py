@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wmtp import checks
 from wmtp.labels import has_target, shift_to_heads
-from wmtp.reduction import counted_tokens, find_denominator, to_row_scalar
+from wmtp.reduction import accumulation_dtype, counted_tokens, find_denominator, to_row_scalar
 
 
 class MTPLoss(NamedTuple):
@@ -244,11 +244,6 @@ def _softmax_over_heads(
     valid = has_target(target_ids, score.shape[2], ignore_index)
     weights = (score / temperature).masked_fill(~valid, float("-inf")).softmax(-1)
     return torch.where(valid, weights, 0.0)
-
-
-def accumulation_dtype(logits: Tensor) -> torch.dtype:
-    """fp32, whatever the logits' dtype; fp64 for fp64 logits."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _raise_on_bad_target(targets: Tensor, bad: Tensor, vocabulary: int, ignore_index: int) -> None:

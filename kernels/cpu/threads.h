@@ -2,6 +2,9 @@
 #pragma once
 #if defined(_OPENMP)
 #include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
 #endif
 
 #include "row.h"
@@ -24,22 +27,6 @@ struct Team {
   }
 };
 
-inline int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-inline int thread_count() {
-#if defined(_OPENMP)
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
-}
-
 // body(token, team) for every token. One thread opens no parallel region: a forked child of a threaded
 // parent must not.
 template <class Body>
@@ -58,7 +45,7 @@ void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, in
   if (live && 0.9 * by_columns > double(live) / rounds) {
 #pragma omp parallel num_threads(by_columns)
     {
-      const int rank = thread_number(), size = thread_count();
+      const int rank = omp_get_thread_num(), size = omp_get_num_threads();
       const int64_t part = (r.V + size * 64 - 1) / (size * 64) * 64, begin = rank * part;
       const int64_t end = begin + part < r.V ? begin + part : r.V;
       const Team team = {rank, size, begin < end ? begin : end, end, scratch + rank * stride,
@@ -72,7 +59,7 @@ void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, in
   [[maybe_unused]] const int64_t chunk = live / (threads * 8) + 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
   for (int64_t token = 0; token < tokens; ++token)
-    body(token, alone(scratch + thread_number() * stride));
+    body(token, alone(scratch + omp_get_thread_num() * stride));
 }
 
 }  // namespace WMTP_ISA

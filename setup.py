@@ -22,6 +22,7 @@ class CMakeBuild(build_ext):
         build = Path(self.build_temp).resolve() / "cpu"
         configure = ["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]
         install = ["cmake", "--install", str(build), "--prefix", str(package.resolve())]
+        (package / LIBRARY).unlink(missing_ok=True)  # a failed build must not leave the last one
         try:
             for command in (configure, ["cmake", "--build", str(build)], install):
                 subprocess.run(command, check=True)

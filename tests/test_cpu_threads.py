@@ -26,8 +26,8 @@ every_instruction_set = pytest.mark.usefixtures("instruction_set", "unwritten_is
 fused = partial(fused_weighted_mtp_loss, backend="cpu")
 
 # Threads share the columns where tokens are few: one or three for two threads, four for three. And
-# no more threads than 2^15 logits for each, or than there are blocks of 4096 columns.
-FEW_TOKENS = [(1, 2, 1, 200_000), (1, 4, 2, 20_000), (1, 2, 2, 9001), (3, 2, 3, 50_257)]
+# no more threads than 2^17 logits for each, or than there are blocks of 4096 columns.
+FEW_TOKENS = [(1, 2, 1, 200_000), (1, 4, 2, 50_000), (1, 2, 32, 9001), (3, 2, 3, 50_257)]
 
 
 @pytest.fixture
@@ -112,15 +112,15 @@ def test_teams_in_place(dtype, excess, shared):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("column", [0, 20_000, 39_999])
+@pytest.mark.parametrize("column", [0, 40_000, 79_999])
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_teams_with_a_special_value_in_one_part(poison, column):
-    case = make_case((1, 4, 1, 40_000), ignored=0)
+    case = make_case((1, 4, 1, 80_000), ignored=0)
     case.target_ids.fill_(5)
     case.logits[0, 1, 0, column] = poison
     if poison == -math.inf:  # that thread's part and more
-        case.logits[0, 1, 0, column // 20_000 * 20_000 :][:20_000] = poison
-        case.target_ids.fill_(25_000 - column // 20_000 * 20_000)
+        case.logits[0, 1, 0, column // 40_000 * 40_000 :][:40_000] = poison
+        case.target_ids.fill_(45_000 - column // 40_000 * 40_000)
     alone = cpu_loss(case.logits, case.target_ids, gradient="new")
     torch.set_num_threads(2)
     for gradient in ("new", "inplace"):

@@ -34,11 +34,22 @@ template <class T> struct LogSumExp {
   T ce(T x_target) const { return (max - x_target) + log_sum; }
 };
 
-template <class T> inline T largest_lane(Vec4<T>& v) {
-  const Vec<T> most = larger(larger(v[0], v[1]), larger(v[2], v[3]));
-  T max = most[0];
-  for (int lane = 1; lane < kLanes<T>; ++lane) max = most[lane] > max ? most[lane] : max;
-  return max;
+// The lanes of a vector, by halves: one after the other they would be most of a short row's time.
+template <class T, class V, class F> inline T fold(V lanes, const F& both) {
+  if constexpr (sizeof(V) == 2 * sizeof(T)) {
+    return both(lanes[0], lanes[1]);
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &lanes, sizeof lanes);
+    return fold<T>(both(halves[0], halves[1]), both);
+  }
+}
+template <class T> inline T largest_lane(const Vec4<T>& v) {
+  return fold<T>(larger(larger(v[0], v[1]), larger(v[2], v[3])), [](auto a, auto b) { return a > b ? a : b; });
+}
+template <class T> inline T sum_of_lanes(const Vec4<T>& v) {
+  return fold<T>((v[0] + v[1]) + (v[2] + v[3]), [](auto a, auto b) { return a + b; });
 }
 
 template <class E> inline Acc<E> block_max(const E* x, int64_t n) {
@@ -83,10 +94,7 @@ inline Acc<E> block_sum_exp(const E* x, int64_t n, Acc<E> shift, Acc<E>* e, Acc<
     if (e) store(e + i, term);  // padded to a whole vector
   }
   *max = largest_lane<T>(most);
-  sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  T sum = 0;
-  for (int lane = 0; lane < L; ++lane) sum += sums[0][lane];
-  return sum;
+  return sum_of_lanes<T>(sums);
 }
 
 template <class E> inline bool has_nan(const E* x, int64_t V) {

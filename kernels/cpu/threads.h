@@ -7,8 +7,7 @@ inline int omp_get_thread_num() { return 0; }
 inline int omp_get_num_threads() { return 1; }
 #endif
 
-#include "row.h"
-#include "wmtp_cpu.h"
+#include "weights.h"
 
 namespace wmtp {
 namespace WMTP_ISA {
@@ -16,7 +15,9 @@ namespace WMTP_ISA {
 struct Team {
   int rank, size;
   int64_t begin, end;    // this thread's columns
-  char* kept;            // its exponentials
+  int64_t row_bytes;     // of its exponentials of one row
+  char* kept;            // which stand here
+  char* numbers;         // what it knows of a token's rows and heads
   char* partial_sums;    // [2][H][size], everybody's
   mutable int turn = 0;  // which of the two: a fast thread may write the next while a slow one reads
 
@@ -30,13 +31,20 @@ struct Team {
 // body(token, team) for every token. One thread opens no parallel region: a forked child of a threaded
 // parent must not.
 template <class Body>
-void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, int64_t stride,
+void for_each_token(const Rows& r, const Weighting& how, const Output& out, int64_t live,
                     const Body& body) {
   const int64_t tokens = r.B * r.S;
   const int threads = useful_threads(r);
-  const auto alone = [&](char* mine) { return Team{0, 1, 0, r.V, mine, mine + kept}; };
+  const ScratchBytes bytes = scratch_of_thread(r, how, out.grad);
+  // With the scratch of a slot; a team's partial sums are in the first.
+  const auto team_of = [&](int slot, int size, int64_t begin, int64_t end) {
+    char* const all = static_cast<char*>(out.scratch);
+    char* const mine = all + slot * bytes.all;
+    return Team{size > 1 ? slot : 0, size, begin, end, bytes.row, mine, mine + bytes.kept,
+                (size > 1 ? all : mine) + bytes.kept + bytes.numbers};
+  };
   if (threads <= 1) {
-    for (int64_t token = 0; token < tokens; ++token) body(token, alone(scratch));
+    for (int64_t i = 0; i < tokens; ++i) body(token_at(r, i), team_of(0, 1, 0, r.V));
     return;
   }
   // How many threads have work, on average, by tokens and by columns. Barriers are not free.
@@ -48,9 +56,8 @@ void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, in
       const int rank = omp_get_thread_num(), size = omp_get_num_threads();
       const int64_t part = (r.V + size * 64 - 1) / (size * 64) * 64, begin = rank * part;
       const int64_t end = begin + part < r.V ? begin + part : r.V;
-      const Team team = {rank, size, begin < end ? begin : end, end, scratch + rank * stride,
-                         scratch + kept};
-      for (int64_t token = 0; token < tokens; ++token) body(token, team);
+      const Team team = team_of(rank, size, begin < end ? begin : end, end);
+      for (int64_t i = 0; i < tokens; ++i) body(token_at(r, i), team);
     }
     return;
   }
@@ -58,8 +65,7 @@ void for_each_token(const Rows& r, int64_t live, char* scratch, int64_t kept, in
   // threads seldom fault in the same page of the gradient.
   [[maybe_unused]] const int64_t chunk = live / (threads * 8) + 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
-  for (int64_t token = 0; token < tokens; ++token)
-    body(token, alone(scratch + omp_get_thread_num() * stride));
+  for (int64_t i = 0; i < tokens; ++i) body(token_at(r, i), team_of(omp_get_thread_num(), 1, 0, r.V));
 }
 
 }  // namespace WMTP_ISA

@@ -18,9 +18,8 @@
 namespace wmtp {
 namespace WMTP_ISA {
 
-template <class E> inline const E* row_of(const Rows& r, int64_t token, int64_t k) {
-  const int64_t b = token / r.S, t = token % r.S;
-  return static_cast<const E*>(r.logits) + b * r.stride_b + t * r.stride_s + k * r.stride_h;
+template <class E> inline const E* row_of(const Rows& r, const Token& token, int64_t k) {
+  return static_cast<const E*>(r.logits) + token.b * r.stride_b + token.t * r.stride_s + k * r.stride_h;
 }
 
 inline bool shared_heads(const Rows& r) { return r.H > 1 && r.stride_h == 0; }
@@ -31,15 +30,15 @@ inline Heads heads_of(const Rows& r, int64_t row) {
   return shared_heads(r) ? Heads{0, r.H} : Heads{row, row + 1};
 }
 
-inline bool row_has_target(const Rows& r, int64_t token, int64_t row) {
+inline bool row_has_target(const Rows& r, const Token& token, int64_t row) {
   for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k)
     if (target_of(r, token, k) >= 0) return true;
   return false;
 }
 
-template <class T> Exponentials<T> exponentials(const Rows& r, const Team& team, int64_t slot) {
-  T* const e = reinterpret_cast<T*>(team.kept + slot * exponentials_bytes(r));
-  return {e, e + r.V + kPadding};
+template <class T> Exponentials<T> exponentials(const Team& team, int64_t slot) {
+  T* const e = reinterpret_cast<T*>(team.kept + slot * team.row_bytes);
+  return {e, e + (team.end - team.begin) + kPadding};
 }
 
 // What is known of a token's rows once they are read: by row the statistics, by head the rest.
@@ -48,7 +47,7 @@ template <class T> struct TokenState { LogSumExp<T>* stats; T *x_target, *ce, *l
 // Rows [first, last) of a token -> statistics and cross entropies. All reading of x for them is done when
 // this returns, by every thread: in place, it may be overwritten then.
 template <class E>
-void read_rows(const Rows& r, int64_t token, Heads rows, const Team& team, bool keep,
+void read_rows(const Rows& r, const Token& token, Heads rows, const Team& team, bool keep,
                const TokenState<Acc<E>>& state) {
   using T = Acc<E>;
   PartialSum<T>* const sums =
@@ -63,7 +62,7 @@ void read_rows(const Rows& r, int64_t token, Heads rows, const Team& team, bool 
     if (row_has_target(r, token, row))
       sums[row * team.size + team.rank] =
           sum_exp(x + team.begin, team.end - team.begin,
-                  keep ? exponentials<T>(r, team, row - rows.first) : Exponentials<T>{});
+                  keep ? exponentials<T>(team, row - rows.first) : Exponentials<T>{});
   }
   if (live) team.barrier();
   for (int64_t row = rows.first; row < rows.last; ++row) {
@@ -80,10 +79,11 @@ void read_rows(const Rows& r, int64_t token, Heads rows, const Team& team, bool 
 constexpr int64_t kPastCachesBytes = int64_t(32) << 20;
 
 // out [V] = (sum_k c_k) softmax - sum_k c_k onehot(target_k) over the row's heads k: this thread's
-// columns. A finite lse says that the row is free of NaN and +inf, so that c = 0 gives exactly 0.
+// columns. A finite lse says that the row is free of NaN and +inf, so that c = 0 gives exactly 0. The row
+// to be read next, mostly `waiting` further, is fetched meanwhile.
 template <class E>
-void write_gradient(const Rows& r, int64_t token, int64_t row, const Team& team, Exponentials<Acc<E>> kept,
-                    const TokenState<Acc<E>>& state, E* out) {
+void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& team,
+                    Exponentials<Acc<E>> kept, const TokenState<Acc<E>>& state, int64_t waiting, E* out) {
   using T = Acc<E>;
   const int64_t rows = r.B * r.S * (shared_heads(r) ? 1 : r.H);
   const bool past_caches = out != row_of<E>(r, token, row) &&
@@ -99,7 +99,7 @@ void write_gradient(const Rows& r, int64_t token, int64_t row, const Team& team,
   if (live && !finite(stats.lse()))
     write_special(x, columns, stats.lse(), c, out + team.begin);
   else if (live && c != 0)
-    write_softmax(kept, columns, stats, c, past_caches, x + r.V, out + team.begin);  // mostly the next row
+    write_softmax(kept, columns, stats, c, past_caches, x + waiting * r.V, out + team.begin);
   else
     std::memset(out + team.begin, 0, columns * sizeof(E));
   for (int64_t k = heads.first; k < heads.last; ++k) {
@@ -115,40 +115,38 @@ void write_gradient(const Rows& r, int64_t token, int64_t row, const Team& team,
   }
 }
 
-template <class E> E* gradient_row(const Rows& r, const Output& out, int64_t token, int64_t row) {
+template <class E> E* gradient_row(const Rows& r, const Output& out, const Token& token, int64_t row) {
   if (out.grad == r.logits) return const_cast<E*>(row_of<E>(r, token, row));
-  return static_cast<E*>(out.grad) + (token * (shared_heads(r) ? 1 : r.H) + row) * r.V;
+  return static_cast<E*>(out.grad) + (token.index * (shared_heads(r) ? 1 : r.H) + row) * r.V;
 }
 
 template <class T>
-void write_token(const Rows& r, const Output& out, int64_t token, T weight_sum, double inverse,
+void write_token(const Rows& r, const Output& out, const Token& token, T weight_sum, double inverse,
                  const TokenState<T>& state) {
   T loss = 0;
   for (int64_t k = 0; k < r.H; ++k) {
     loss += state.w[k] * state.ce[k];
-    static_cast<T*>(out.ce)[token * r.H + k] = state.ce[k];
-    static_cast<T*>(out.lse)[token * r.H + k] = state.lse[k];
-    static_cast<T*>(out.row_scalar)[token * r.H + k] = T(state.w[k] * inverse);
+    static_cast<T*>(out.ce)[token.index * r.H + k] = state.ce[k];
+    static_cast<T*>(out.lse)[token.index * r.H + k] = state.lse[k];
+    static_cast<T*>(out.row_scalar)[token.index * r.H + k] = T(state.w[k] * inverse);
   }
-  static_cast<T*>(out.token_loss)[token] = loss;
-  static_cast<T*>(out.weight_sum)[token] = weight_sum;
-  out.valid_mask[token] = counts(weight_sum);
+  static_cast<T*>(out.token_loss)[token.index] = loss;
+  static_cast<T*>(out.weight_sum)[token.index] = weight_sum;
+  out.valid_mask[token.index] = counts(weight_sum);
 }
 
 // state.w: weights, and then d token_loss / d ce; state.c: d loss / d ce, as the gradient is written.
 template <class E>
-void token_pass(const Rows& r, const Weighting& how, const Output& out, int64_t token, const Team& team,
+void token_pass(const Rows& r, const Weighting& how, const Output& out, const Token& token, const Team& team,
                 double inverse, double scale) {
   using T = Acc<E>;
   const int64_t rows = shared_heads(r) ? 1 : r.H, step = waiting_rows(r, how);
-  T* const numbers = static_cast<T*>(__builtin_alloca(5 * r.H * sizeof(T)));
-  const TokenState<T> state = {static_cast<LogSumExp<T>*>(__builtin_alloca(rows * sizeof(LogSumExp<T>))),
-                               numbers, numbers + r.H, numbers + 2 * r.H, numbers + 3 * r.H,
-                               numbers + 4 * r.H};
+  T* const numbers = reinterpret_cast<T*>(team.numbers);  // eight for each head
+  const TokenState<T> state = {reinterpret_cast<LogSumExp<T>*>(numbers), numbers + 3 * r.H,
+                               numbers + 4 * r.H, numbers + 5 * r.H, numbers + 6 * r.H, numbers + 7 * r.H};
   T weight_sum = 0;
   if (!how.ref_ce) {
-    known_weights(r, how, token, state.w);
-    weight_sum = sum_of(state.w, r.H);
+    for (int64_t k = 0; k < r.H; ++k) weight_sum += state.w[k] = known_weight<T>(r, how, token, k);
     to_row_scalars(how, weight_sum, r.H, state.w);
   }
   for (int64_t first = 0; first < rows; first += step) {
@@ -162,8 +160,8 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, int64_t 
     for (int64_t k = 0; k < r.H; ++k) state.c[k] = T(state.w[k] * scale);
     if (out.grad)
       for (int64_t row = first; row < first + step; ++row)
-        write_gradient<E>(r, token, row, team, exponentials<T>(r, team, row - first), state,
-                          gradient_row<E>(r, out, token, row));
+        write_gradient<E>(r, token, row, team, exponentials<T>(team, row - first), state,
+                          step, gradient_row<E>(r, out, token, row));
   }
   if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state);
 }
@@ -181,12 +179,9 @@ template <class E> void weighted_loss(const Rows& r, const Weighting& how, const
   const double inverse = 1 / totals.denominator;
   const bool scaled = std::is_same<E, Fp16>::value && !how.are_row_scalars;
   const double scale = scaled ? fp16_scale(totals) : inverse;
-  const int64_t kept = out.grad ? waiting_rows(r, how) * exponentials_bytes(r) : 0;
-  for_each_token(r, totals.live, static_cast<char*>(out.scratch), kept,
-                 thread_scratch_bytes(r, how, out.grad), [&](int64_t token, const Team& team) {
-                   token_pass<E>(r, how, out, token, team, inverse,
-                                 out.grad_scale * scale);
-                 });
+  for_each_token(r, how, out, totals.live, [&](const Token& token, const Team& team) {
+    token_pass<E>(r, how, out, token, team, inverse, out.grad_scale * scale);
+  });
   double sum = 0;
   for (int64_t token = 0; token < r.B * r.S; ++token) sum += static_cast<T*>(out.token_loss)[token];
   *static_cast<T*>(out.loss) = T(sum / totals.denominator);

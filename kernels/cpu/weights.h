@@ -6,30 +6,38 @@
 namespace wmtp {
 namespace WMTP_ISA {
 
-inline int64_t target_of(const Rows& r, int64_t token, int64_t k) {  // -1: no valid target
-  if (token % r.S + k + 1 >= r.S) return -1;
-  const int64_t id = r.target_ids[token + k + 1];
-  return id == r.ignore_index ? -1 : id;
+struct Token {
+  int64_t index, b, t;   // index = b S + t
+  const int64_t* ahead;  // head k predicts ahead[k],
+  int64_t count;         // if k < count
+};
+
+inline Token token_at(const Rows& r, int64_t index) {
+  const int64_t b = index / r.S, t = index - b * r.S;
+  return {index, b, t, r.target_ids + index + 1, r.S - 1 - t};
 }
 
-inline bool has_target(const Rows& r, int64_t token) {
+inline int64_t target_of(const Rows& r, const Token& token, int64_t k) {  // -1: no valid target
+  return k < token.count && token.ahead[k] != r.ignore_index ? token.ahead[k] : -1;
+}
+
+inline bool has_target(const Rows& r, const Token& token) {
   for (int64_t k = 0; k < r.H; ++k)
     if (target_of(r, token, k) >= 0) return true;
   return false;
 }
 
-// w [H] where they do not depend on the cross entropies.
+// w_k where it does not depend on the cross entropies.
 template <class T>
-void known_weights(const Rows& r, const Weighting& how, int64_t token, T* w) {
-  const T* given = static_cast<const T*>(how.head_weights);
-  for (int64_t k = 0; k < r.H; ++k)
-    w[k] = target_of(r, token, k) < 0 ? T(0) : given ? given[token * r.H + k] : T(1);
+T known_weight(const Rows& r, const Weighting& how, const Token& token, int64_t k) {
+  if (target_of(r, token, k) < 0) return 0;
+  return how.head_weights ? static_cast<const T*>(how.head_weights)[token.index * r.H + k] : T(1);
 }
 
 // w_k = softmax over valid k of excess_k / temperature, ref_ce [H] being the token's first.
 template <class T>
-void excess_weights(const Rows& r, const Weighting& how, int64_t token, const T* ce, T* w) {
-  const T* ref_ce = static_cast<const T*>(how.ref_ce) + token - token / r.S;  // [B, S - 1]
+void excess_weights(const Rows& r, const Weighting& how, const Token& token, const T* ce, T* w) {
+  const T* ref_ce = static_cast<const T*>(how.ref_ce) + token.index - token.b;  // [B, S - 1]
   T max = -kInfinity<T>, sum = 0;
   for (int64_t k = 0; k < r.H; ++k) {
     w[k] = 0;
@@ -67,17 +75,21 @@ struct Totals {
 };
 
 template <class T> Totals find_totals(const Rows& r, const Weighting& how) {
-  T* w = static_cast<T*>(__builtin_alloca(r.H * sizeof(T)));
   int64_t live = 0, counted = 0;
   double total = 0, largest = 0;
-  for (int64_t token = 0; token < r.B * r.S; ++token) {
-    known_weights(r, how, token, w);
+  for (int64_t i = 0; i < r.B * r.S; ++i) {
+    const Token token = token_at(r, i);
     const bool lives = has_target(r, token);
-    const T weight_sum = how.ref_ce ? T(lives) : sum_of(w, r.H);
+    T weight_sum = 0;
+    for (int64_t k = 0; k < r.H && !how.ref_ce; ++k) {
+      const T w = known_weight<T>(r, how, token, k);
+      weight_sum += w;
+      largest = w > largest ? w : largest;
+    }
+    if (how.ref_ce) weight_sum = lives;
     live += lives;
     counted += counts(weight_sum);
     total += weight_sum;
-    for (int64_t k = 0; k < r.H; ++k) largest = w[k] > largest ? w[k] : largest;
   }
   if (how.reduction == kTokenMean || how.ref_ce) largest = 1;
   if (how.has_normalizer) return {live, how.normalizer, largest};

@@ -59,23 +59,27 @@ namespace avx512_bf16 { extern const Kernels kernels; }
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kPadding = 16;  // the last exponentials are stored as a whole vector
 
+// A sleeping thread takes about as long to wake as one takes for so many logits.
 inline int useful_threads(const Rows& r) {
-  const int64_t worth = 1 << 15, most = 1 + r.B * r.S * r.H * r.V / worth;
+  const int64_t worth = 1 << 17, most = 1 + r.B * (r.S > 1 ? r.S - 1 : 0) * r.H * r.V / worth;
   return int(most < r.threads ? most : r.threads);
 }
 
-// Scratch of one thread: the exponentials of the rows whose gradient waits for the weights, with a shift
-// for every block; and 2 x H x threads partial sums of three numbers.
-inline int64_t exponentials_bytes(const Rows& r) {
-  const int64_t entries = r.V + kPadding + r.V / kBlock + 1;
-  return (entries * (r.dtype == kFloat64 ? 8 : 4) + 63) / 64 * 64;
-}
 inline int64_t waiting_rows(const Rows& r, const Weighting& how) {
   return how.ref_ce && r.stride_h ? r.H : 1;
 }
-inline int64_t thread_scratch_bytes(const Rows& r, const Weighting& how, bool with_grad) {
-  const int64_t kept = with_grad ? waiting_rows(r, how) * exponentials_bytes(r) : 0;
-  return kept + (2 * r.H * useful_threads(r) * 24 + 63) / 64 * 64;
+
+// Scratch of one thread, in bytes: `kept`, the exponentials of the rows whose gradient waits for the weights
+// (`row` each), with a shift for every block; `numbers`, eight for each head of a token; and 2 x H x threads
+// partial sums of three numbers.
+struct ScratchBytes {
+  int64_t row, kept, numbers, all;
+};
+inline ScratchBytes scratch_of_thread(const Rows& r, const Weighting& how, bool with_grad) {
+  const int64_t acc = r.dtype == kFloat64 ? 8 : 4;
+  const int64_t row = ((r.V + kPadding + r.V / kBlock + 1) * acc + 63) / 64 * 64;
+  const int64_t kept = with_grad ? waiting_rows(r, how) * row : 0, numbers = r.H * 64;
+  return {row, kept, numbers, kept + numbers + (2 * r.H * useful_threads(r) * 24 + 63) / 64 * 64};
 }
 
 }  // namespace wmtp

@@ -152,17 +152,15 @@ void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, co
                   E* out) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
+  const int64_t lead = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(E));
   int64_t i = 0;
-  if (past_caches) {
-    const int64_t peel = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(E));
-    for (; i + L <= peel && i + L <= n; i += L) store(out + i, load(e + i) * scale);
-    if (i < peel && peel < n) store_first(out + i, load(e + i) * scale, peel - i), i = peel;
-    for (; i + 4 * L <= n; i += 4 * L) {
-      fetch4<E, 2>(ahead + i);
-      for (int j = 0; j < 4; ++j) store_past_caches(out + i + j * L, load(e + i + j * L) * scale);
-    }
-    fence();
+  for (; i + L <= lead && i + L <= n; i += L) store(out + i, load(e + i) * scale);
+  if (i < lead && lead < n) store_first(out + i, load(e + i) * scale, lead - i), i = lead;
+  for (; past_caches && i + 4 * L <= n; i += 4 * L) {
+    fetch4<E, 2>(ahead + i);
+    for (int j = 0; j < 4; ++j) store_past_caches(out + i + j * L, load(e + i + j * L) * scale);
   }
+  if (past_caches) fence();
   for (; i + 4 * L <= n; i += 4 * L) {
     fetch4<E, 2>(ahead + i);
     for (int j = 0; j < 4; ++j) store(out + i + j * L, load(e + i + j * L) * scale);

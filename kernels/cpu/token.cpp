@@ -36,9 +36,17 @@ inline bool row_has_target(const Rows& r, const Token& token, int64_t row) {
   return false;
 }
 
-template <class T> Exponentials<T> exponentials(const Team& team, int64_t slot) {
-  T* const e = reinterpret_cast<T*>(team.kept + slot * team.row_bytes);
-  return {e, e + (team.end - team.begin) + kPadding};
+template <class E> E* gradient_row(const Rows& r, const Output& out, const Token& token, int64_t row) {
+  if (out.grad == r.logits) return const_cast<E*>(row_of<E>(r, token, row));
+  return static_cast<E*>(out.grad) + (token.index * (shared_heads(r) ? 1 : r.H) + row) * r.V;
+}
+
+// Placed so that they and the gradient's row, which for an odd V begins anywhere, meet vector by vector.
+template <class E> Exponentials<Acc<E>> exponentials(const Team& team, int64_t slot, const E* grad_row) {
+  using T = Acc<E>;
+  T* const kept = reinterpret_cast<T*>(team.kept + slot * team.row_bytes);
+  const int64_t lead = reinterpret_cast<uintptr_t>(grad_row) / sizeof(E) % kLanes<T>;
+  return {kept + lead, kept + (team.end - team.begin) + 2 * kPadding};
 }
 
 // What is known of a token's rows once they are read: by row the statistics, by head the rest.
@@ -47,7 +55,7 @@ template <class T> struct TokenState { LogSumExp<T>* stats; T *x_target, *ce, *l
 // Rows [first, last) of a token -> statistics and cross entropies. All reading of x for them is done when
 // this returns, by every thread: in place, it may be overwritten then.
 template <class E>
-void read_rows(const Rows& r, const Token& token, Heads rows, const Team& team, bool keep,
+void read_rows(const Rows& r, const Output& out, const Token& token, Heads rows, const Team& team,
                const TokenState<Acc<E>>& state) {
   using T = Acc<E>;
   PartialSum<T>* const sums =
@@ -59,10 +67,10 @@ void read_rows(const Rows& r, const Token& token, Heads rows, const Team& team, 
     for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k)
       if (const int64_t target = target_of(r, token, k); target >= 0)
         state.x_target[k] = value_at(x, target);
-    if (row_has_target(r, token, row))
-      sums[row * team.size + team.rank] =
-          sum_exp(x + team.begin, team.end - team.begin,
-                  keep ? exponentials<T>(team, row - rows.first) : Exponentials<T>{});
+    if (!row_has_target(r, token, row)) continue;
+    Exponentials<T> keep = {};
+    if (out.grad) keep = exponentials(team, row - rows.first, gradient_row<E>(r, out, token, row));
+    sums[row * team.size + team.rank] = sum_exp(x + team.begin, team.end - team.begin, keep);
   }
   if (live) team.barrier();
   for (int64_t row = rows.first; row < rows.last; ++row) {
@@ -115,11 +123,6 @@ void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& 
   }
 }
 
-template <class E> E* gradient_row(const Rows& r, const Output& out, const Token& token, int64_t row) {
-  if (out.grad == r.logits) return const_cast<E*>(row_of<E>(r, token, row));
-  return static_cast<E*>(out.grad) + (token.index * (shared_heads(r) ? 1 : r.H) + row) * r.V;
-}
-
 template <class T>
 void write_token(const Rows& r, const Output& out, const Token& token, T weight_sum, double inverse,
                  const TokenState<T>& state) {
@@ -150,7 +153,7 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, const To
     to_row_scalars(how, weight_sum, r.H, state.w);
   }
   for (int64_t first = 0; first < rows; first += step) {
-    read_rows<E>(r, token, Heads{first, first + step}, team, out.grad, state);
+    read_rows<E>(r, out, token, Heads{first, first + step}, team, state);
     if (how.ref_ce) {
       excess_weights(r, how, token, state.ce, state.w);
       weight_sum = sum_of(state.w, r.H);
@@ -158,10 +161,10 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, const To
       to_row_scalars(how, weight_sum, r.H, state.w);
     }
     for (int64_t k = 0; k < r.H; ++k) state.c[k] = T(state.w[k] * scale);
-    if (out.grad)
-      for (int64_t row = first; row < first + step; ++row)
-        write_gradient<E>(r, token, row, team, exponentials<T>(team, row - first), state,
-                          step, gradient_row<E>(r, out, token, row));
+    for (int64_t row = first; row < first + step && out.grad; ++row) {
+      E* const grad_row = gradient_row<E>(r, out, token, row);
+      write_gradient<E>(r, token, row, team, exponentials(team, row - first, grad_row), state, step, grad_row);
+    }
   }
   if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state);
 }

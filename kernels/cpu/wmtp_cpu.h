@@ -57,7 +57,7 @@ namespace avx512_bf16 { extern const Kernels kernels; }
 
 // A row is summed block by block, from L1; the shift of its exponentials may change with each.
 constexpr int64_t kBlock = 4096;
-constexpr int64_t kPadding = 16;  // the last exponentials are stored as a whole vector
+constexpr int64_t kPadding = 16;  // a vector, before the exponentials; after them, the last is stored whole
 
 // A sleeping thread takes about as long to wake as one takes for so many logits.
 inline int useful_threads(const Rows& r) {
@@ -77,7 +77,7 @@ struct ScratchBytes {
 };
 inline ScratchBytes scratch_of_thread(const Rows& r, const Weighting& how, bool with_grad) {
   const int64_t acc = r.dtype == kFloat64 ? 8 : 4;
-  const int64_t row = ((r.V + kPadding + r.V / kBlock + 1) * acc + 63) / 64 * 64;
+  const int64_t row = ((r.V + 2 * kPadding + r.V / kBlock + 1) * acc + 63) / 64 * 64;
   const int64_t kept = with_grad ? waiting_rows(r, how) * row : 0, numbers = r.H * 64;
   return {row, kept, numbers, kept + numbers + (2 * r.H * useful_threads(r) * 24 + 63) / 64 * 64};
 }

@@ -2,6 +2,7 @@
 
     weighted_loss  loss, cross entropies and, if wanted, the gradient: one read and one write
     row_gradient   the gradient of sum row_scalar * ce: one read, one write
+    multiply_      a gradient times what came from above
     next_token_ce  a reference model's CE: one read
 
 B batch, S sequence, H heads, V vocabulary. Logits are float32, bfloat16, float16 or float64, with
@@ -160,6 +161,11 @@ def row_gradient(
     if status == _BAD_TARGET:
         _raise_target_error(target_ids, position, logits.shape[-1], ignore_index)
     return grad
+
+
+def multiply_(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad *= factor []; nothing is read where that is 1. Returns grad."""
+    return grad if factor == 1 else grad.mul_(factor)
 
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:

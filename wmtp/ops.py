@@ -14,8 +14,8 @@ To autograd, torch.compile and the profiler each is one opaque operator; which k
         factors [2]             1 / denominator, and what grad is still to be multiplied with
         grad                    dloss/dlogits[b, t, k, :] = row_scalar (softmax - onehot)
 
-A backend of IN_FORWARD writes `grad` in the pass that reads the logits, so backward has at most a
-factor left to multiply. The others leave it to backward, and so does whoever wants no more than ce.
+`grad` is written in the pass that reads the logits, so backward has at most a factor left to multiply.
+Whoever wants no more than ce leaves it to backward: row_gradient.
 """
 
 import torch
@@ -26,8 +26,6 @@ from wmtp.backends import KERNELS
 from wmtp.checks import heads_share_storage, note_overwritten
 from wmtp.labels import has_target
 from wmtp.reduction import accumulation_dtype, counted_tokens
-
-IN_FORWARD = {"cpu"}
 
 _library = torch.library.Library("wmtp", "DEF")
 _library.define(
@@ -40,10 +38,6 @@ _library.define(
 _library.define(
     "row_gradient(Tensor logits, Tensor target_ids, Tensor lse, Tensor row_scalar, "
     "int ignore_index, str backend, bool shared_heads) -> Tensor"
-)
-_library.define(
-    "row_gradient_(Tensor(a!) logits, Tensor target_ids, Tensor lse, Tensor row_scalar, "
-    "int ignore_index, str backend) -> ()"
 )
 _library.define(
     "next_token_ce(Tensor logits, Tensor target_ids, int ignore_index, str backend) -> Tensor"
@@ -73,7 +67,7 @@ def weighted_loss(
     # Of a leaf every head's own gradient is wanted; of a view only their sum is ever used.
     of_heads = differentiated and logits.is_leaf and not inplace
     shared = heads_share_storage(logits) and not of_heads
-    ahead = differentiated and loss_wanted and backend in IN_FORWARD
+    ahead = differentiated and loss_wanted
     traced = (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
@@ -110,10 +104,6 @@ def _row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, sh
     return KERNELS[backend].row_gradient(logits, target_ids, lse, row_scalar, ignore_index)
 
 
-def _row_gradient_(logits, target_ids, lse, row_scalar, ignore_index, backend):
-    KERNELS[backend].row_gradient(logits, target_ids, lse, row_scalar, ignore_index, inplace=True)
-
-
 def _next_token_ce(logits, target_ids, ignore_index, backend):
     return KERNELS[backend].next_token_ce(_unit_stride(logits), target_ids, ignore_index)
 
@@ -135,10 +125,6 @@ def _fake_gradient(logits, shared_heads):
 
 def _fake_row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, shared_heads):
     return _fake_gradient(logits, shared_heads)
-
-
-def _fake_row_gradient_(*_):
-    return None
 
 
 def _fake_next_token_ce(logits, *_):
@@ -192,11 +178,12 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
     if grad_ce is None and not torch.is_grad_enabled():
         if ctx.overwritten:
             rows = logits.detach()
-            _multiply(rows[:, :, :1] if ctx.shared_heads else rows, grad_loss * factors[1])
+            written = rows[:, :, :1] if ctx.shared_heads else rows
+            _multiply(written, grad_loss * factors[1], ctx.backend)
             note_overwritten(logits)
             return rows
         if grad is not None:
-            return _multiply(grad, grad_loss * factors[1]).expand(logits.shape)
+            return _multiply(grad, grad_loss * factors[1], ctx.backend).expand(logits.shape)
     elif ctx.overwritten:
         raise RuntimeError(
             "inplace=True has put the gradient of the loss where the logits were: neither "
@@ -210,18 +197,14 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
         # Autograd sums the heads' gradients into the one row; each is handed an equal part.
         scalar = scalar / logits.shape[2]
     arguments = (logits, target_ids, lse, scalar.contiguous(), ctx.ignore_index, ctx.backend)
-    if not ctx.inplace:
-        return torch.ops.wmtp.row_gradient(*arguments, ctx.shared_heads).expand(logits.shape)
-    torch.ops.wmtp.row_gradient_(*arguments)
-    note_overwritten(logits)
-    return logits.detach()
+    return torch.ops.wmtp.row_gradient(*arguments, ctx.shared_heads).expand(logits.shape)
 
 
-def _multiply(grad, factor):
+def _multiply(grad, factor, backend):
     """The gradient written ahead, times what came from above; mostly that is 1."""
     if type(factor) is not Tensor:  # traced: its value is not known yet
         return grad * factor
-    return grad if factor == 1 else grad.mul_(factor)
+    return KERNELS[backend].multiply_(grad, factor)
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -256,7 +239,6 @@ def _register(name, kernel, fake, backward=None, setup_context=None):
 
 _register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, _save_for_backward)
 _register("row_gradient", _row_gradient, _fake_row_gradient, _no_second_derivative)
-_register("row_gradient_", _row_gradient_, _fake_row_gradient_)
 _register("next_token_ce", _next_token_ce, _fake_next_token_ce)
 
 next_token_ce = torch.ops.wmtp.next_token_ce

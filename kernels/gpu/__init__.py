@@ -14,19 +14,19 @@ if TYPE_CHECKING:
     from wmtp.kernels.gradient_kernel import row_gradient
     from wmtp.kernels.loss import weighted_loss
     from wmtp.kernels.next_token_kernel import next_token_ce
-    from wmtp.kernels.token_kernel import token_loss
+    from wmtp.kernels.scale_kernel import multiply_
 
 __all__ = [
     "interpreted",
+    "multiply_",
     "next_token_ce",
     "row_gradient",
-    "token_loss",
     "unavailable",
     "weighted_loss",
 ]
 
 _MODULES = {
-    "token_loss": "wmtp.kernels.token_kernel",
+    "multiply_": "wmtp.kernels.scale_kernel",
     "row_gradient": "wmtp.kernels.gradient_kernel",
     "next_token_ce": "wmtp.kernels.next_token_kernel",
     "weighted_loss": "wmtp.kernels.loss",

@@ -4,21 +4,84 @@
 
 Shared heads (one row of logits for all k) get the sum over k: (sum_k c) softmax - sum_k c onehot_k.
 A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
+
+This is the gradient of whatever is made of the cross entropies; that of the loss itself is written
+with the loss (register_kernel.py, online_kernel.py).
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from wmtp.kernels.heads import head_targets
 from wmtp.kernels.rows import (
     UNIT_BYTES,
     aligned_base,
     edge_columns,
     first_unit,
+    in_phase,
     inner_part,
     launch_shape,
     warp_size,
 )
+
+
+@triton.jit
+def write_gradient(
+    logits_ptr,
+    begin,
+    grad_ptr,
+    grad_begin,
+    vocab_size,
+    live,
+    shift,
+    scale,
+    targets,  # tuples of the row's targets and of what belongs to each
+    scalars,
+    IN_PHASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """grad[v] = scale exp(logits[v] - shift) - sum_i scalars_i [v == targets_i]; 0 unless live."""
+    UNIT: tl.constexpr = UNIT_BYTES // (grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    peel, inner = inner_part(grad_begin, vocab_size, UNIT)
+    row_ptr = logits_ptr + begin
+    inner_ptr = logits_ptr + (first_unit(begin, UNIT) if IN_PHASE else begin + peel)
+    grad_row_ptr = grad_ptr + grad_begin
+    grad_inner_ptr = grad_ptr + first_unit(grad_begin, UNIT)
+
+    lane = tl.arange(0, 2 * UNIT)
+    offset = tl.arange(0, BLOCK)
+    column = edge_columns(lane, peel, inner, UNIT)
+    inside = (column >= 0) & (column < vocab_size)
+    full = inner // BLOCK * BLOCK
+    rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
+    if live:
+        edge = tl.load(row_ptr + column, mask=inside)
+        edge = gradient(edge, column, shift, scale, targets, scalars)
+        tl.store(grad_row_ptr + column, edge, mask=inside)
+        for start in range(0, full, BLOCK):
+            x = tl.load(inner_ptr + start + offset, eviction_policy="evict_first")
+            x = gradient(x, peel + start + offset, shift, scale, targets, scalars)
+            tl.store(grad_inner_ptr + start + offset, x, eviction_policy="evict_first")
+        if full < inner:
+            x = tl.load(inner_ptr + full + offset, mask=rest, eviction_policy="evict_first")
+            x = gradient(x, peel + full + offset, shift, scale, targets, scalars)
+            tl.store(grad_inner_ptr + full + offset, x, mask=rest, eviction_policy="evict_first")
+    else:
+        tl.store(grad_row_ptr + column, tl.zeros(lane.shape, tl.float32), mask=inside)
+        zeros = tl.zeros(offset.shape, tl.float32)
+        for start in range(0, full, BLOCK):
+            tl.store(grad_inner_ptr + start + offset, zeros)
+        tl.store(grad_inner_ptr + full + offset, zeros, mask=rest)
+
+
+@triton.jit
+def gradient(x, column, shift, scale, targets, scalars):
+    """scale exp(x - shift) - sum_i scalars_i [column == targets_i], in x's dtype."""
+    g = scale * tl.exp(x.to(tl.float32) - shift)
+    for i in tl.static_range(len(targets)):
+        g -= tl.where(column == targets[i], scalars[i], 0.0)
+    return g.to(x.dtype)
 
 
 @triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
@@ -29,7 +92,7 @@ def row_gradient_kernel(
     target_ptr,  # [B, S] int64, unshifted
     lse_ptr,  # [B, S, H]
     row_scalar_ptr,  # [B, S, H]
-    grad_ptr,  # likewise aligned; in place: logits_ptr itself
+    grad_ptr,  # likewise aligned
     lead,
     stride_b,
     stride_s,
@@ -48,7 +111,6 @@ def row_gradient_kernel(
 ):
     ROWS: tl.constexpr = 1 if SHARED_HEADS else H
     TARGETS: tl.constexpr = H if SHARED_HEADS else 1
-    UNIT: tl.constexpr = UNIT_BYTES // (grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
     token = tl.program_id(0).to(tl.int64) // ROWS
     row = tl.program_id(0).to(tl.int64) % ROWS
     b = token // seq_len
@@ -61,9 +123,9 @@ def row_gradient_kernel(
     live = False
     for i in tl.static_range(TARGETS):
         head = row + i
-        ahead = t + head + 1 < seq_len
-        target = tl.load(target_ptr + token + head + 1, mask=ahead, other=ignore_index)
-        valid = target != ignore_index
+        target, valid, _ = head_targets(
+            target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
+        )
         c = tl.load(row_scalar_ptr + token * H + head, mask=valid, other=0.0)
         row_lse = tl.load(lse_ptr + token * H + head, mask=valid, other=0.0)
         targets += (tl.where(valid, target, -1).to(tl.int32),)
@@ -75,45 +137,10 @@ def row_gradient_kernel(
 
     begin = lead + b * stride_b + t * stride_s + row * stride_h
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
-    peel, inner = inner_part(grad_begin, vocab_size, UNIT)
-    row_ptr = logits_ptr + begin
-    inner_ptr = logits_ptr + (first_unit(begin, UNIT) if IN_PHASE else begin + peel)
-    grad_row_ptr = grad_ptr + grad_begin
-    grad_inner_ptr = grad_ptr + first_unit(grad_begin, UNIT)
-
-    lane = tl.arange(0, 2 * UNIT)
-    offset = tl.arange(0, BLOCK)
-    column = edge_columns(lane, peel, inner, UNIT)
-    inside = (column >= 0) & (column < vocab_size)
-    full = inner // BLOCK * BLOCK
-    rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
-    if live:
-        edge = tl.load(row_ptr + column, mask=inside)
-        edge = gradient(edge, column, scalar, lse, targets, scalars)
-        tl.store(grad_row_ptr + column, edge, mask=inside)
-        for start in range(0, full, BLOCK):
-            x = tl.load(inner_ptr + start + offset)
-            x = gradient(x, peel + start + offset, scalar, lse, targets, scalars)
-            tl.store(grad_inner_ptr + start + offset, x)
-        if full < inner:
-            x = tl.load(inner_ptr + full + offset, mask=rest)
-            x = gradient(x, peel + full + offset, scalar, lse, targets, scalars)
-            tl.store(grad_inner_ptr + full + offset, x, mask=rest)
-    else:
-        tl.store(grad_row_ptr + column, tl.zeros(lane.shape, tl.float32), mask=inside)
-        zeros = tl.zeros(offset.shape, tl.float32)
-        for start in range(0, full, BLOCK):
-            tl.store(grad_inner_ptr + start + offset, zeros)
-        tl.store(grad_inner_ptr + full + offset, zeros, mask=rest)
-
-
-@triton.jit
-def gradient(x, column, scalar, lse, targets, scalars):
-    """scalar softmax(x) - sum_i scalars_i [column == targets_i], in x's dtype."""
-    g = scalar * tl.exp(x.to(tl.float32) - lse)
-    for i in tl.static_range(len(targets)):
-        g -= tl.where(column == targets[i], scalars[i], 0.0)
-    return g.to(x.dtype)
+    write_gradient(
+        logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, lse, scalar, targets, scalars,
+        IN_PHASE, BLOCK,
+    )  # fmt: skip
 
 
 def row_gradient(
@@ -122,25 +149,22 @@ def row_gradient(
     lse: torch.Tensor,
     row_scalar: torch.Tensor,
     ignore_index: int,
-    inplace: bool = False,
 ) -> torch.Tensor:
     """Launch: one program a row. Arguments are taken as checked; see the op that calls this.
 
     Args:
         logits: [B, S, H, V] float32, bfloat16 or float16, last stride 1, other strides any.
         target_ids: [B, S] int64 contiguous, unshifted.
-        lse: [B, S, H] float32 contiguous, from `token_loss`.
+        lse: [B, S, H] float32 contiguous, from `weighted_loss`.
         row_scalar: [B, S, H] float32 contiguous, the upstream gradient folded in.
-        inplace: write over the logits.
 
     Returns:
-        [B, S, H, V] of the logits' dtype, contiguous; [B, S, 1, V] for shared heads (stride 0);
-        in place: the logits (shared heads: their one row, as [B, S, 1, V]).
+        [B, S, H, V] of the logits' dtype, contiguous; [B, S, 1, V] for shared heads (stride 0).
     """
     _, seq_len, heads, vocab_size = logits.shape
     shared_heads = heads > 1 and logits.stride(2) == 0
     rows = logits[:, :, :1] if shared_heads else logits
-    grad = rows if inplace else torch.empty_like(rows, memory_format=torch.contiguous_format)
+    grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
     if not logits.numel():
         return grad
     block, num_warps = launch_shape(vocab_size, logits.element_size(), warp_size(logits.device))
@@ -167,16 +191,3 @@ def row_gradient(
             num_warps=num_warps,
         )
     return grad
-
-
-def in_phase(logits: torch.Tensor, grad: torch.Tensor) -> bool:
-    """Whether each row and its gradient lie alike against 128-byte boundaries.
-
-    Contiguous logits do. Where they do not (a slice of a padded vocabulary), 16-byte stores are
-    kept and the loads are narrow.
-    """
-    distances = [grad.data_ptr() - logits.data_ptr()]
-    for size, ours, theirs in zip(logits.shape[:3], grad.stride(), logits.stride(), strict=False):
-        if size > 1:
-            distances.append((ours - theirs) * logits.element_size())
-    return all(distance % UNIT_BYTES.value == 0 for distance in distances)

@@ -31,7 +31,7 @@ def launch_shape(vocab_size: int, itemsize: int, warp_size: int = 32) -> tuple[i
     row_bytes = triton.next_power_of_2(vocab_size) * itemsize
     lanes_bytes = 2 * (UNIT_BYTES.value // itemsize) * VECTOR_BYTES.value
     step_bytes = min(max(row_bytes, lanes_bytes), 8192)
-    threads = max(step_bytes // (2 * VECTOR_BYTES.value), warp_size)
+    threads = max(step_bytes // (2 * VECTOR_BYTES.value), 2 * warp_size)
     return step_bytes // itemsize, threads // warp_size
 
 
@@ -53,6 +53,19 @@ def aligned_base(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     if lead == 0 or offset < 0:
         return tensor, 0
     return tensor.as_strided((1,), (1,), offset), lead
+
+
+def in_phase(logits: torch.Tensor, grad: torch.Tensor) -> bool:
+    """Whether each row and its gradient lie alike against 128-byte boundaries.
+
+    Contiguous logits do. Where they do not (a slice of a padded vocabulary), 16-byte stores are
+    kept and the loads are narrow.
+    """
+    distances = [grad.data_ptr() - logits.data_ptr()]
+    for size, ours, theirs in zip(logits.shape[:3], grad.stride(), logits.stride(), strict=False):
+        if size > 1:
+            distances.append((ours - theirs) * logits.element_size())
+    return all(distance % UNIT_BYTES.value == 0 for distance in distances)
 
 
 @triton.jit
@@ -99,10 +112,11 @@ def fold(m, s, x, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def row_max_sum(base_ptr, begin, vocab_size, BLOCK: tl.constexpr):
+def row_max_sum(base_ptr, begin, vocab_size, BLOCK: tl.constexpr, EVICT: tl.constexpr):
     """(m, s): maximum and sum of exp(x - m) of the row at base_ptr + begin, read once.
 
     s is NaN if the row holds NaN; m = -inf, s = 0 for a row of -inf; m = s = inf with a +inf.
+    EVICT: "evict_last" when the row is read again soon, else "evict_first".
     """
     ITEMSIZE: tl.constexpr = base_ptr.dtype.element_ty.primitive_bitwidth // 8
     UNIT: tl.constexpr = UNIT_BYTES // ITEMSIZE
@@ -121,11 +135,11 @@ def row_max_sum(base_ptr, begin, vocab_size, BLOCK: tl.constexpr):
     offset = tl.arange(0, BLOCK)
     full = inner // BLOCK * BLOCK
     for start in range(0, full, BLOCK):
-        x = tl.load(inner_ptr + start + offset).to(tl.float32)
+        x = tl.load(inner_ptr + start + offset, eviction_policy=EVICT).to(tl.float32)
         m, s = fold(m, s, x, VECTOR)
     if full < inner:
         rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
-        x = tl.load(inner_ptr + full + offset, mask=rest).to(tl.float32)
+        x = tl.load(inner_ptr + full + offset, mask=rest, eviction_policy=EVICT).to(tl.float32)
         m, s = fold(m, s, tl.where(rest, x, float("-inf")), VECTOR)
 
     row_m = tl.max(m, axis=0)

@@ -1,0 +1,118 @@
+"""Loss, and gradient if wanted, of rows that do not fit the registers: two reads and one write.
+
+    ce[b,t,k]          = logsumexp(logits[b,t,k,:]) - logits[b,t,k,target]
+    w                  = softmax over valid k of |ce - ref_ce[b,t+k]| / temperature     (ref_ce)
+    row_scalar         = w, or as weights_kernel.py has found it
+    grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
+
+A program goes over a row twice; with excess weights over all rows of a token, and then over them again.
+The second read comes from the L2 where (programs in flight) x (their bytes) fit it: what the first pass
+reads is marked to stay, what the second reads to go. Without a gradient there is no second pass.
+A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
+"""
+
+import triton
+import triton.language as tl
+
+from wmtp.kernels.gradient_kernel import write_gradient
+from wmtp.kernels.heads import excess_weights, head_targets, of_head
+from wmtp.kernels.rows import cross_entropy, row_max_sum
+
+
+@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
+                               "grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h",
+                               "seq_len", "vocab_size", "ignore_index"])  # fmt: skip
+def online_kernel(
+    logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
+    target_ptr,  # [B, S] int64, unshifted
+    ref_ce_ptr,  # [B, S-1], or unused
+    factors_ptr,  # [3], the last is the gradient's scale
+    row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
+    weight_sum_ptr,  # [B, S]; written with excess weights
+    ce_ptr,  # [B, S, H]
+    lse_ptr,  # [B, S, H]
+    grad_ptr,  # aligned like the logits; in place: logits_ptr itself; unused without GRAD
+    lead,
+    stride_b,
+    stride_s,
+    stride_h,
+    grad_lead,
+    grad_stride_b,
+    grad_stride_s,
+    grad_stride_h,
+    seq_len,
+    vocab_size,
+    ignore_index,
+    temperature,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,  # a program's: 1, or the token's
+    HEADS: tl.constexpr,  # that they serve, a power of two
+    PROGRAMS: tl.constexpr,  # a token
+    SHARED: tl.constexpr,
+    EXCESS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    GRAD: tl.constexpr,
+    IN_PHASE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    EVICT: tl.constexpr = "evict_last" if GRAD else "evict_first"
+    token = tl.program_id(0).to(tl.int64) // PROGRAMS
+    first = tl.program_id(0) % PROGRAMS
+    b = token // seq_len
+    t = token % seq_len
+    head = first + tl.arange(0, HEADS)
+    target, valid, in_range = head_targets(
+        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
+    )
+    begin = lead + b * stride_b + t * stride_s
+    grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s
+
+    # First of all: in place, another thread of this program will overwrite it.
+    target_logit_ptr = logits_ptr + begin + head.to(tl.int64) * stride_h + target
+    x_target = tl.load(target_logit_ptr, mask=valid & in_range, other=0.0).to(tl.float32)
+    m = tl.zeros((HEADS,), tl.float32)
+    s = m + 1.0
+    for row in range(first, first + ROWS):
+        of_row = SHARED | (head == row)
+        if tl.max((valid & of_row).to(tl.int32), axis=0) > 0:
+            row_begin = begin + row * stride_h.to(tl.int64)
+            row_m, row_s = row_max_sum(logits_ptr, row_begin, vocab_size, BLOCK, EVICT)
+            m = tl.where(of_row, row_m, m)
+            s = tl.where(of_row, row_s, s)
+    ce, lse = cross_entropy(m, s, x_target, in_range)
+    ce = tl.where(valid, ce, 0.0)
+
+    head_ptr = token * H + head
+    if EXCESS:
+        ref_ce = tl.load(ref_ce_ptr + b * (seq_len - 1) + t + head, mask=valid)
+        row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
+        tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=head < H)
+        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0))
+    else:
+        row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
+    tl.store(ce_ptr + head_ptr, ce, mask=head < H)
+    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=head < H)
+
+    if GRAD:
+        c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
+        c = tl.where(valid, c, 0.0)
+        target = tl.where(valid, target, -1).to(tl.int32)
+        for row in range(first, first + ROWS):
+            of_row = SHARED | (head == row)
+            live = tl.max((valid & of_row).to(tl.int32), axis=0) > 0
+            row_m, row_s = of_head(m, head, row), of_head(s, head, row)
+            scale = tl.sum(tl.where(of_row, c, 0.0), axis=0) / row_s
+            targets = ()
+            scalars = ()
+            if SHARED:
+                for k in tl.static_range(H):
+                    targets += (of_head(target, head, k),)
+                    scalars += (of_head(c, head, k),)
+            else:
+                targets += (of_head(target, head, row),)
+                scalars += (of_head(c, head, row),)
+            write_gradient(
+                logits_ptr, begin + row * stride_h.to(tl.int64),
+                grad_ptr, grad_begin + row * grad_stride_h.to(tl.int64),
+                vocab_size, live, row_m, scale, targets, scalars, IN_PHASE, BLOCK,
+            )  # fmt: skip

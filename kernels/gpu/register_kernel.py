@@ -1,0 +1,154 @@
+"""Loss and gradient from one read and one write of the logits: the rows stay in registers between.
+
+A program holds the rows [ROWS, V] of a token, or one of them, and the heads they serve:
+
+    tier    ROWS       heads      weights                    programs a token
+    token   H          H          from ref_ce, or known      1
+    row     1          1          known                      H
+    either  1          H          (shared heads)             1
+
+    ce[b,t,k]          = logsumexp(logits[b,t,k,:]) - logits[b,t,k,target]
+    w                  = softmax over valid k of |ce - ref_ce[b,t+k]| / temperature     (ref_ce)
+    row_scalar         = w, or as weights_kernel.py has found it
+    grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
+
+The rows may lie in the registers of a whole cluster of CTAs (num_ctas): Triton reduces across it.
+A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
+"""
+
+import triton
+import triton.language as tl
+
+from wmtp.kernels.heads import excess_weights, head_targets, of_head
+from wmtp.kernels.rows import (
+    UNIT_BYTES,
+    cross_entropy,
+    edge_columns,
+    first_unit,
+    inner_part,
+)
+
+
+# Two units of 16-bit logits; in float32 half of the lanes idle, since Triton 3.9 cannot spread fewer over
+# a cluster.
+EDGE_LANES = tl.constexpr(128)
+
+
+@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
+                               "grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h",
+                               "seq_len", "vocab_size", "ignore_index"])  # fmt: skip
+def register_kernel(
+    logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
+    target_ptr,  # [B, S] int64, unshifted
+    ref_ce_ptr,  # [B, S-1], or unused
+    factors_ptr,  # [3], the last is the gradient's scale
+    row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
+    weight_sum_ptr,  # [B, S]; written with excess weights
+    ce_ptr,  # [B, S, H]
+    lse_ptr,  # [B, S, H]
+    grad_ptr,  # aligned like the logits; in place: logits_ptr itself
+    lead,
+    stride_b,
+    stride_s,
+    stride_h,
+    grad_lead,
+    grad_stride_b,
+    grad_stride_s,
+    grad_stride_h,
+    seq_len,
+    vocab_size,
+    ignore_index,
+    temperature,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # a token
+    EXCESS: tl.constexpr,
+    SIGNED: tl.constexpr,
+    IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
+    BLOCK: tl.constexpr,  # >= V
+):
+    SHARED: tl.constexpr = HEADS != ROWS
+    UNIT: tl.constexpr = UNIT_BYTES // (grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    token = tl.program_id(0).to(tl.int64) // PROGRAMS
+    first = tl.program_id(0) % PROGRAMS
+    b = token // seq_len
+    t = token % seq_len
+    head = first + tl.arange(0, HEADS)
+    target, valid, in_range = head_targets(
+        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
+    )
+    row = first + tl.arange(0, ROWS).to(tl.int64)
+    real = (row < H)[:, None]
+    live = valid
+    if SHARED:
+        live = tl.max(valid.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
+    begin = lead + b * stride_b + t * stride_s + row * stride_h
+    grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
+    peel, inner = inner_part(grad_begin, vocab_size, UNIT)
+
+    # First of all: in place, another thread of this program will overwrite it.
+    x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0).to(tl.float32)
+    lane = tl.arange(0, EDGE_LANES)[None, :]
+    column = edge_columns(lane, peel[:, None], inner[:, None], UNIT)
+    edge_inside = (lane < 2 * UNIT) & (column >= 0) & (column < vocab_size)
+    edge_ptr = logits_ptr + begin[:, None] + column
+    edge = tl.load(edge_ptr, mask=edge_inside & live[:, None], other=float("-inf"))
+    edge = edge.to(tl.float32)
+    offset = tl.arange(0, BLOCK)[None, :]
+    inner_inside = offset < inner[:, None]
+    inner_begin = first_unit(begin, UNIT) if IN_PHASE else begin + peel
+    inner_ptr = logits_ptr + inner_begin[:, None] + offset
+    x = tl.load(inner_ptr, mask=inner_inside & live[:, None], other=float("-inf"))
+    x = x.to(tl.float32)
+
+    m = tl.maximum(tl.max(x, axis=1), tl.max(edge, axis=1))
+    # Finite, so that -inf gives 0 and +inf gives inf, beside which all others are 0.
+    shift = tl.where(m == float("-inf"), 0.0, tl.minimum(m, 3e38))[:, None]
+    x, edge = tl.exp(x - shift), tl.exp(edge - shift)
+    s = tl.sum(x, axis=1) + tl.sum(edge, axis=1)
+    head_m, head_s = m, s
+    if SHARED:
+        head_m = m + tl.zeros((HEADS,), tl.float32)
+        head_s = s + tl.zeros((HEADS,), tl.float32)
+    ce, lse = cross_entropy(head_m, head_s, x_target, in_range)
+    ce = tl.where(valid, ce, 0.0)
+
+    head_ptr = token * H + head
+    if EXCESS:
+        ref_ce = tl.load(ref_ce_ptr + b * (seq_len - 1) + t + head, mask=valid)
+        row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
+        tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=head < H)
+        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0))
+    else:
+        row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
+    tl.store(ce_ptr + head_ptr, ce, mask=head < H)
+    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=head < H)
+
+    c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
+    c = tl.where(valid, c, 0.0)
+    target = tl.where(valid, target, -1).to(tl.int32)
+    row_c = c
+    if SHARED:
+        row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
+    scale = (row_c / s)[:, None]
+    g = scale * x
+    g = minus_targets(g, peel[:, None] + offset, target, c, head, SHARED, H)
+    grad_ptr_inner = grad_ptr + first_unit(grad_begin, UNIT)[:, None] + offset
+    g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr_inner, g, mask=inner_inside & real)
+    g = scale * edge
+    g = minus_targets(g, column, target, c, head, SHARED, H)
+    g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + grad_begin[:, None] + column, g, mask=edge_inside & real)
+
+
+@triton.jit
+def minus_targets(g, column, target, c, head, SHARED: tl.constexpr, H: tl.constexpr):
+    """g [ROWS, columns] - c_k where column is target_k, k the row's head or, shared, every head."""
+    if SHARED:
+        for k in tl.static_range(H):
+            g -= tl.where(column == of_head(target, head, k), of_head(c, head, k), 0.0)
+    else:
+        g -= tl.where(column == target[:, None], c[:, None], 0.0)
+    return g

@@ -1,0 +1,150 @@
+"""Which kernel computes loss + gradient, and how it is launched: a table, not a search at run time.
+
+    tier     holds in registers      reads + writes    needs
+    token    the H rows of a token   1 + 1             H x BLOCK logits in at most 16 CTAs
+    row      one row                 1 + 1             known weights; BLOCK logits in at most 16 CTAs
+    online   nothing                 2 + 1             nothing
+
+BLOCK is the power of two that holds V. A program is a cluster of CTAs:
+
+    logits a CTA   logits a thread   registers   CTAs an SM   when
+    <= 16384       64                <= 128      2 and more   16-bit logits on NVIDIA: one CTA loads while
+                                                              another stores. The preferred size, as long
+                                                              as 16 CTAs, the largest cluster, suffice
+    <= 16384       64                <= 144      1 and more   float32: 128 registers would spill
+    <= 16384       32                <= 128      1 and more   one row for all heads, whose H targets take
+                                                              registers; AMD, whose 64 lanes do
+    32768          64                <= 128      1            beyond 16 CTAs of 16384; no clusters
+
+More than one CTA needs Triton >= 3.8 (reductions across a cluster) and sm_90. Excess weights need the
+whole token; known weights take the row, whose clusters are smaller. Without a gradient there is nothing
+to keep, and the online kernel reads once.
+"""
+
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+
+from wmtp.kernels.rows import launch_shape, warp_size
+
+TIERS = ("token", "row", "online")
+PREFERRED, MOST = 16384, 32768  # logits a CTA
+MOST_CTAS = 16
+
+
+class Machine(NamedTuple):
+    """What the choice depends on, of the device and of Triton."""
+
+    warp_size: int
+    has_clusters: bool
+
+
+class Launch(NamedTuple):
+    tier: str
+    block: int
+    num_warps: int
+    num_ctas: int = 1
+    max_registers: int | None = None  # a thread's; the compiler would take some more, and a whole CTA
+
+
+def machine(device: torch.device) -> Machine:
+    if device.type != "cuda":  # the interpreter takes any cluster, and ignores it
+        return Machine(32, True)
+    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return Machine(warp_size(device), hopper and triton_reduces_across_clusters())
+
+
+def triton_reduces_across_clusters() -> bool:
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (3, 8)
+
+
+def choose(
+    vocab_size: int,
+    heads: int,
+    rows: int,
+    itemsize: int,
+    excess: bool,
+    gradient: bool,
+    machine: Machine,
+    forced: str = "",
+) -> Launch:
+    """The launch for rows of V logits.
+
+    Args:
+        vocab_size: V.
+        heads: H.
+        rows: of a token: H, or 1 for shared heads.
+        itemsize: bytes of a logit.
+        excess: the weights follow from the cross entropies of the whole token.
+        gradient: it is wanted.
+        machine: see `machine`.
+        forced: a tier's name, for tests and benchmarks.
+
+    Raises:
+        ValueError: no such tier, or it cannot serve this case.
+    """
+    if forced and forced not in TIERS:
+        raise ValueError(f"WMTP_TRITON_TIER must be one of {', '.join(TIERS)}, got {forced!r}")
+    if forced == "online" or not gradient:
+        return online(vocab_size, itemsize, machine)
+    tier = forced or ("token" if excess and rows > 1 else "row")
+    if forced == "row" and excess and rows > 1:
+        raise ValueError(
+            "WMTP_TRITON_TIER=row cannot serve weights from ref_ce, which need all rows of a token: "
+            "use token or online"
+        )
+    held = rows if tier == "token" else 1
+    found = _in_registers(tier, held, vocab_size, itemsize, rows < heads, machine)
+    if found is None and forced:
+        raise ValueError(
+            f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers here: "
+            f"use online"
+        )
+    return found or online(vocab_size, itemsize, machine)
+
+
+def _in_registers(
+    tier: str, rows: int, vocab_size: int, itemsize: int, shared: bool, machine: Machine
+) -> Launch | None:
+    """The launch that holds so many rows; None where nothing does."""
+    block = max(triton.next_power_of_2(vocab_size), 128)
+    logits = block * triton.next_power_of_2(rows)
+    num_ctas = min(max(logits // PREFERRED, 1), MOST_CTAS if machine.has_clusters else 1)
+    logits //= num_ctas
+    nvidia = machine.warp_size == 32
+    if logits > (PREFERRED if shared else MOST):
+        return None
+    # The edges of several rows are spread over the threads as well: not too few.
+    fewest = machine.warp_size * (4 if rows > 1 else 1)
+    threads = max(logits // (64 if nvidia and not shared else 32), fewest)
+    if threads > 1024:
+        return None
+    two_fit = nvidia and not shared and itemsize == 2 and logits == PREFERRED
+    return Launch(tier, block, threads // machine.warp_size, num_ctas, 128 if two_fit else None)
+
+
+def online(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
+    return Launch("online", *launch_shape(vocab_size, itemsize, machine.warp_size))
+
+
+def constants(launch: Launch, heads: int, rows: int, excess: bool) -> dict[str, int | bool]:
+    """How a program of the launch divides the work: the kernel's constexprs of these names."""
+    whole_token = launch.tier == "token" or (launch.tier == "online" and excess and rows > 1)
+    shared = rows < heads
+    all_heads = triton.next_power_of_2(heads)
+    if launch.tier == "online":
+        held = {"ROWS": rows if whole_token else 1, "SHARED": shared}
+    else:
+        held = {"ROWS": triton.next_power_of_2(rows) if whole_token else 1}
+    return {
+        **held,
+        "HEADS": all_heads if whole_token or shared else 1,
+        "PROGRAMS": 1 if whole_token or shared else heads,
+    }
+
+
+def forced_tier() -> str:
+    return os.environ.get("WMTP_TRITON_TIER", "")

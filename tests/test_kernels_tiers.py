@@ -1,0 +1,284 @@
+"""Loss and gradient in one launch: every tier gives the same numbers, and the right ones."""
+
+import pytest
+import torch
+
+from agreement import GRADIENT_TOLERANCE, relative_error
+from test_kernels import (
+    DTYPES,
+    IGNORED,
+    INF,
+    NAN,
+    assert_close,
+    device,  # noqa: F401 (a fixture)
+    make,
+    placed,
+    true_gradient,
+    truth,
+    weighted_loss,
+)
+from wmtp import fused_weighted_mtp_loss, kernels
+from wmtp.labels import has_target
+
+TIERS = ["token", "row", "online"]
+
+
+@pytest.fixture(params=TIERS)
+def tier(request, monkeypatch):
+    monkeypatch.setenv("WMTP_TRITON_TIER", request.param)
+    return request.param
+
+
+def weightings(shape, device):
+    """Arguments of `weighted_loss`; those with ref_ce last."""
+    weights = torch.rand(shape[:3])
+    weights[0, 1] = 0.0
+    ref_ce = (4 * torch.rand(shape[0], shape[1] - 1)).to(device)
+    return [
+        {},
+        {"weights": weights.to(device), "normalize": False},
+        {"ref_ce": ref_ce},
+        {"ref_ce": ref_ce, "signed": True, "normalize": False},
+    ]
+
+
+def assert_loss_and_gradient(logits, target_ids, shared=False, gradient="new", **options):
+    """Against the fp64 truth; the gradient no worse than eager torch's in that dtype."""
+    plain = logits.clone()
+    *found, (grad, factor) = weighted_loss(logits, target_ids, gradient=gradient, **options)
+    wanted = truth(plain, target_ids, **options)
+    assert_close(found, wanted)
+    _, row_scalar, *_ = wanted
+    exact = true_gradient(plain, target_ids, row_scalar)
+    eager = true_gradient(plain, target_ids, row_scalar, logits.dtype)
+    if shared:  # the H-th part of the sum
+        exact, eager = exact.mean(2, keepdim=True), eager.mean(2, keepdim=True)
+    assert grad.shape == exact.shape
+    assert grad.dtype == logits.dtype
+    allowed = relative_error(eager, exact) + GRADIENT_TOLERANCE[logits.dtype]
+    assert relative_error(grad.double().cpu() * factor.item(), exact) <= allowed
+    valid = has_target(target_ids, logits.shape[2], IGNORED)
+    assert (grad[~(valid.any(-1, keepdim=True) if shared else valid)] == 0).all()
+    return grad
+
+
+def serves(tier, options):
+    return tier != "row" or "ref_ce" not in options
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 33, 130, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tier_agrees_with_the_truth(device, tier, dtype, vocabulary):  # noqa: F811
+    shape = (2, 4, 3, vocabulary)
+    logits, target_ids = make(shape, dtype, device)
+    for options in filter(lambda options: serves(tier, options), weightings(shape, device)):
+        new = assert_loss_and_gradient(logits, target_ids, **options)
+        inplace = logits.clone()
+        grad = assert_loss_and_gradient(inplace, target_ids, gradient="inplace", **options)
+        assert grad.data_ptr() == inplace.data_ptr()
+        assert torch.equal(grad, new)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpt2_vocabulary(device, tier, dtype):  # noqa: F811
+    logits, target_ids = make((1, 3, 2, 50257), dtype, device, ignored=0.0)
+    options = {} if tier == "row" else {"ref_ce": torch.rand(1, 2).to(device)}
+    assert_loss_and_gradient(logits, target_ids, **options)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 8])
+def test_any_number_of_heads(device, tier, heads):  # noqa: F811
+    logits, target_ids = make((1, 7, heads, 100), torch.float32, device)
+    options = {} if tier == "row" and heads > 1 else {"ref_ce": torch.rand(1, 6).to(device)}
+    assert_loss_and_gradient(logits, target_ids, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [7, 1001])
+def test_shared_heads(device, tier, dtype, vocabulary):  # noqa: F811
+    rows, target_ids = make((2, 6, 1, vocabulary), dtype, device)
+    target_ids[0, 1:4] = target_ids[0, 1].clamp(min=0)  # heads that agree on the target
+    logits = rows.expand(-1, -1, 4, -1)
+    for options in weightings((2, 6, 4), device):
+        assert_loss_and_gradient(logits, target_ids, shared=True, **options)
+    inplace = rows.clone().expand(-1, -1, 4, -1)
+    assert_loss_and_gradient(inplace, target_ids, shared=True, gradient="inplace")
+
+
+@pytest.mark.parametrize(
+    ("lead", "gap", "heads_first"),
+    [(1, 0, False), (3, 5, True), (64, 0, True), (0, 1, False), (71, 64, False)],
+)
+@pytest.mark.parametrize("vocabulary", [7, 131, 1000])
+def test_any_offset_and_stride(device, tier, vocabulary, lead, gap, heads_first):  # noqa: F811
+    plain, target_ids = make((2, 3, 2, vocabulary), torch.bfloat16, device)
+    logits, storage = placed(plain, lead, gap, heads_first)
+    assert_loss_and_gradient(logits, target_ids)
+    gaps = storage.isnan()
+    assert_loss_and_gradient(logits, target_ids, gradient="inplace")
+    assert torch.equal(storage.isnan(), gaps)
+
+
+@pytest.mark.parametrize("vocabulary", [33, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nonfinite_logits_behave_as_in_eager(device, tier, dtype, vocabulary):  # noqa: F811
+    logits, target_ids = make((1, 9, 1, vocabulary), dtype, device, ignored=0.0)
+    target_ids[:] = 5
+    logits[0, 0, 0, -1] = NAN
+    logits[0, 1, 0, 0] = NAN
+    logits[0, 2, 0, : vocabulary - 3] = -INF  # whole first blocks
+    logits[0, 2, 0, 5] = 1.0
+    logits[0, 3] = -INF
+    logits[0, 4, 0, 5] = -INF
+    logits[0, 5, 0, vocabulary // 2] = INF
+    logits[0, 6, 0, 5] = INF
+    logits[0, 7, 0, :] = NAN
+    *found, (grad, _) = weighted_loss(logits, target_ids)
+    wanted = truth(logits, target_ids)
+    assert_close(found, wanted)
+    grad = grad.cpu().double()
+    assert grad[0, [0, 1, 3, 7]].isnan().all()
+    exact = true_gradient(logits, target_ids, torch.ones(1, 9, 1))[0, [2, 4, 5]]
+    torch.testing.assert_close(grad[0, [2, 4, 5]], exact, rtol=1e-2, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("bad", [33, -1, 2**40])
+@pytest.mark.parametrize("shared", [False, True])
+def test_target_out_of_range_gives_nan_and_only_there(device, tier, bad, shared):  # noqa: F811
+    logits, target_ids = make((1, 6, 1 if shared else 2, 33), torch.float32, device, 0.0)
+    logits = logits.expand(-1, -1, 2, -1)
+    target_ids[0, 3] = bad
+    *_, ce, _, (grad, _) = weighted_loss(logits, target_ids)
+    hit = torch.zeros(1, 6, 2, dtype=torch.bool)
+    hit[0, 2, 0] = hit[0, 1, 1] = True  # the two that predict position 3
+    assert torch.equal(ce.isnan().cpu(), hit)
+    # Their token's loss is NaN, and nothing but their own gradient.
+    rows = hit.any(-1, keepdim=True) if shared else hit
+    assert torch.equal(grad.isnan().all(-1).cpu(), rows)
+    assert torch.equal(grad.isnan().any(-1).cpu(), rows)
+
+
+def test_rows_without_a_target_are_not_read(device, tier):  # noqa: F811
+    logits, target_ids = make((2, 6, 3, 100), torch.float32, device, ignored=0.4)
+    target_ids[1] = IGNORED
+    valid = has_target(target_ids, 3, IGNORED)
+    spoiled = torch.where(valid[..., None], logits, NAN)
+    *found, (grad, _) = weighted_loss(spoiled, target_ids)
+    *wanted, (clean, _) = weighted_loss(logits, target_ids)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert torch.equal(grad, clean)
+    assert (grad[~valid] == 0).all()
+
+
+def test_offsets_pass_two_to_the_31(device, tier, tmp_path, monkeypatch):  # noqa: F811
+    """Heads 2^30 elements apart: the third begins at 2^31. The gradient is written there too."""
+    apart, shape = 2**30, (1, 4, 3, 100)
+    plain, target_ids = make(shape, torch.bfloat16, device)
+    size = 2 * apart + 4 * 100
+    if device == "cuda":
+        storage = torch.empty(size, dtype=torch.bfloat16, device=device)
+    else:  # a sparse file, which the interpreter would otherwise copy onto itself
+        executor = pytest.importorskip("triton.runtime.interpreter").GridExecutor
+        monkeypatch.setattr(executor, "_restore_args_dev", lambda *_: None)
+        path = str(tmp_path / "logits")
+        storage = torch.from_file(path, shared=True, size=size, dtype=torch.bfloat16)
+    logits = storage.as_strided(shape, (400, 100, apart, 1))
+    logits.copy_(plain)
+    grad = assert_loss_and_gradient(logits, target_ids, gradient="inplace")
+    assert grad.data_ptr() == logits.data_ptr()
+
+
+def test_all_tiers_give_the_same_loss_and_gradient(device, monkeypatch):  # noqa: F811
+    logits, target_ids = make((2, 9, 4, 517), torch.float32, device)
+    outputs = []
+    for tier in TIERS:
+        monkeypatch.setenv("WMTP_TRITON_TIER", tier)
+        leaf = logits.clone().requires_grad_()
+        loss = fused_weighted_mtp_loss(leaf, target_ids, backend="triton").loss
+        (2 * loss).backward()
+        outputs.append((loss.detach(), leaf.grad))
+    for loss, grad in outputs[1:]:
+        torch.testing.assert_close(loss, outputs[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(grad, outputs[0][1], rtol=1e-5, atol=1e-8)
+
+
+def test_two_runs_give_the_same_bits(device, tier):  # noqa: F811
+    logits, target_ids = make((2, 9, 4, 517), torch.bfloat16, device)
+    first, second = (weighted_loss(logits, target_ids) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first[:-1], second[:-1], strict=True))
+    assert torch.equal(first[-1][0], second[-1][0])
+
+
+def test_a_forced_tier_that_cannot_serve_raises(monkeypatch):
+    logits, target_ids = make((1, 4, 2, 33), torch.float32, "cpu")
+    monkeypatch.setenv("WMTP_TRITON_TIER", "row")
+    with pytest.raises(ValueError, match="need all rows of a token"):
+        weighted_loss(logits, target_ids, ref_ce=torch.zeros(1, 3))
+    monkeypatch.setenv("WMTP_TRITON_TIER", "fastest")
+    with pytest.raises(ValueError, match="must be one of token, row, online, got 'fastest'"):
+        weighted_loss(logits, target_ids)
+
+
+def test_a_cluster_that_does_not_fit_the_device_falls_back_once(monkeypatch):
+    """The launch itself says so; the next step does not ask again."""
+    from wmtp.kernels import loss, tiers
+
+    big = tiers.Launch("token", 128, 4, num_ctas=8)
+    tried = []
+
+    def launch_as(launch, *arguments):
+        tried.append(launch.tier)
+        if launch.num_ctas > 1:
+            raise RuntimeError("Triton Error [CUDA]: cluster misconfiguration")
+        return run(launch, *arguments)
+
+    run = loss._launch_as
+    monkeypatch.setattr(loss, "_launch_as", launch_as)
+    monkeypatch.setattr(loss, "_unschedulable", set())
+    monkeypatch.setattr(tiers, "choose", lambda *_: big)
+    logits, target_ids = make((1, 4, 2, 33), torch.float32, "cpu")
+    with pytest.warns(RuntimeWarning, match="does not schedule clusters of 8 blocks"):
+        assert_loss_and_gradient(logits, target_ids)
+    assert_loss_and_gradient(logits, target_ids)
+    assert tried == ["token", "online", "online"]
+
+
+def choices(machine, gradient=True):
+    from wmtp.kernels import tiers
+
+    return {
+        (vocabulary, rows, excess): tiers.choose(vocabulary, 4, rows, 2, excess, gradient, machine)
+        for vocabulary in (1000, 32000, 50257, 128256, 256000)
+        for rows, excess in ((4, True), (4, False), (1, True))
+    }
+
+
+def test_what_is_chosen():
+    from wmtp.kernels.tiers import Machine
+
+    hopper = choices(Machine(32, True))
+    assert {case: launch.tier for case, launch in hopper.items() if launch.tier == "online"} == {
+        (256000, 4, True): "online"  # 2^20 logits a token: 16 CTAs of registers hold half
+    }
+    assert all(launch.tier == "token" for (_, rows, excess), launch in hopper.items()
+               if excess and rows > 1 and launch.tier != "online")  # fmt: skip
+    assert max(launch.num_ctas for launch in hopper.values()) == 16
+    older = choices(Machine(32, False))
+    assert {launch.num_ctas for launch in older.values()} == {1}
+    assert older[32000, 4, False].tier == "row"
+    assert older[50257, 4, False].tier == older[32000, 4, True].tier == "online"
+    assert older[1000, 4, True].tier == "token"
+    assert {launch.tier for launch in choices(Machine(32, True), gradient=False).values()} == {
+        "online"
+    }
+
+
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+def test_multiply(device, factor):  # noqa: F811
+    for shape in ((0,), (5,), (3, 5000)):
+        grad = torch.randn(shape, device=device).to(torch.bfloat16)
+        wanted = grad * factor
+        product = kernels.multiply_(grad, torch.tensor(factor, device=device))
+        assert product.data_ptr() == grad.data_ptr()
+        # The interpreter cuts bfloat16 off where a card rounds.
+        torch.testing.assert_close(product, wanted, rtol=2**-7 if factor != 1 else 0, atol=0)

@@ -248,3 +248,16 @@ def test_inside_a_checkpoint():
     loss = torch.utils.checkpoint.checkpoint(head, hidden, True, use_reentrant=False)
     for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("views", [lambda x: x.chunk(2)[0], lambda x: x.unbind(0)[1][None]])
+def test_views_that_autograd_will_not_overwrite_are_refused(target, views):
+    """Before anything is overwritten; a slice of one's own is fine."""
+    backend, device = target
+    logits = torch.randn(2, 5, 2, 9, device=device, requires_grad=True) * 1
+    before = logits.detach().clone()
+    target_ids = torch.randint(9, (1, 5), device=device)
+    with pytest.raises(ValueError, match=r"one of several views .* logits\[begin:end\]"):
+        fused_weighted_mtp_loss(views(logits), target_ids, inplace=True, backend=backend)
+    assert torch.equal(logits, before)
+    fused_weighted_mtp_loss(logits[:1], target_ids, inplace=True, backend=backend).loss.backward()

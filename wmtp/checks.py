@@ -193,11 +193,24 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
             f"{tuple(logits.shape)} with strides {tuple(logits.stride())}: pass "
             f"logits.contiguous() or inplace=False"
         )
+    if _autograd_forbids_overwriting(logits):
+        raise ValueError(
+            "inplace=True would overwrite one of several views that an operation returned together "
+            "(chunk, split, unbind) or a view that autograd does not follow: pass a slice of your "
+            "own, logits[begin:end], or inplace=False"
+        )
     if torch.compiler.is_compiling():
         raise ValueError(
             "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
             "inplace=False inside compiled code"
         )
+
+
+def _autograd_forbids_overwriting(logits: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not (logits._is_view() and logits.requires_grad):
+        return False
+    autograd = torch._C._autograd  # type: ignore[attr-defined]
+    return autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT
 
 
 def _has_storage(logits: Tensor) -> bool:

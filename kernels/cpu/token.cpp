@@ -87,11 +87,11 @@ void read_rows(const Rows& r, const Output& out, const Token& token, Heads rows,
 constexpr int64_t kPastCachesBytes = int64_t(32) << 20;
 
 // out [V] = (sum_k c_k) softmax - sum_k c_k onehot(target_k) over the row's heads k: this thread's
-// columns. A finite lse says that the row is free of NaN and +inf, so that c = 0 gives exactly 0. The row
-// to be read next, mostly `waiting` further, is fetched meanwhile.
+// columns. A finite lse says that the row is free of NaN and +inf, so that c = 0 gives exactly 0. What will
+// mostly be read next, `ahead` elements further, is fetched meanwhile.
 template <class E>
 void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& team,
-                    Exponentials<Acc<E>> kept, const TokenState<Acc<E>>& state, int64_t waiting, E* out) {
+                    Exponentials<Acc<E>> kept, const TokenState<Acc<E>>& state, int64_t ahead, E* out) {
   using T = Acc<E>;
   const int64_t rows = r.B * r.S * (shared_heads(r) ? 1 : r.H);
   const bool past_caches = out != row_of<E>(r, token, row) &&
@@ -107,7 +107,7 @@ void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& 
   if (live && !finite(stats.lse()))
     write_special(x, columns, stats.lse(), c, out + team.begin);
   else if (live && c != 0)
-    write_softmax(kept, columns, stats, c, past_caches, x + waiting * r.V, out + team.begin);
+    write_softmax(kept, columns, stats, c, past_caches, x + ahead, out + team.begin);
   else
     std::memset(out + team.begin, 0, columns * sizeof(E));
   for (int64_t k = heads.first; k < heads.last; ++k) {
@@ -144,6 +144,7 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, const To
                 double inverse, double scale) {
   using T = Acc<E>;
   const int64_t rows = shared_heads(r) ? 1 : r.H, step = waiting_rows(r, how);
+  const int64_t ahead = step == rows ? r.stride_s : r.stride_h;
   T* const numbers = reinterpret_cast<T*>(team.numbers);  // eight for each head
   const TokenState<T> state = {reinterpret_cast<LogSumExp<T>*>(numbers), numbers + 3 * r.H,
                                numbers + 4 * r.H, numbers + 5 * r.H, numbers + 6 * r.H, numbers + 7 * r.H};
@@ -163,7 +164,7 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, const To
     for (int64_t k = 0; k < r.H; ++k) state.c[k] = T(state.w[k] * scale);
     for (int64_t row = first; row < first + step && out.grad; ++row) {
       E* const grad_row = gradient_row<E>(r, out, token, row);
-      write_gradient<E>(r, token, row, team, exponentials(team, row - first, grad_row), state, step, grad_row);
+      write_gradient<E>(r, token, row, team, exponentials(team, row - first, grad_row), state, ahead, grad_row);
     }
   }
   if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state);

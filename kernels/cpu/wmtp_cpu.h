@@ -61,7 +61,8 @@ constexpr int64_t kPadding = 16;  // a vector, before the exponentials; after th
 
 // A sleeping thread takes about as long to wake as one takes for so many logits.
 inline int useful_threads(const Rows& r) {
-  const int64_t worth = 1 << 17, most = 1 + r.B * (r.S > 1 ? r.S - 1 : 0) * r.H * r.V / worth;
+  const int64_t worth = 1 << 17, rows = r.B * (r.S > 1 ? r.S - 1 : 0) * (r.stride_h ? r.H : 1);
+  const int64_t most = 1 + rows * r.V / worth;
   return int(most < r.threads ? most : r.threads);
 }
 

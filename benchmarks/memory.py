@@ -1,4 +1,4 @@
-"""Peak bytes of a call beyond what was there before it: exact and repeatable.
+"""Peak bytes of a call beyond what was there before it, exact and repeatable; bytes still free.
 
 On the CPU from torch.profiler's `[memory]` events (every allocation and release, in order); on CUDA
 from the allocator's own statistics.
@@ -6,20 +6,23 @@ from the allocator's own statistics.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import wmtp
 from wmtp.benchmarks.problem import Problem, Shape
-from wmtp.benchmarks.providers import DIRECTIONS
+from wmtp.benchmarks.providers import COMPILED
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-PROFILED = ("eager", "eager_float", "fused", "fused_inplace")  # compiling each shape takes long
+PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# By what /proc/self/cgroup calls the controller ("" in version 2): limit, usage, its caches' name.
+CGROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
@@ -53,42 +56,83 @@ def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
 
 
 def loss_peak_bytes(
-    provider: str, direction: str, shape: Shape, dtype: torch.dtype, device: str
+    provider: str,
+    direction: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    backend: str = "auto",
 ) -> int:
-    """Peak bytes of the loss, and of its gradient unless "forward", beyond the logits."""
-    tiny = Problem((1, 2, 1, 2), dtype, "given", device)
-    tiny.call(provider, direction)()  # one-time allocations
-    return peak_bytes(Problem(shape, dtype, "given", device).call(provider, direction), device)
+    """Peak bytes of the loss, and of its gradient unless "forward", beyond the logits.
+
+    Args:
+        provider: of PROVIDERS.
+        direction: of DIRECTIONS.
+        shape: of the logits.
+        dtype: of the logits.
+        device: "cpu" or "cuda".
+        backend: of the fused losses.
+    """
+    call = _step(Problem(shape, dtype, "given", device), provider, direction, backend)
+    if provider in COMPILED:
+        torch._dynamo.reset()  # each shape for itself, within the limit of recompilations
+        call()  # compiles
+    else:
+        tiny = Problem((1, 2, 1, 2), dtype, "given", device)
+        _step(tiny, provider, direction, backend)()  # one-time allocations
+    return peak_bytes(call, device)
 
 
-def profile_table(
-    vocabularies: list[int], length: int, heads: int, dtype: torch.dtype, device: str
-) -> Table:
-    """Peak memory of each provider, direction and vocabulary, in units of the logits."""
-    from rich import box
-    from rich.table import Table
+def _step(problem: Problem, provider: str, direction: str, backend: str) -> Callable[[], object]:
+    """The problem's own call; of the fused losses with the backend that was asked for."""
+    if backend == "auto" or not provider.startswith("fused"):
+        return problem.call(provider, direction)
 
-    table = Table(
-        title=f"peak memory beyond the logits [1, {length}, {heads}, V], "
-        f"{str(dtype).removeprefix('torch.')}, {device}",
-        caption="in units of the logits; forward: without gradient",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-    )
-    for column in ("V", "logits", "direction", *PROFILED):
-        table.add_column(column, justify="left" if column == "direction" else "right", no_wrap=True)
-    for vocabulary in vocabularies:
-        shape = (1, length, heads, vocabulary)
-        logits_bytes = length * heads * vocabulary * dtype.itemsize
-        start = [str(vocabulary), f"{logits_bytes / 2**20:.1f} MiB"]
-        for direction, contestants in DIRECTIONS.items():
-            cells = [
-                f"{loss_peak_bytes(provider, direction, shape, dtype, device) / logits_bytes:.3f}"
-                if provider in contestants
-                else ""
-                for provider in PROFILED
-            ]
-            table.add_row(*start, direction, *cells)
-            start = ["", ""]
-        table.add_section()
-    return table
+    def step() -> tuple[torch.Tensor, ...]:
+        with torch.set_grad_enabled(direction != "forward"):
+            loss = wmtp.fused_weighted_mtp_loss(
+                problem.logits,
+                problem.target_ids,
+                *problem.weights[:1],
+                inplace=direction == "inplace",
+                backend=backend,
+            ).loss
+        if direction == "forward":
+            return (loss,)
+        return loss, *torch.autograd.grad(loss, problem.logits)
+
+    return step
+
+
+def available_bytes() -> int:
+    """Main memory that can still be had: what the system has left, or less by a cgroup's limit."""
+    return min([_system_bytes(), *_cgroup_bytes()])
+
+
+def _system_bytes() -> int:
+    meminfo = PROC / "meminfo"
+    if not meminfo.exists():  # macOS, which counts nothing like it: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 1024 * _numbers(meminfo)["MemAvailable:"]
+
+
+def _cgroup_bytes() -> Iterator[int]:
+    """What each group above this process has left, the files that it caches counted as free."""
+    groups = PROC / "self" / "cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = CGROUPS / controllers
+        limit, used, cache = CGROUP_FILES[controllers]
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            if not (folder / limit).exists() or (folder / limit).read_text() == "max\n":
+                continue
+            cached = _numbers(folder / "memory.stat").get(cache, 0)
+            yield int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """Of a file with a name and a number a line."""
+    return {name: int(number) for name, number, *_ in map(str.split, file.read_text().splitlines())}

@@ -1,4 +1,4 @@
-"""The picture of the loss: milliseconds per provider, against the copy of the logits."""
+"""The pictures: milliseconds per provider against the copy of the logits; peak bytes over V."""
 
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,59 @@ def plot_loss(results: dict[str, Any], file: Path) -> None:
         )
         figure.savefig(file, dpi=150)
         plt.close(figure)
+
+
+def plot_profile(results: dict[str, Any], file: Path) -> None:
+    """Write the peak of loss + gradient over the vocabulary as PNG: a line for each provider.
+
+    Args:
+        results: of `memory_profile.profile_losses`.
+        file: where.
+    """
+    mpl.use("Agg")
+    cases = sorted(
+        (case for case in results["cases"] if case["direction"] != "forward"),
+        key=lambda case: case["vocabulary"],
+    )
+    with mpl.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        sizes = {case["vocabulary"]: case["logits_bytes"] / 2**20 for case in cases}
+        axes.plot(
+            *zip(*sizes.items(), strict=True), "--", color="#d23f3f", lw=1, label="the logits"
+        )
+        for place, (provider, colour) in enumerate(zip(PROVIDERS, COLOURS, strict=True)):
+            mine = [case for case in cases if case["provider"] == provider]
+            if mine:
+                # What is drawn first is wider: lines that coincide can all be seen.
+                width = 7 - place
+                axes.plot(*_peaks(mine), "o-", color=colour, lw=width, zorder=1, label=_label(mine))
+        axes.set_title(
+            f"Loss and gradient of [1, {results['length']}, {results['heads']}, V] logits, "
+            f"{results['dtype']}, {results['device']}"
+        )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="y")
+        axes.set_ylabel("peak MiB beyond the logits, log scale")
+        axes.set_xscale("log")
+        axes.set_xticks(list(sizes), list(map(str, sizes)))
+        axes.minorticks_off()
+        axes.tick_params(axis="x", labelrotation=15)
+        axes.set_xlabel("V, log scale")
+        figure.legend(loc="outside right upper", frameon=False)
+        figure.savefig(file, dpi=150)
+        plt.close(figure)
+
+
+def _peaks(cases: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    fit = [case for case in cases if case["peak_bytes"] is not None]
+    return [case["vocabulary"] for case in fit], [case["peak_bytes"] / 2**20 for case in fit]
+
+
+def _label(cases: list[dict[str, Any]]) -> str:
+    unfit = [str(case["vocabulary"]) for case in cases if case["peak_bytes"] is None]
+    name = cases[0]["provider"]
+    return f"{name}, does not fit:\n{', '.join(unfit)}" if unfit else name
 
 
 def _plot_panel(axes: Any, medians: Medians) -> None:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from typer.testing import CliRunner
 
-from wmtp.benchmarks import bench_loss, bench_scaling, problem, providers, report
-from wmtp.benchmarks.memory import loss_peak_bytes, peak_bytes, profile_table
+from wmtp.benchmarks import bench_loss, bench_scaling, memory, problem, providers, report
+from wmtp.benchmarks.memory import available_bytes, loss_peak_bytes, peak_bytes
 from wmtp.benchmarks.plot import plot_loss
 from wmtp.benchmarks.problem import WEIGHTINGS, Case, Problem
 from wmtp.benchmarks.tables import STUDIES, tables
@@ -140,12 +140,28 @@ def test_fused_holds_one_gradient_and_in_place_none(dtype):
     assert peak("eager", "forward+backward") > 1.9 * logits_bytes
 
 
-def test_profile_has_a_row_for_each_vocabulary_and_direction():
-    found = profile_table([100, 1000], 16, 2, torch.bfloat16, "cpu")
-    columns = {column.header: list(column.cells) for column in found.columns}
-    assert columns["V"] == ["100", "", "", "1000", "", ""]
-    assert columns["direction"] == ["forward", "forward+backward", "inplace"] * 2
-    assert [bool(cell) for cell in columns["fused_inplace"]] == [False, False, True] * 2
+def test_available_memory_is_the_least_of_system_and_cgroups(monkeypatch, tmp_path):
+    def write(file, text):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(text)
+
+    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
+    write("proc/meminfo", "MemTotal:  90 kB\nMemAvailable:   70 kB\nHugePages_Total:  0\n")
+    assert available_bytes() == 70 * 1024
+
+    write("proc/self/cgroup", "0::/outer/inner\n")
+    write("cgroup/outer/inner/memory.max", "max\n")
+    write("cgroup/outer/memory.max", "50000\n")
+    write("cgroup/outer/memory.current", "30000\n")
+    write("cgroup/outer/memory.stat", "anon 20000\ninactive_file 10000\n")
+    assert available_bytes() == 50000 - 30000 + 10000
+
+    write("proc/self/cgroup", "4:memory:/elsewhere\n1:cpu:/elsewhere\n")
+    write("cgroup/memory/memory.limit_in_bytes", "40000\n")
+    write("cgroup/memory/memory.usage_in_bytes", "5000\n")
+    write("cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 3000\n")
+    assert available_bytes() == 40000 - 5000 + 3000
 
 
 def made_up(*cases):
@@ -231,8 +247,7 @@ def test_studies_compare_with_their_own_peer():
 
 def test_tables_fit_80_columns():
     results = loss_results((1, 128, 4, 256000), 100.0, runs=2)
-    profiled = profile_table([256000], 2, 1, torch.bfloat16, "cpu")
-    for table in (*tables(results), profiled):
+    for table in tables(results):
         text = io.StringIO()
         Console(file=text, width=80).print(table)
         assert "…" not in text.getvalue()

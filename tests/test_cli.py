@@ -34,7 +34,7 @@ def unwrapped(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "info"])
+@pytest.mark.parametrize("command", ["train", "compare", "profile", "info"])
 def test_every_command_explains_itself(command):
     result = wmtp(command, "--help")
     assert result.exit_code == 0

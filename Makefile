@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test lint sanitize bench clean
+.PHONY: demo test lint sanitize bench gpu clean
 
 demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
@@ -28,6 +28,10 @@ sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undef
 
 bench: $(READY)  ## speed and memory against eager torch, torch.compile and a plain copy
 	$(BIN)/wmtp bench
+
+# Where python3 has torch, pytest and this package already: make -o .venv/.ready BIN=<its folder> gpu
+gpu: $(READY)  ## all that a CUDA card can settle, in eight minutes; without one, what is predicted
+	$(BIN)/python3 -m benchmarks.gpu --out benchmarks/results/gpu
 
 # torch first and alone: its pinned build decides what the rest may bring along.
 $(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard kernels/cpu/*)

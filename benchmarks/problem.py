@@ -60,7 +60,7 @@ class Problem:
             return lambda: (destination.copy_(self.logits.detach()),)
         inputs = leaves(provider, self.logits)
         loss = functools.partial(PROVIDERS[provider], *inputs, self.target_ids, *self.weights)
-        return _without_gradient(loss) if direction == "forward" else _with_gradient(loss, inputs)
+        return without_gradient(loss) if direction == "forward" else with_gradient(loss, inputs)
 
     def check(self, provider: str, direction: str) -> None:
         """Compare loss and gradient with eager torch in float32.
@@ -95,7 +95,7 @@ class Problem:
             return PROVIDERS["eager_float"](hidden @ classifier.T, self.target_ids, *self.weights)
 
 
-def _without_gradient(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+def without_gradient(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
     def call() -> tuple[Tensor, ...]:
         with torch.no_grad():
             return (loss(),)
@@ -103,7 +103,7 @@ def _without_gradient(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, 
     return call
 
 
-def _with_gradient(
+def with_gradient(
     loss: Callable[[], Tensor], inputs: tuple[Tensor, ...]
 ) -> Callable[[], tuple[Tensor, ...]]:
     def call() -> tuple[Tensor, ...]:

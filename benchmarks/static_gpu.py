@@ -1,6 +1,6 @@
 """What Triton's compiler makes of the kernels, for cards that are not here.
 
-    python -m benchmarks.static_gpu [--json FILE] [--cubins FOLDER] [TARGET ...]
+    python -m benchmarks.static_gpu [--check] [--json FILE] [--cubins FOLDER] [--dtype D] [TARGET ...]
 
 Every kernel that the library can launch, as its own configuration function (kernels/gpu/tiers.py) would
 launch it, compiled for sm_80, sm_90, sm_100 and gfx942. It needs Triton alone (>= 3.6; no torch, no
@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# The least share of `needed` that must be in flight: latencies are not known better than that.
+HIDDEN = 0.85
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 # One of each class of block: a row in less than a CTA, in one, and in clusters of growing size.
 VOCABULARIES = (1000, 32000, 50257, 128256, 256000)
@@ -86,7 +88,7 @@ def load_kernels() -> dict[str, Any]:
         package.__path__ = path
         sys.modules[name] = package
     names = ("rows", "tiers", "weights_kernel", "scale_kernel", "next_token_kernel")
-    names = (*names, "register_kernel", "online_kernel", "gradient_kernel")
+    names = (*names, "register_kernel", "partial_kernel", "online_kernel", "gradient_kernel")
     return {name: importlib.import_module(f"wmtp.kernels.{name}") for name in names}
 
 
@@ -103,7 +105,7 @@ def variants(modules: dict[str, Any], target: str) -> Iterator[Variant]:
 def _machine(modules: dict[str, Any], target: str) -> Any:
     tiers = modules["tiers"]
     clusters = CARDS[target].has_clusters and tiers.triton_reduces_across_clusters()
-    return tiers.Machine(64 if target.startswith("hip") else 32, clusters)
+    return tiers.Machine(64 if target.startswith("hip") else 32, clusters, CARDS[target].processors)
 
 
 def _loss_variants(
@@ -126,9 +128,15 @@ def _loss_variants(
                     if key in found or alike or (signed and vocabulary != 50257):
                         continue
                     found.add(key)
-                    yield _loss_variant(
+                    variant = _loss_variant(
                         modules, dtype, vocabulary, launch, weighting, rows, gradient, bool(signed)
                     )
+                    yield variant
+                    if vocabulary == 50257 and gradient and not signed:
+                        if rows == HEADS:
+                            yield _listed(variant)
+                        if launch.tier == "online":
+                            yield from _split(modules, variant, rows)
 
 
 def _loss_variant(
@@ -144,13 +152,33 @@ def _loss_variant(
     excess = weighting != "known"
     constants = modules["tiers"].constants(launch, HEADS, rows, excess)
     constants |= {"H": HEADS, "EXCESS": excess, "SIGNED": signed, "IN_PHASE": True}
+    constants |= {"LISTED": False, "GRAD_LISTED": False}
     name, kernel = "register", modules["register_kernel"].register_kernel
     if launch.tier == "online":
         name, kernel = "online", modules["online_kernel"].online_kernel
-        constants["GRAD"] = gradient
+        constants |= {"GRAD": gradient, "SPLITS": 1}
     name += f" {weighting}" + " shared" * (rows == 1) + " forward" * (not gradient)
     constants["BLOCK"] = launch.block
     return Variant(name, dtype, vocabulary, kernel, constants, launch, True, gradient)
+
+
+def _listed(variant: Variant) -> Variant:
+    """The same for heads of memory of their own, in place."""
+    constants = {**variant.constants, "LISTED": True, "GRAD_LISTED": True}
+    return variant._replace(name=f"{variant.name} listed", constants=constants)
+
+
+def _split(modules: dict[str, Any], variant: Variant, rows: int) -> Iterator[Variant]:
+    """The same for rows fewer than the SMs."""
+    splits = {"SPLITS": 8}
+    constants = variant.constants | splits
+    yield variant._replace(name=f"{variant.name} split", constants=constants)
+    heads = variant.constants["HEADS"] if rows < HEADS else 1
+    of_parts = {"H": HEADS, "HEADS": heads, "ROWS": rows, "LISTED": False, "EVICT": "evict_last"}
+    constants = {**of_parts, **splits, "BLOCK": variant.constants["BLOCK"]}
+    kernel = modules["partial_kernel"].partial_kernel
+    name = variant.name.replace("online", "partial")
+    yield variant._replace(name=name, kernel=kernel, constants=constants, stores_logits=False)
 
 
 def _streaming_variants(
@@ -204,7 +232,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             of_logits = name in ("logits_ptr", "grad_ptr")
-            known = {"target_ptr": "i64", "valid_mask_ptr": "i1"}
+            known = {"target_ptr": "i64", "offset_ptr": "i64", "valid_mask_ptr": "i1"}
             signature[name] = f"*{variant.dtype if of_logits else known.get(name, 'fp32')}"
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         elif name in ("temperature", "heads_share"):
@@ -349,11 +377,30 @@ def hip_usage(binary: Any) -> dict[str, Any]:
     }
 
 
-def report(targets: list[str], cubins: Path | None = None) -> Iterator[dict[str, Any]]:
+def complaint(row: dict[str, Any]) -> str | None:
+    """What is wrong with a kernel of the report; None if nothing is."""
+    if row["spill_bytes"]:
+        return f"spills {row['spill_bytes']} bytes"
+    if not row["streams_logits"]:
+        return None
+    if row["main_loop_load_bytes"] != [16]:
+        return f"loads logits by {row['main_loop_load_bytes']} bytes"
+    if row["main_loop_store_bytes"] not in ([], [16]):
+        return f"stores logits by {row['main_loop_store_bytes']} bytes"
+    if row["in_flight"] < HIDDEN * row["needed"]:
+        return f"has {row['in_flight']} of {row['needed']} bytes in flight"
+    return None
+
+
+def report(
+    targets: list[str], dtypes: list[str], cubins: Path | None = None
+) -> Iterator[dict[str, Any]]:
     """Compile everything for the targets; keep the cubins, beside what launching them takes."""
     modules = load_kernels()
     for target in targets:
         for number, variant in enumerate(variants(modules, target)):
+            if variant.dtype not in dtypes:
+                continue
             binary = compile_variant(variant, target)
             row = describe(variant, target, binary)
             if cubins is not None and target.startswith("cuda") and variant.launch.tier:
@@ -366,21 +413,31 @@ def report(targets: list[str], cubins: Path | None = None) -> Iterator[dict[str,
 
 
 def main() -> None:
-    """Print a line a kernel, or write all as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print a line a kernel, or write all as JSON; with --check, exit 1 if there is a complaint."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="print what is wrong, and fail")
     parser.add_argument("--json", type=Path, help="write the report there")
     parser.add_argument("--cubins", type=Path, help="keep the binaries of the loss there")
-    parser.add_argument("targets", nargs="*", default=list(CARDS), help="of cuda:90, hip:gfx942 ...")
+    parser.add_argument("--dtype", choices=ITEMSIZE, help="one instead of all")
+    parser.add_argument("targets", nargs="*", help=f"of {', '.join(CARDS)}; all by default")
     options = parser.parse_args()
     import triton
 
-    rows = []
-    for row in report(options.targets or list(CARDS), options.cubins):
+    dtypes = [options.dtype] if options.dtype else list(ITEMSIZE)
+    rows, complaints = [], 0
+    for row in report(options.targets or list(CARDS), dtypes, options.cubins):
         rows.append(row)
-        if options.json is None:
-            print(json.dumps(row), flush=True)
+        found = complaint(row) if options.check else None
+        complaints += found is not None
+        if found or not (options.check or options.json):
+            print(json.dumps({"complaint": found, **row} if found else row), flush=True)
     if options.json is not None:
         options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}))
+    if options.check:
+        tiers = sorted({row["tier"] for row in rows if row["tier"]})
+        tiers_text = ", ".join(tiers)
+        print(f"Triton {triton.__version__}: {len(rows)} kernels, tiers {tiers_text}, {complaints} complaints")
+    sys.exit(complaints > 0)
 
 
 if __name__ == "__main__":

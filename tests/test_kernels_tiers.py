@@ -221,26 +221,58 @@ def test_a_forced_tier_that_cannot_serve_raises(monkeypatch):
 
 def test_a_cluster_that_does_not_fit_the_device_falls_back_once(monkeypatch):
     """The launch itself says so; the next step does not ask again."""
-    from wmtp.kernels import loss, tiers
+    from wmtp.kernels import launch, tiers
 
     big = tiers.Launch("token", 128, 4, num_ctas=8)
     tried = []
 
-    def launch_as(launch, *arguments):
-        tried.append(launch.tier)
-        if launch.num_ctas > 1:
+    def launch_as(chosen, case):
+        tried.append(chosen.tier)
+        if chosen.num_ctas > 1:
             raise RuntimeError("Triton Error [CUDA]: cluster misconfiguration")
-        return run(launch, *arguments)
+        return run(chosen, case)
 
-    run = loss._launch_as
-    monkeypatch.setattr(loss, "_launch_as", launch_as)
-    monkeypatch.setattr(loss, "_unschedulable", set())
+    run = launch.launch_as
+    monkeypatch.setattr(launch, "launch_as", launch_as)
+    monkeypatch.setattr(launch, "_unschedulable", set())
     monkeypatch.setattr(tiers, "choose", lambda *_: big)
     logits, target_ids = make((1, 4, 2, 33), torch.float32, "cpu")
     with pytest.warns(RuntimeWarning, match="does not schedule clusters of 8 blocks"):
         assert_loss_and_gradient(logits, target_ids)
     assert_loss_and_gradient(logits, target_ids)
     assert tried == ["token", "online", "online"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [50_257, 65_536])
+def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):  # noqa: F811
+    from wmtp.kernels import tiers
+
+    monkeypatch.setenv("WMTP_TRITON_TIER", "online")
+    monkeypatch.setattr(tiers, "machine", lambda _: tiers.Machine(32, False, 64))
+    logits, target_ids = make((1, 3, 2, vocabulary), dtype, device, ignored=0.0)
+    target_ids[0, 1] = vocabulary - 1
+    logits[0, 0, 0, :20_000] = -INF
+    for options in ({}, {"ref_ce": torch.rand(1, 2).to(device)}):
+        new = assert_loss_and_gradient(logits, target_ids, **options)
+        inplace = logits.clone()
+        grad = assert_loss_and_gradient(inplace, target_ids, gradient="inplace", **options)
+        assert torch.equal(grad, new)
+    rows = logits[:, :, :1]
+    assert_loss_and_gradient(rows.expand(-1, -1, 3, -1), target_ids, shared=True)
+    logits[0, 0, 0, -1] = NAN
+    *found, _ = weighted_loss(logits, target_ids, gradient="none")
+    assert_close(found, truth(logits, target_ids))
+
+
+@pytest.mark.parametrize(
+    ("programs", "vocabulary", "wanted"),
+    [(1, 256_000, 8), (1, 32_000, 1), (16, 256_000, 8), (40, 256_000, 2), (132, 256_000, 1)],
+)
+def test_into_how_many_parts(programs, vocabulary, wanted):
+    from wmtp.kernels import tiers
+
+    assert tiers.splits(vocabulary, 2, programs, tiers.Machine(32, False, 132)) == wanted
 
 
 def choices(machine, gradient=True):
@@ -256,19 +288,19 @@ def choices(machine, gradient=True):
 def test_what_is_chosen():
     from wmtp.kernels.tiers import Machine
 
-    hopper = choices(Machine(32, True))
+    hopper = choices(Machine(32, True, 132))
     assert {case: launch.tier for case, launch in hopper.items() if launch.tier == "online"} == {
         (256000, 4, True): "online"  # 2^20 logits a token: 16 CTAs of registers hold half
     }
     assert all(launch.tier == "token" for (_, rows, excess), launch in hopper.items()
                if excess and rows > 1 and launch.tier != "online")  # fmt: skip
     assert max(launch.num_ctas for launch in hopper.values()) == 16
-    older = choices(Machine(32, False))
+    older = choices(Machine(32, False, 132))
     assert {launch.num_ctas for launch in older.values()} == {1}
     assert older[32000, 4, False].tier == "row"
     assert older[50257, 4, False].tier == older[32000, 4, True].tier == "online"
     assert older[1000, 4, True].tier == "token"
-    assert {launch.tier for launch in choices(Machine(32, True), gradient=False).values()} == {
+    assert {launch.tier for launch in choices(Machine(32, True, 132), gradient=False).values()} == {
         "online"
     }
 

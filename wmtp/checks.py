@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -79,6 +80,37 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
         raise ValueError(
             f"{name} must have at least one head and one vocabulary entry, "
             f"got shape {tuple(logits.shape)}"
+        )
+
+
+def check_head_list(heads: Sequence[Tensor]) -> None:
+    """H tensors [B, S, V], alike but for their memory."""
+    if not heads:
+        raise ValueError("logits must have at least one head, got an empty list: pass H tensors")
+    for head in heads:
+        check_logits("each head's logits", head, "[B, S, V]")
+    for what in ("shape", "dtype", "device"):
+        found = {str(getattr(head, what)).removeprefix("torch.") for head in heads}
+        if len(found) > 1:
+            raise ValueError(
+                f"all heads' logits must have one {what}, got {' and '.join(sorted(found))}: "
+                f"pass H tensors [B, S, V] that are alike"
+            )
+
+
+def check_inplace_heads(inplace: bool, heads: Sequence[Tensor]) -> None:
+    for head in heads:
+        check_inplace(inplace, head[:, :, None])
+    if inplace and len({head.stride() for head in heads}) > 1:
+        raise ValueError(
+            "inplace=True needs heads of the same strides, got "
+            f"{sorted({head.stride() for head in heads})}: pass inplace=False"
+        )
+    extents = sorted(_extent(head) for head in heads)
+    if inplace and any(end > begin for (_, end), (begin, _) in pairwise(extents)):
+        raise ValueError(
+            "inplace=True needs heads of memory of their own, got some that lie across each other: "
+            "pass the tensor [B, S, H, V] that they are views of, or inplace=False"
         )
 
 

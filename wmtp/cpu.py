@@ -38,6 +38,7 @@ class _Rows(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
         ("logits", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("stride_b", "stride_s", "stride_h")),
         *((name, ctypes.c_int64) for name in ("B", "S", "H", "V")),
+        ("head_offsets", ctypes.POINTER(ctypes.c_int64)),
         ("target_ids", ctypes.c_void_p),
         ("ignore_index", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
@@ -82,6 +83,7 @@ def weighted_loss(
     reduction: str,
     ignore_index: int,
     gradient: str,
+    head_offsets: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, ...]:
     """The loss and, in the same pass, its gradient.
 
@@ -96,6 +98,8 @@ def weighted_loss(
         reduction: "token_mean", "weight_mean" or "sum".
         ignore_index: a target of this id is no target.
         gradient: "none", "new" or "inplace" (over the logits).
+        head_offsets: where head k begins, in elements from the first: for heads of memory of their
+            own, the first of which is `logits`, expanded. None: by the strides.
 
     Returns:
         loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],
@@ -119,10 +123,13 @@ def weighted_loss(
         signed,
         _REDUCTIONS[reduction],
     )
-    grad = _gradient_memory(logits) if gradient == "new" else logits
+    shared = head_offsets is None and heads_share_storage(logits)
+    grad = _gradient_memory(logits, shared) if gradient == "new" else logits
     wanted = None if gradient == "none" else grad
-    scale = 1 / logits.shape[2] if heads_share_storage(logits) else 1.0
-    outputs, status, position = _run(logits, target_ids, how, ignore_index, wanted, scale)
+    scale = 1 / logits.shape[2] if shared else 1.0
+    outputs, status, position = _run(
+        logits, target_ids, how, ignore_index, wanted, scale, head_offsets
+    )
     if status == _BAD_WEIGHT:
         assert head_weights is not None
         token, k = divmod(position, logits.shape[2])
@@ -156,7 +163,7 @@ def row_gradient(
         IndexError: a target outside [0, V).
     """
     how = _Weighting(row_scalar.data_ptr(), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
-    grad = _gradient_memory(logits)
+    grad = _gradient_memory(logits, heads_share_storage(logits))
     _, status, position = _run(logits, target_ids, how, ignore_index, grad, 1.0)
     if status == _BAD_TARGET:
         _raise_target_error(target_ids, position, logits.shape[-1], ignore_index)
@@ -196,6 +203,7 @@ def _run(
     ignore_index: int,
     grad: Tensor | None,
     grad_scale: float,
+    head_offsets: tuple[int, ...] | None = None,
 ) -> tuple[list[Tensor], int, int]:
     """All of `weighted_loss`'s outputs but the gradient, which goes to `grad`; status, position."""
     library = _library()
@@ -207,7 +215,7 @@ def _run(
         _empty(tokens, torch.bool),
         *(_empty(shape, dtype) for shape in (rows, tokens, tokens, rows, rows, (2,))),
     ]
-    data = _rows(logits, target_ids, ignore_index)
+    data = _rows(logits, target_ids, ignore_index, head_offsets)
     scratch_bytes = library.wmtp_cpu_scratch_bytes(data, how, grad is not None)
     scratch = _empty((scratch_bytes,), torch.uint8)
     output = _Output(
@@ -225,9 +233,9 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
 
 
-def _gradient_memory(logits: Tensor) -> Tensor:
+def _gradient_memory(logits: Tensor, shared_heads: bool) -> Tensor:
     batch, length, heads, vocabulary = logits.shape
-    rows = 1 if heads_share_storage(logits) else heads
+    rows = 1 if shared_heads else heads
     shape = (batch, length, rows, vocabulary)
     return new_gradient(shape, logits.dtype, _ask_for_huge_pages)
 
@@ -290,11 +298,18 @@ def _select_instruction_set(library: ctypes.CDLL, name: str) -> None:
         raise RuntimeError(f"WMTP_CPU_ISA is {name}, which this CPU lacks: unset it")
 
 
-def _rows(logits: Tensor, target_ids: Tensor, ignore_index: int) -> _Rows:
+def _rows(
+    logits: Tensor, target_ids: Tensor, ignore_index: int, head_offsets: tuple[int, ...] | None
+) -> _Rows:
+    stride_b, stride_s, stride_h, _ = logits.stride()
+    offsets = None if head_offsets is None else (ctypes.c_int64 * len(head_offsets))(*head_offsets)
     return _Rows(
         logits.data_ptr(),
-        *logits.stride()[:3],
+        stride_b,
+        stride_s,
+        stride_h if offsets is None else stride_s,  # not 0, which would mean one row for all heads
         *logits.shape,
+        offsets,
         target_ids.data_ptr(),
         ignore_index,
         _DTYPES[logits.dtype],

@@ -1,15 +1,18 @@
 """The public losses on logits: check the arguments, choose a backend, call the operator."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from wmtp import checks, ops, reference
+from wmtp import checks, head_list, ops, reference
 from wmtp.backends import choose_backend
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 
 
 def fused_weighted_mtp_loss(
-    logits: Tensor,
+    logits: Tensor | Sequence[Tensor],
     target_ids: Tensor,
     head_weights: Tensor | None = None,
     *,
@@ -46,6 +49,8 @@ def fused_weighted_mtp_loss(
         logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU), any strides. One
             set of logits for all heads, `logits[:, :, None].expand(-1, -1, H, -1)`, is read once;
             of the gradients of such heads only the sum, which autograd hands on, has a meaning.
+            Or a list of H tensors [B, S, V], which are read where they lie (stacked in compiled
+            code, by backend="eager", and to differentiate `ce_per_head`).
         target_ids: [B, S] integer, the *unshifted* token ids.
         head_weights: [B, S, H] float, finite and >= 0 (checked on the CPU, where there is a
             target; on a GPU the check would cost a sync and is not made).
@@ -92,6 +97,11 @@ def fused_weighted_mtp_loss(
         >>> logits.grad[0, 0, 0]                # 3 tokens, weight 0.8: 0.8/3 (1/5 - onehot(1))
         tensor([ 0.0533, -0.2133,  0.0533,  0.0533,  0.0533])
     """
+    heads = None
+    if isinstance(logits, list | tuple):
+        heads = logits
+        checks.check_head_list(heads)
+        logits = heads[0][:, :, None].expand(-1, -1, len(heads), -1)  # their shape; not their data
     checks.check_loss_arguments(
         logits,
         target_ids,
@@ -111,7 +121,7 @@ def fused_weighted_mtp_loss(
         )
     if chosen == "eager":
         return reference.compute_weighted_mtp_loss(
-            logits,
+            logits if heads is None else torch.stack(tuple(heads), 2),
             target_ids,
             head_weights,
             logits.shape[2],
@@ -122,11 +132,15 @@ def fused_weighted_mtp_loss(
             reduction=reduction,
             normalizer=normalizer,
         )
-    checks.check_inplace(inplace, logits)
+    if heads is None:
+        checks.check_inplace(inplace, logits)
+    else:
+        checks.check_inplace_heads(inplace, heads)
     dtype = accumulation_dtype(logits)
+    call = ops.weighted_loss if heads is None else head_list.weighted_loss
     return MTPLoss(
-        *ops.weighted_loss(
-            logits,
+        *call(
+            logits if heads is None else heads,
             target_ids.long().contiguous(),
             None if head_weights is None else head_weights.to(dtype).contiguous(),
             None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),

@@ -27,6 +27,11 @@ from wmtp.checks import heads_share_storage, note_overwritten
 from wmtp.labels import has_target
 from wmtp.reduction import accumulation_dtype, counted_tokens
 
+LOGITS_ARE_GONE = (
+    "inplace=True has put the gradient of the loss where the logits were: neither "
+    "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
+)
+
 _library = torch.library.Library("wmtp", "DEF")
 _library.define(
     "weighted_loss(Tensor logits, Tensor target_ids, Tensor? head_weights, Tensor? ref_ce, "
@@ -84,11 +89,11 @@ def weighted_loss(
 def _rows(logits: Tensor, shared_heads: bool) -> Tensor:
     """The kernels walk along V one by one; every other stride is free."""
     if shared_heads:  # torch.compile may have materialised the heads on the way here
-        return _unit_stride(logits[:, :, :1]).expand(logits.shape)
-    return logits.contiguous() if heads_share_storage(logits) else _unit_stride(logits)
+        return unit_stride(logits[:, :, :1]).expand(logits.shape)
+    return logits.contiguous() if heads_share_storage(logits) else unit_stride(logits)
 
 
-def _unit_stride(logits: Tensor) -> Tensor:
+def unit_stride(logits: Tensor) -> Tensor:
     logits = logits.resolve_neg()
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
@@ -105,7 +110,7 @@ def _row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, sh
 
 
 def _next_token_ce(logits, target_ids, ignore_index, backend):
-    return KERNELS[backend].next_token_ce(_unit_stride(logits), target_ids, ignore_index)
+    return KERNELS[backend].next_token_ce(unit_stride(logits), target_ids, ignore_index)
 
 
 def _fake_weighted_loss(logits, *arguments):
@@ -132,7 +137,7 @@ def _fake_next_token_ce(logits, *_):
     return logits.new_empty(batch, max(length - 1, 0), dtype=accumulation_dtype(logits))
 
 
-def _save_for_backward(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output, other_heads=()):
     logits, target_ids, _weights, _ref_ce, normalizer, _temperature, _signed = inputs[:7]
     ctx.reduction, ctx.ignore_index, ctx.backend, ctx.shared_heads, ahead, ctx.inplace = inputs[7:]
     ctx.constant_denominator = normalizer is not None or ctx.reduction != "weight_mean"
@@ -142,25 +147,28 @@ def _save_for_backward(ctx, inputs, output):
     ctx.overwritten = ahead and ctx.inplace
     ctx.grad = grad if ahead and not ctx.inplace else None
     if ctx.overwritten:
-        note_overwritten(logits)
+        for overwritten in (logits, *other_heads):
+            note_overwritten(overwritten)
     # The caller may change his loss in place, `loss /= n`: copies.
     of_weights = (
         (loss.clone(), ce.clone(), token_loss, weight_sum) if ctx.needs_input_grad[2] else ()
     )
-    ctx.save_for_backward(logits, target_ids, row_scalar, lse, factors, *of_weights)
+    ctx.save_for_backward(
+        *(logits, target_ids, row_scalar, lse, factors), *other_heads, *of_weights
+    )
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
     grad_logits = grad_weights = None
     if ctx.needs_input_grad[2] and grad_loss is not None:
-        grad_weights = _weights_gradient(ctx, grad_loss)
+        grad_weights = weights_gradient(ctx, grad_loss)
     if ctx.needs_input_grad[0] and not (grad_loss is None and grad_ce is None):
         grad_logits = _logits_gradient(ctx, grad_loss, grad_ce)
     return grad_logits, None, grad_weights, *(None,) * 10
 
 
-def _weights_gradient(ctx, grad_loss):
-    _, target_ids, _, _, factors, loss, ce, token_loss, weight_sum = ctx.saved_tensors
+def weights_gradient(ctx, grad_loss):
+    _, target_ids, _, _, factors, *_, loss, ce, token_loss, weight_sum = ctx.saved_tensors
     slope = ce
     if ctx.reduction == "token_mean":  # d/dw of sum w ce / sum w, token by token
         slope = (ce - token_loss[..., None]) / weight_sum[..., None]
@@ -179,20 +187,15 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
         if ctx.overwritten:
             rows = logits.detach()
             written = rows[:, :, :1] if ctx.shared_heads else rows
-            _multiply(written, grad_loss * factors[1], ctx.backend)
+            multiply(written, grad_loss * factors[1], ctx.backend)
             note_overwritten(logits)
             return rows
         if grad is not None:
-            return _multiply(grad, grad_loss * factors[1], ctx.backend).expand(logits.shape)
+            return multiply(grad, grad_loss * factors[1], ctx.backend).expand(logits.shape)
     elif ctx.overwritten:
-        raise RuntimeError(
-            "inplace=True has put the gradient of the loss where the logits were: neither "
-            "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
-        )
+        raise RuntimeError(LOGITS_ARE_GONE)
     del grad
-    scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
-    if grad_loss is not None:
-        scalar = scalar + row_scalar * grad_loss
+    scalar = upstream(row_scalar, grad_loss, grad_ce)
     if ctx.shared_heads:
         # Autograd sums the heads' gradients into the one row; each is handed an equal part.
         scalar = scalar / logits.shape[2]
@@ -200,7 +203,13 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
     return torch.ops.wmtp.row_gradient(*arguments, ctx.shared_heads).expand(logits.shape)
 
 
-def _multiply(grad, factor, backend):
+def upstream(row_scalar, grad_loss, grad_ce):
+    """d/dce of what backward was called on, [B, S, H]."""
+    scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
+    return scalar if grad_loss is None else scalar + row_scalar * grad_loss
+
+
+def multiply(grad, factor, backend):
     """The gradient written ahead, times what came from above; mostly that is 1."""
     if type(factor) is not Tensor:  # traced: its value is not known yet
         return grad * factor
@@ -216,7 +225,7 @@ class _WeightedLoss(torch.autograd.Function):
         *output, grad = _weighted_loss(logits, *arguments)
         *_, ahead, inplace = arguments
         output = (*output, grad.new_empty(0) if ahead and inplace else grad)
-        _save_for_backward(ctx, (logits, *arguments), output)
+        save_for_backward(ctx, (logits, *arguments), output)
         return output
 
     backward = staticmethod(_backward)
@@ -237,7 +246,7 @@ def _register(name, kernel, fake, backward=None, setup_context=None):
         )
 
 
-_register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, _save_for_backward)
+_register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, save_for_backward)
 _register("row_gradient", _row_gradient, _fake_row_gradient, _no_second_derivative)
 _register("next_token_ce", _next_token_ce, _fake_next_token_ce)
 

@@ -19,7 +19,8 @@ namespace wmtp {
 namespace WMTP_ISA {
 
 template <class E> inline const E* row_of(const Rows& r, const Token& token, int64_t k) {
-  return static_cast<const E*>(r.logits) + token.b * r.stride_b + token.t * r.stride_s + k * r.stride_h;
+  const int64_t head = r.head_offsets ? r.head_offsets[k] : k * r.stride_h;
+  return static_cast<const E*>(r.logits) + token.b * r.stride_b + token.t * r.stride_s + head;
 }
 
 inline bool shared_heads(const Rows& r) { return r.H > 1 && r.stride_h == 0; }

@@ -12,6 +12,7 @@ struct Rows {
   const void* logits;                    // [B, S, H, V], last stride 1
   int64_t stride_b, stride_s, stride_h;  // in elements, any value; stride_h = 0: shared heads
   int64_t B, S, H, V;
+  const int64_t* head_offsets;  // [H], instead of k stride_h: heads of memory of their own; or null
   const int64_t* target_ids;  // [B, S] unshifted: head k at t predicts target_ids[b, t + k + 1]
   int64_t ignore_index;
   int32_t dtype;

@@ -27,6 +27,14 @@ def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def head_offset(row, stride_h, offset_ptr, H: tl.constexpr, LISTED: tl.constexpr):
+    """Where the row of a head begins, from the first's: heads of memory of their own have a list."""
+    if LISTED:
+        return tl.load(offset_ptr + row, mask=row < H, other=0)
+    return row * stride_h
+
+
+@triton.jit
 def of_head(values, head, k):
     """The element of values [HEADS] that belongs to head k."""
     return tl.sum(tl.where(head == k, values, tl.zeros_like(values)), axis=0)

@@ -5,15 +5,10 @@ one write of the logits where a tier of registers serves the case) - finish_kern
 order).
 """
 
-import warnings
-
 import torch
 import triton
 
-from wmtp.kernels import tiers
-from wmtp.kernels.online_kernel import online_kernel
-from wmtp.kernels.register_kernel import register_kernel
-from wmtp.kernels.rows import aligned_base, in_phase
+from wmtp.kernels.launch import Case, launch
 from wmtp.kernels.weights_kernel import (
     EXCESS,
     GIVEN,
@@ -35,6 +30,7 @@ def weighted_loss(
     reduction: str,
     ignore_index: int,
     gradient: str,
+    head_offsets: tuple[int, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Launch. Arguments are taken as checked; see the op that calls this.
 
@@ -46,6 +42,8 @@ def weighted_loss(
         ref_ce: [B, S-1] float32 contiguous, or None; never both.
         normalizer: [], replaces the denominator, or None.
         gradient: "none", "new" or "inplace" (over the logits).
+        head_offsets: where head k begins, in elements from the first: for heads of memory of their
+            own, the first of which is `logits`, expanded. None: by the strides.
 
     Returns:
         loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],
@@ -53,7 +51,7 @@ def weighted_loss(
     """
     batch, seq_len, heads, vocab_size = logits.shape
     tokens = batch * seq_len
-    shared_heads = heads > 1 and logits.stride(2) == 0
+    shared_heads = head_offsets is None and heads > 1 and logits.stride(2) == 0
     rows = logits[:, :, :1] if shared_heads else logits
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -97,10 +95,20 @@ def weighted_loss(
             num_warps=8,
         )
         if logits.numel():
-            pointers = (target_ids, target_ids if ref_ce is None else ref_ce, factors)
-            pointers = (*pointers, row_scalar, weight_sum, ce, lse)
-            options = (ignore_index, temperature, ref_ce is not None, signed)
-            _launch(rows, heads, None if gradient == "none" else grad, pointers, *options)
+            offsets = target_ids if head_offsets is None else _offsets(head_offsets, logits)
+            ref = target_ids if ref_ce is None else ref_ce
+            case = Case(
+                rows=rows,
+                heads=heads,
+                grad=None if gradient == "none" else grad,
+                pointers=(target_ids, ref, factors, row_scalar, weight_sum, offsets, ce, lse),
+                ignore_index=ignore_index,
+                temperature=temperature,
+                excess=ref_ce is not None,
+                signed=signed,
+                head_offsets=head_offsets,
+            )
+            launch(case)
         finish_kernel[(1,)](
             ce, row_scalar, factors, token_loss, loss, tokens,
             H=heads, TOKENS=tokens_a_step, num_warps=8,
@@ -115,82 +123,9 @@ def _on_device(normalizer: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
     return logits.new_full((), normalizer.item(), dtype=torch.float32)
 
 
-_unschedulable: set[tiers.Launch] = set()
-
-
-def _launch(
-    rows: torch.Tensor,
-    heads: int,
-    grad: torch.Tensor | None,
-    pointers: tuple[torch.Tensor, ...],
-    ignore_index: int,
-    temperature: float,
-    excess: bool,
-    signed: bool,
-) -> None:
-    """The kernel over the logits: rows [B, S, H, V], or [B, S, 1, V] shared by the heads."""
-    _, _, count, vocab_size = rows.shape
-    machine = tiers.machine(rows.device)
-    launch = tiers.choose(
-        vocab_size, heads, count, rows.element_size(), excess, grad is not None, machine,
-        tiers.forced_tier(),
-    )  # fmt: skip
-    arguments = (rows, heads, grad, pointers, ignore_index, temperature, excess, signed)
-    if launch not in _unschedulable:
-        try:
-            return _launch_as(launch, *arguments)
-        except RuntimeError as error:
-            if launch.num_ctas == 1 or "cluster" not in str(error):
-                raise
-            _unschedulable.add(launch)
-            warnings.warn(
-                f"this device does not schedule clusters of {launch.num_ctas} blocks ({error}): "
-                f"the loss reads its logits twice instead of once",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    _launch_as(tiers.online(vocab_size, rows.element_size(), machine), *arguments)
-
-
-def _launch_as(
-    launch: tiers.Launch,
-    rows: torch.Tensor,
-    heads: int,
-    grad: torch.Tensor | None,
-    pointers: tuple[torch.Tensor, ...],
-    ignore_index: int,
-    temperature: float,
-    excess: bool,
-    signed: bool,
-) -> None:
-    batch, seq_len, count, vocab_size = rows.shape
-    constants = tiers.constants(launch, heads, count, excess)
-    target = rows if grad is None else grad
-    base, lead = aligned_base(rows)
-    grad_base, grad_lead = aligned_base(target)
-    kernel = register_kernel
-    if launch.tier == "online":
-        kernel = online_kernel
-        constants = {**constants, "GRAD": grad is not None}
-    kernel[(batch * seq_len * constants["PROGRAMS"],)](
-        base,
-        *pointers,
-        grad_base,
-        lead,
-        *rows.stride()[:3],
-        grad_lead,
-        *target.stride()[:3],
-        seq_len,
-        vocab_size,
-        ignore_index,
-        temperature,
-        H=heads,
-        EXCESS=excess,
-        SIGNED=signed,
-        IN_PHASE=in_phase(rows, target),
-        BLOCK=launch.block,
-        num_warps=launch.num_warps,
-        num_ctas=launch.num_ctas,
-        maxnreg=launch.max_registers,
-        **constants,
-    )
+def _offsets(head_offsets: tuple[int, ...], logits: torch.Tensor) -> torch.Tensor:
+    """[H] int64 beside the logits; filled there, since a copy would wait, and a graph not keep it."""
+    offsets = logits.new_empty(len(head_offsets), dtype=torch.int64)
+    for k, offset in enumerate(head_offsets):
+        offsets[k].fill_(offset)
+    return offsets

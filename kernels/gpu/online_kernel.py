@@ -6,6 +6,8 @@
     grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
 
 A program goes over a row twice; with excess weights over all rows of a token, and then over them again.
+Where rows are too few to occupy the device each is split: partial_kernel.py makes the first pass, and a
+program of this one the second over its part.
 The second read comes from the L2 where (programs in flight) x (their bytes) fit it: what the first pass
 reads is marked to stay, what the second reads to go. Without a gradient there is no second pass.
 A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
@@ -15,7 +17,8 @@ import triton
 import triton.language as tl
 
 from wmtp.kernels.gradient_kernel import write_gradient
-from wmtp.kernels.heads import excess_weights, head_targets, of_head
+from wmtp.kernels.heads import excess_weights, head_offset, head_targets, of_head
+from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
 from wmtp.kernels.rows import cross_entropy, row_max_sum
 
 
@@ -29,6 +32,9 @@ def online_kernel(
     factors_ptr,  # [3], the last is the gradient's scale
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
     weight_sum_ptr,  # [B, S]; written with excess weights
+    offset_ptr,  # [H] int64, where the heads begin, or unused
+    partial_ptr,  # [rows, SPLITS, 2] and
+    x_target_ptr,  # [B, S, H], from partial_kernel.py; unused with SPLITS 1
     ce_ptr,  # [B, S, H]
     lse_ptr,  # [B, S, H]
     grad_ptr,  # aligned like the logits; in place: logits_ptr itself; unused without GRAD
@@ -49,12 +55,16 @@ def online_kernel(
     HEADS: tl.constexpr,  # that they serve, a power of two
     PROGRAMS: tl.constexpr,  # a token
     SHARED: tl.constexpr,
+    LISTED: tl.constexpr,  # heads of memory of their own: offset_ptr instead of stride_h,
+    GRAD_LISTED: tl.constexpr,  # and the gradient, in place, too
     EXCESS: tl.constexpr,
     SIGNED: tl.constexpr,
     GRAD: tl.constexpr,
     IN_PHASE: tl.constexpr,
+    SPLITS: tl.constexpr,  # of a row, a program for each; partial_kernel has read them
     BLOCK: tl.constexpr,
 ):
+    ITEMSIZE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
     EVICT: tl.constexpr = "evict_last" if GRAD else "evict_first"
     token = tl.program_id(0).to(tl.int64) // PROGRAMS
     first = tl.program_id(0) % PROGRAMS
@@ -67,36 +77,45 @@ def online_kernel(
     begin = lead + b * stride_b + t * stride_s
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s
 
-    # First of all: in place, another thread of this program will overwrite it.
-    target_logit_ptr = logits_ptr + begin + head.to(tl.int64) * stride_h + target
-    x_target = tl.load(target_logit_ptr, mask=valid & in_range, other=0.0).to(tl.float32)
-    m = tl.zeros((HEADS,), tl.float32)
-    s = m + 1.0
-    for row in range(first, first + ROWS):
-        of_row = SHARED | (head == row)
-        if tl.max((valid & of_row).to(tl.int32), axis=0) > 0:
-            row_begin = begin + row * stride_h.to(tl.int64)
-            row_m, row_s = row_max_sum(logits_ptr, row_begin, vocab_size, BLOCK, EVICT)
-            m = tl.where(of_row, row_m, m)
-            s = tl.where(of_row, row_s, s)
+    if SPLITS > 1:
+        rows = token + tl.zeros((HEADS,), tl.int64) if SHARED else token * H + head
+        m, s = whole_of_parts(partial_ptr, rows, valid, SPLITS)
+        x_target = tl.load(x_target_ptr + token * H + head, mask=valid, other=0.0)
+    else:
+        # First of all: in place, another thread of this program will overwrite it.
+        head_begin = begin + head_offset(head.to(tl.int64), stride_h, offset_ptr, H, LISTED)
+        target_logit_ptr = logits_ptr + head_begin + target
+        x_target = tl.load(target_logit_ptr, mask=valid & in_range, other=0.0).to(tl.float32)
+        m = tl.zeros((HEADS,), tl.float32)
+        s = m + 1.0
+        for row in range(first, first + ROWS):
+            of_row = SHARED | (head == row)
+            if tl.max((valid & of_row).to(tl.int32), axis=0) > 0:
+                row_begin = begin + head_offset(row.to(tl.int64), stride_h, offset_ptr, H, LISTED)
+                row_m, row_s = row_max_sum(logits_ptr, row_begin, vocab_size, BLOCK, EVICT)
+                m = tl.where(of_row, row_m, m)
+                s = tl.where(of_row, row_s, s)
     ce, lse = cross_entropy(m, s, x_target, in_range)
     ce = tl.where(valid, ce, 0.0)
 
     head_ptr = token * H + head
+    split = tl.program_id(1)
+    mine = (head < H) & (split == 0)  # every part finds the same
     if EXCESS:
         ref_ce = tl.load(ref_ce_ptr + b * (seq_len - 1) + t + head, mask=valid)
         row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
-        tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=head < H)
-        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0))
+        tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
+        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0), mask=split == 0)
     else:
         row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
-    tl.store(ce_ptr + head_ptr, ce, mask=head < H)
-    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=head < H)
+    tl.store(ce_ptr + head_ptr, ce, mask=mine)
+    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=mine)
 
     if GRAD:
         c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
         c = tl.where(valid, c, 0.0)
-        target = tl.where(valid, target, -1).to(tl.int32)
+        column, columns = part_of_row(split, vocab_size, SPLITS, ITEMSIZE)
+        target = tl.where(valid, target - column, -1).to(tl.int32)
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
             live = tl.max((valid & of_row).to(tl.int32), axis=0) > 0
@@ -111,8 +130,10 @@ def online_kernel(
             else:
                 targets += (of_head(target, head, row),)
                 scalars += (of_head(c, head, row),)
+            index = row.to(tl.int64)
+            row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
+            row_grad = grad_begin + head_offset(index, grad_stride_h, offset_ptr, H, GRAD_LISTED)
             write_gradient(
-                logits_ptr, begin + row * stride_h.to(tl.int64),
-                grad_ptr, grad_begin + row * grad_stride_h.to(tl.int64),
-                vocab_size, live, row_m, scale, targets, scalars, IN_PHASE, BLOCK,
+                logits_ptr, row_begin + column, grad_ptr, row_grad + column, columns, live,
+                row_m, scale, targets, scalars, IN_PHASE, BLOCK,
             )  # fmt: skip

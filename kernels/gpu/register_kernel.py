@@ -19,7 +19,7 @@ A row without a valid target is not read; its gradient is 0. All arithmetic is f
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import excess_weights, head_targets, of_head
+from wmtp.kernels.heads import excess_weights, head_offset, head_targets, of_head
 from wmtp.kernels.rows import (
     UNIT_BYTES,
     cross_entropy,
@@ -44,6 +44,7 @@ def register_kernel(
     factors_ptr,  # [3], the last is the gradient's scale
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
     weight_sum_ptr,  # [B, S]; written with excess weights
+    offset_ptr,  # [H] int64, where the heads begin, or unused
     ce_ptr,  # [B, S, H]
     lse_ptr,  # [B, S, H]
     grad_ptr,  # aligned like the logits; in place: logits_ptr itself
@@ -63,6 +64,8 @@ def register_kernel(
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
     PROGRAMS: tl.constexpr,  # a token
+    LISTED: tl.constexpr,  # heads of memory of their own: offset_ptr instead of stride_h,
+    GRAD_LISTED: tl.constexpr,  # and the gradient, in place, too
     EXCESS: tl.constexpr,
     SIGNED: tl.constexpr,
     IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
@@ -83,8 +86,10 @@ def register_kernel(
     live = valid
     if SHARED:
         live = tl.max(valid.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
-    begin = lead + b * stride_b + t * stride_s + row * stride_h
-    grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
+    begin = lead + b * stride_b + t * stride_s
+    begin += head_offset(row, stride_h, offset_ptr, H, LISTED)
+    grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s
+    grad_begin += head_offset(row, grad_stride_h, offset_ptr, H, GRAD_LISTED)
     peel, inner = inner_part(grad_begin, vocab_size, UNIT)
 
     # First of all: in place, another thread of this program will overwrite it.

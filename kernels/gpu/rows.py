@@ -55,16 +55,22 @@ def aligned_base(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return tensor.as_strided((1,), (1,), offset), lead
 
 
-def in_phase(logits: torch.Tensor, grad: torch.Tensor) -> bool:
+def in_phase(
+    logits: torch.Tensor, grad: torch.Tensor, head_offsets: tuple[int, ...] | None = None
+) -> bool:
     """Whether each row and its gradient lie alike against 128-byte boundaries.
 
     Contiguous logits do. Where they do not (a slice of a padded vocabulary), 16-byte stores are
     kept and the loads are narrow.
     """
+    itemsize = logits.element_size()
     distances = [grad.data_ptr() - logits.data_ptr()]
-    for size, ours, theirs in zip(logits.shape[:3], grad.stride(), logits.stride(), strict=False):
+    strides = list(zip(logits.shape, grad.stride(), logits.stride(), strict=True))
+    for size, ours, theirs in strides[: 3 if head_offsets is None else 2]:
         if size > 1:
-            distances.append((ours - theirs) * logits.element_size())
+            distances.append((ours - theirs) * itemsize)
+    for k, offset in enumerate(head_offsets or ()):
+        distances.append((k * grad.stride(2) - offset) * itemsize)
     return all(distance % UNIT_BYTES.value == 0 for distance in distances)
 
 

@@ -39,6 +39,7 @@ class Machine(NamedTuple):
 
     warp_size: int
     has_clusters: bool
+    processors: int  # SMs
 
 
 class Launch(NamedTuple):
@@ -51,9 +52,10 @@ class Launch(NamedTuple):
 
 def machine(device: torch.device) -> Machine:
     if device.type != "cuda":  # the interpreter takes any cluster, and ignores it
-        return Machine(32, True)
+        return Machine(32, True, 1)
     hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return Machine(warp_size(device), hopper and triton_reduces_across_clusters())
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Machine(warp_size(device), hopper and triton_reduces_across_clusters(), processors)
 
 
 def triton_reduces_across_clusters() -> bool:
@@ -128,6 +130,13 @@ def _in_registers(
 
 def online(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
     return Launch("online", *launch_shape(vocab_size, itemsize, machine.warp_size))
+
+
+def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> int:
+    """Parts of a row in the online tier: a power of two. More than one where rows are fewer than SMs,
+    as long as a part keeps a program busy for four steps of 8 KiB."""
+    wanted = min(machine.processors // max(programs, 1), vocab_size * itemsize // 32768)
+    return 1 << max(wanted, 1).bit_length() - 1
 
 
 def constants(launch: Launch, heads: int, rows: int, excess: bool) -> dict[str, int | bool]:

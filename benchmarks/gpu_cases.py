@@ -1,0 +1,168 @@
+"""What the GPU suite times, in which order, and how long an H100 is predicted to take for it.
+
+A job is a case of problem.py, and the tier that its kernels are forced into, if any. The order is
+that of importance: time may run out.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from wmtp.benchmarks.gpu_peers import PEERS
+from wmtp.benchmarks.problem import Case, Shape
+from wmtp.benchmarks.providers import COMPILED, DIRECTIONS
+from wmtp.benchmarks.report import logits_bytes
+from wmtp.benchmarks.static_gpu import CARDS, Card
+
+VOCABULARIES = (32000, 50257, 128256, 256000)
+DTYPES = ("bfloat16", "float32")
+# (rows N = B S H, heads H), the one that the figures are quoted at first.
+SIZES = ((2**12, 4), (2**12, 1), (2**15, 4), (2**10, 4), (2**15, 1), (2**10, 1))
+OURS = ("fused", "fused_inplace")
+TIERS = ("token", "row", "online")
+
+PREDICTED_CARD = CARDS["cuda:90"]
+COPY_SHARE = 0.9  # of the data sheet's bandwidth: what a device-to-device copy gets
+L2_BYTES = 50 << 20  # the same card's
+
+
+class Job(NamedTuple):
+    """One row of the table."""
+
+    case: Case
+    tier: str = ""  # forced; "": as the library chooses
+
+
+def speed_jobs(absent: Iterable[str] = ()) -> list[Job]:
+    """Everyone who is here at every shape, the most important first.
+
+    torch.compile takes seconds a shape, so it follows after all others of its size.
+    """
+    jobs = [
+        Job(Case("speed", _shape(rows, heads, vocabulary), dtype, direction, provider, weights))
+        for rows, heads in SIZES
+        for dtype in DTYPES
+        for vocabulary in VOCABULARIES
+        for direction in DIRECTIONS
+        for provider in _contestants(direction)
+        for weights in ["none" if provider in PEERS else "given"]
+        if provider not in absent
+    ]
+    return sorted(jobs, key=importance)  # stable: cases of one problem stay together
+
+
+def importance(job: Job) -> tuple[int, bool]:
+    """Place in the order: the size's, and those who compile last."""
+    batch, length, heads, _ = job.case.shape
+    return SIZES.index((batch * length * heads, heads)), job.case.provider in COMPILED
+
+
+def tier_jobs() -> list[Job]:
+    """Each tier forced at the main size: a card decides between them."""
+    rows, heads = SIZES[0]
+    return [
+        Job(
+            Case("tiers", _shape(rows, heads, vocabulary), dtype, direction, provider, weighting),
+            tier,
+        )
+        for direction, provider in (("forward+backward", "fused"), ("inplace", "fused_inplace"))
+        for dtype in DTYPES
+        for vocabulary in VOCABULARIES
+        for weighting in ("given", "ref_ce")
+        for tier in TIERS
+        if (tier, weighting) != ("row", "ref_ce")  # excess weights need the whole token
+    ]
+
+
+def launch_of(job: Job, machine: Any) -> Any:
+    """The launch (tier, block, warps, CTAs) of one of OURS.
+
+    Args:
+        job: provider of OURS.
+        machine: see wmtp.kernels.tiers.
+
+    Raises:
+        ValueError: the forced tier cannot serve the case.
+    """
+    from wmtp.kernels import tiers
+
+    case = job.case
+    _, _, heads, vocabulary = case.shape
+    excess, gradient = case.weighting == "ref_ce", case.direction != "forward"
+    return tiers.choose(
+        vocab_size=vocabulary,
+        heads=heads,
+        rows=heads,
+        itemsize=_itemsize(case),
+        excess=excess,
+        gradient=gradient,
+        machine=machine,
+        forced=job.tier,
+    )
+
+
+def predicted_ms(job: Job, card: Card = PREDICTED_CARD) -> float | None:
+    """The roofline: what must be moved over the bandwidth of a copy; None for other people's code.
+
+    Launches take no time here, and no kernel stalls: a bound to compare with, not a measurement.
+    """
+    moved = _moved(job, card)
+    if moved is None:
+        return None
+    return 1e3 * moved * logits_bytes(job.case) / (COPY_SHARE * card.bytes_a_second)
+
+
+def predicted_tier(job: Job, card: Card = PREDICTED_CARD) -> str:
+    """The tier with a Triton that knows clusters; "" where none can serve, or none is ours."""
+    from wmtp.kernels.tiers import Machine
+
+    if job.case.provider not in OURS:
+        return ""
+    try:
+        return launch_of(job, Machine(32, card.has_clusters)).tier
+    except ValueError:
+        return ""
+
+
+def _moved(job: Job, card: Card) -> int | None:
+    """Reads and writes of the logits, from and to memory."""
+    case = job.case
+    if case.provider == "copy":
+        return 2
+    tier = predicted_tier(job, card)
+    if not tier:
+        return None
+    if case.direction == "forward":
+        return 1
+    return 3 if tier == "online" and _rereads_from_memory(job, card) else 2
+
+
+def _rereads_from_memory(job: Job, card: Card) -> bool:
+    """Whether what the online kernel's programs have under way exceeds the L2."""
+    from wmtp.kernels.tiers import Machine
+
+    case = job.case
+    batch, length, heads, vocabulary = case.shape
+    rows_a_program = heads if case.weighting == "ref_ce" else 1
+    threads = 32 * launch_of(job, Machine(32, card.has_clusters)).num_warps
+    programs = min(
+        batch * length * heads // rows_a_program, card.processors * (card.threads // threads)
+    )
+    return programs * rows_a_program * vocabulary * _itemsize(case) > L2_BYTES
+
+
+def _contestants(direction: str) -> list[str]:
+    """Ours first, then whom it is compared with; the copy is timed once a problem."""
+    providers = [name for name in DIRECTIONS[direction] if name != "cce"]  # its kernel is a peer
+    ours = [name for name in providers if name in OURS]
+    others = [name for name in providers if name not in OURS]
+    if direction == "forward+backward":
+        others.insert(0, "copy")
+    return ours + others + ([] if direction == "inplace" else list(PEERS))
+
+
+def _shape(rows: int, heads: int, vocabulary: int) -> Shape:
+    return 1, rows // heads, heads, vocabulary
+
+
+def _itemsize(case: Case) -> int:
+    return {"bfloat16": 2, "float32": 4}[case.dtype]

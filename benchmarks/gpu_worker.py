@@ -1,0 +1,195 @@
+"""What a step of the GPU suite does in a process of its own: it can fail or be cut off alone.
+
+`run_jobs` writes a line of JSON a job, in order: whoever started the process sees from their number
+where it ended, and starts another for the rest.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import wmtp
+from wmtp.benchmarks.gpu_cases import OURS, Job, launch_of
+from wmtp.benchmarks.gpu_peers import PEERS, PeerProblem
+from wmtp.benchmarks.gpu_timing import Timer
+from wmtp.benchmarks.memory import peak_bytes
+from wmtp.benchmarks.problem import Problem, Shape
+
+AGAIN = 75  # exit status: a job failed, the next one needs a new process
+JOB_SECONDS = 60  # a job that takes longer hangs
+CHECKED_ROWS = 2**12  # outputs are compared at this size where the timed one is larger
+MIB = 2**20
+VARIABLE = "WMTP_TRITON_TIER"
+
+
+def run_jobs(jobs: list[Job], first: int, seconds: float, records: Path) -> int:
+    """Measure jobs[first:] and append what was found; returns the exit status."""
+    deadline = time.monotonic() + seconds
+    bench = Bench(Timer())
+    for number, job in enumerate(jobs[first:], first):
+        if time.monotonic() > deadline:
+            return 0
+        # Its default action ends the process, also out of a call that never returns.
+        signal.alarm(JOB_SECONDS)
+        record = bench.record(job)
+        signal.alarm(0)
+        with records.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{number + 1}/{len(jobs)} {job.case} {job.tier} {summary(record)}", flush=True)
+        if record["outcome"] == "failed" or not device_answers():
+            return AGAIN
+    return 0
+
+
+def new_record(job: Job, outcome: str, why: str = "", **measured: Any) -> dict[str, Any]:
+    """One row of the results."""
+    case = {key: value for key, value in job.case._asdict().items() if key != "threads"}
+    return {**case, "tier": job.tier, "outcome": outcome, "why": why, **measured}
+
+
+def summary(record: dict[str, Any]) -> str:
+    if record["outcome"] == "ok":
+        return f"{record['median_ms']:.4f} ms"
+    return f"{record['outcome']}: {record['why']}"
+
+
+def device_answers() -> bool:
+    """Whether the device still works; after an illegal access it does not, for this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+class Bench:
+    """Compares and times one job after the other, keeping the problem while it stays the same."""
+
+    def __init__(self, timer: Timer, device: str = "cuda"):
+        self._timer, self._device = timer, device
+        self._checked: set[tuple[Any, ...]] = set()
+        self._problem: tuple[tuple[Any, ...], Problem] | None = None
+
+    def record(self, job: Job) -> dict[str, Any]:
+        """Outcomes: ok, does not fit, refused (it says that it cannot), failed."""
+        try:
+            with forced_tier(job.tier):
+                measured = self._measure(job)
+                return {**new_record(job, "ok"), **measured}
+        except torch.OutOfMemoryError:
+            outcome, why = "does not fit", ""
+        except Exception as error:  # whatever others raise is their answer, ours is a failure
+            refused = job.case.provider not in OURS or (job.tier and isinstance(error, ValueError))
+            outcome, why = "refused" if refused else "failed", _first_line(error)
+        self._forget()
+        return new_record(job, outcome, why)
+
+    def _measure(self, job: Job) -> dict[str, Any]:
+        case = job.case
+        self._check(job)
+        problem = self._problem_of(job, case.shape)
+        call = problem.call(case.provider, case.direction)
+        problem.restore()
+        call()  # what is allocated once
+        problem.restore()
+        peak = 0 if case.provider == "copy" else peak_bytes(call, self._device)
+        times = self._timer.time(call, problem.restore)
+        chosen = {"tier": self._tier(job)} if case.provider in OURS else {}
+        return {**times._asdict(), "peak_bytes": peak, **chosen}
+
+    def _check(self, job: Job) -> None:
+        case = job.case
+        batch, length, heads, vocabulary = case.shape
+        shape = (batch, min(length, CHECKED_ROWS // heads), heads, vocabulary)
+        key = (shape, case.dtype, case.direction, case.provider, case.weighting, job.tier)
+        if key not in self._checked:
+            problem = self._problem_of(job, shape)
+            problem.check(case.provider, case.direction)
+            vars(problem).pop("_truth", None)  # as large as the logits in fp32
+            self._checked.add(key)
+
+    def _problem_of(self, job: Job, shape: Shape) -> Problem:
+        case = job.case
+        peer = case.provider if case.provider in PEERS else ""
+        key = (shape, case.dtype, case.weighting, peer)
+        if self._problem is None or self._problem[0] != key:
+            self._forget()  # before there are two
+            torch._dynamo.reset()  # each shape is compiled for itself
+            dtype = getattr(torch, case.dtype)
+            if peer:
+                problem: Problem = PeerProblem(peer, shape, dtype, self._device)
+            else:
+                problem = Problem(shape, dtype, case.weighting, self._device)
+            self._problem = key, problem
+        return self._problem[1]
+
+    def _tier(self, job: Job) -> str:
+        from wmtp.kernels import tiers
+
+        return launch_of(job, tiers.machine(torch.device(self._device))).tier
+
+    def _forget(self) -> None:
+        self._problem = None
+        wmtp.release_memory()
+        torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def forced_tier(tier: str) -> Iterator[None]:
+    """WMTP_TRITON_TIER, and no silent way out: falling back to another tier is an error then."""
+    before = os.environ.get(VARIABLE, "")
+    os.environ[VARIABLE] = tier
+    try:
+        with warnings.catch_warnings():
+            if tier:
+                warnings.filterwarnings("error", "this device does not schedule", RuntimeWarning)
+            yield
+    finally:
+        os.environ[VARIABLE] = before
+
+
+def one_call() -> int:
+    """A small call of each tier, for compute-sanitizer: one CTA a program, then clusters."""
+    from wmtp.kernels.tiers import TIERS
+
+    for vocabulary in (1000, 10007):
+        for tier in TIERS:
+            weighting = "given" if tier == "row" else "ref_ce"
+            try:
+                with forced_tier(tier):
+                    problem = Problem((1, 8, 4, vocabulary), torch.bfloat16, weighting, "cuda")
+                    problem.check("fused", "forward+backward")
+                    problem.check("fused_inplace", "inplace")
+            except ValueError as error:
+                print(f"{tier}, V = {vocabulary}: {error}")
+            else:
+                print(f"{tier}, V = {vocabulary}: ok")
+    return 0
+
+
+def snapshot(file: Path) -> int:
+    """Every allocation of an eager and of a fused step, for pytorch.org/memory_viz."""
+    problem = Problem((1, 1024, 4, 32000), torch.bfloat16, "given", "cuda")
+    problem.call("fused", "forward+backward")()  # what is allocated once
+    torch.cuda.memory._record_memory_history(max_entries=100_000)
+    for provider in ("eager", "fused"):
+        problem.call(provider, "forward+backward")()
+    torch.cuda.synchronize()
+    torch.cuda.memory._dump_snapshot(str(file))
+    torch.cuda.memory._record_memory_history(enabled=None)
+    print(f"{file}: {file.stat().st_size / MIB:.1f} MiB", file=sys.stderr)
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or "(no message)"
+    return f"{type(error).__name__}: {text.splitlines()[0][:200]}"

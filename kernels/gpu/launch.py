@@ -1,0 +1,130 @@
+"""How the kernel over the logits is launched: in the tier that `tiers.py` chooses, or one below it."""
+
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+from wmtp.kernels import tiers
+from wmtp.kernels.online_kernel import online_kernel
+from wmtp.kernels.partial_kernel import partial_kernel
+from wmtp.kernels.register_kernel import register_kernel
+from wmtp.kernels.rows import aligned_base, in_phase
+
+
+class Case(NamedTuple):
+    """What the kernel works on."""
+
+    rows: torch.Tensor  # [B, S, H, V], or [B, S, 1, V] shared by the heads
+    heads: int
+    grad: torch.Tensor | None  # wanted there; `rows` itself: in place
+    pointers: tuple[torch.Tensor, ...]  # the kernels' own, between logits_ptr and grad_ptr
+    ignore_index: int
+    temperature: float
+    excess: bool
+    signed: bool
+    head_offsets: tuple[int, ...] | None
+
+
+class Call(NamedTuple):
+    """A kernel and everything it is called with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_unschedulable: set[tiers.Launch] = set()
+
+
+def launch(case: Case) -> None:
+    """Launch; where the device does not schedule the cluster, in the online tier, saying so once."""
+    machine = tiers.machine(case.rows.device)
+    vocab_size, itemsize = case.rows.shape[-1], case.rows.element_size()
+    chosen = tiers.choose(
+        vocab_size,
+        case.heads,
+        case.rows.shape[2],
+        itemsize,
+        case.excess,
+        case.grad is not None,
+        machine,
+        tiers.forced_tier(),
+    )
+    if chosen not in _unschedulable:
+        try:
+            return launch_as(chosen, case)
+        except RuntimeError as error:
+            if chosen.num_ctas == 1 or "cluster" not in str(error).lower():
+                raise
+            _unschedulable.add(chosen)
+            warnings.warn(
+                f"this device does not schedule clusters of {chosen.num_ctas} blocks ({error}): "
+                f"the loss reads its logits twice instead of once",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    launch_as(tiers.online(vocab_size, itemsize, machine), case)
+
+
+def launch_as(chosen: tiers.Launch, case: Case) -> None:
+    for call in prepare(chosen, case):
+        call.kernel[call.grid](
+            *call.arguments,
+            **call.constants,
+            num_warps=chosen.num_warps,
+            num_ctas=chosen.num_ctas,
+            maxnreg=chosen.max_registers,
+        )
+
+
+def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
+    """One call; online, for few rows, two."""
+    rows, target = case.rows, case.rows if case.grad is None else case.grad
+    batch, seq_len, count, vocab_size = rows.shape
+    listed = case.head_offsets is not None
+    constants = {
+        **tiers.constants(chosen, case.heads, count, case.excess),
+        "H": case.heads,
+        "LISTED": listed,
+        "GRAD_LISTED": listed and target is rows,
+        "EXCESS": case.excess,
+        "SIGNED": case.signed,
+        "IN_PHASE": target is rows or in_phase(rows, target, case.head_offsets),
+        "BLOCK": chosen.block,
+    }
+    base, lead = aligned_base(rows)
+    grad_base, grad_lead = aligned_base(target)
+    strides = (lead, *rows.stride()[:3])
+    sizes = (seq_len, vocab_size, case.ignore_index)
+    numbers = (*strides, grad_lead, *target.stride()[:3], *sizes, case.temperature)
+    programs = batch * seq_len * constants["PROGRAMS"]
+    if chosen.tier != "online":
+        arguments = (base, *case.pointers, grad_base, *numbers)
+        return [Call(register_kernel, (programs,), arguments, constants)]
+
+    machine = tiers.machine(rows.device)
+    splits = tiers.splits(vocab_size, rows.element_size(), programs, machine)
+    constants |= {"GRAD": case.grad is not None, "SPLITS": splits}
+    *inputs, offsets, ce, lse = case.pointers
+    scratch, calls = (offsets, offsets), []
+    if splits > 1:
+        all_rows = batch * seq_len * count
+        scratch = (
+            rows.new_empty((all_rows, splits, 2), dtype=torch.float32),
+            rows.new_empty((batch, seq_len, case.heads), dtype=torch.float32),
+        )
+        of_parts = {
+            "H": case.heads,
+            "HEADS": constants["HEADS"] if count < case.heads else 1,
+            "ROWS": count,
+            "LISTED": listed,
+            "EVICT": "evict_last" if case.grad is not None else "evict_first",
+            "SPLITS": splits,
+            "BLOCK": chosen.block,
+        }
+        arguments = (base, inputs[0], offsets, *scratch, *strides, *sizes)
+        calls = [Call(partial_kernel, (all_rows, splits), arguments, of_parts)]
+    arguments = (base, *inputs, offsets, *scratch, ce, lse, grad_base, *numbers)
+    return [*calls, Call(online_kernel, (programs, splits), arguments, constants)]

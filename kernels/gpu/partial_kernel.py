@@ -1,0 +1,81 @@
+"""Few rows of many logits: maximum and sum of each part of a row, one program a part, one read.
+
+    partial[row, i] = (m, s),  m = max x,  s = sum exp(x - m)  over the i-th of SPLITS parts of the row
+    x_target[b,t,k] = logits[b,t,k,target]
+
+The online kernel puts the parts together, and writes the gradient part by part as well. What it needs of
+the logits elsewhere in the row, the target's, is taken here: in place, another part may be overwritten.
+"""
+
+import triton
+import triton.language as tl
+
+from wmtp.kernels.heads import head_offset, head_targets
+from wmtp.kernels.rows import UNIT_BYTES, finite_or_zero, row_max_sum
+
+
+@triton.jit
+def part_of_row(split, vocab_size, SPLITS: tl.constexpr, ITEMSIZE: tl.constexpr):
+    """(first column, number of columns) of a part: whole units, the last may be short or empty."""
+    UNIT: tl.constexpr = UNIT_BYTES // ITEMSIZE
+    columns = (vocab_size + SPLITS * UNIT - 1) // (SPLITS * UNIT) * UNIT
+    first = split * columns
+    return first, tl.minimum(columns, vocab_size - first)
+
+
+@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h", "seq_len", "vocab_size",
+                               "ignore_index"])  # fmt: skip
+def partial_kernel(
+    logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
+    target_ptr,  # [B, S] int64, unshifted
+    offset_ptr,  # [H] int64, where the heads begin, or unused
+    partial_ptr,  # [rows, SPLITS, 2]
+    x_target_ptr,  # [B, S, H]
+    lead,
+    stride_b,
+    stride_s,
+    stride_h,
+    seq_len,
+    vocab_size,
+    ignore_index,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,  # that a row serves, a power of two
+    ROWS: tl.constexpr,  # of a token
+    LISTED: tl.constexpr,
+    EVICT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    ITEMSIZE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    token = row // ROWS
+    b = token // seq_len
+    t = token % seq_len
+    first = row % ROWS
+    head = first + tl.arange(0, HEADS)
+    target, valid, in_range = head_targets(
+        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
+    )
+    if tl.max(valid.to(tl.int32), axis=0) > 0:
+        begin = lead + b * stride_b + t * stride_s
+        begin += head_offset(first, stride_h, offset_ptr, H, LISTED)
+        if split == 0:
+            x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0)
+            tl.store(x_target_ptr + token * H + head, x_target.to(tl.float32), mask=head < H)
+        column, columns = part_of_row(split, vocab_size, SPLITS, ITEMSIZE)
+        m, s = row_max_sum(logits_ptr, begin + column, columns, BLOCK, EVICT)
+        part_ptr = partial_ptr + (row * SPLITS + split) * 2
+        tl.store(part_ptr, m)
+        tl.store(part_ptr + 1, s)
+
+
+@triton.jit
+def whole_of_parts(partial_ptr, row, valid, SPLITS: tl.constexpr):
+    """(m, s) of rows [HEADS] from their parts; (0, 1) where not valid."""
+    part_ptr = partial_ptr + (row[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]) * 2
+    part_m = tl.load(part_ptr, mask=valid[:, None], other=0.0)
+    part_s = tl.load(part_ptr + 1, mask=valid[:, None], other=1.0)
+    m = tl.max(part_m, axis=1)
+    s = tl.sum(part_s * tl.exp(part_m - finite_or_zero(m)[:, None]), axis=1)
+    return m, tl.where(valid, s, 1.0)

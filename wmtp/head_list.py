@@ -1,0 +1,97 @@
+"""The loss of heads that are tensors of their own: a list of H logits [B, S, V], read where they lie.
+
+torchtitan and Megatron hand the heads back like this. To the kernels they are [B, S, H, V] logits of
+which head k begins `head_offsets[k]` elements after the first.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from wmtp import ops
+from wmtp.backends import KERNELS
+from wmtp.checks import note_overwritten
+
+
+def weighted_loss(
+    heads: Sequence[Tensor],
+    target_ids: Tensor,
+    *others: Any,
+    reduction: str,
+    ignore_index: int,
+    backend: str,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.weighted_loss` for H tensors [B, S, V]; traced, they are stacked."""
+    traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if traced or any(type(head) not in (Tensor, torch.nn.Parameter) for head in heads):
+        options = {"reduction": reduction, "ignore_index": ignore_index, "backend": backend}
+        return ops.weighted_loss(torch.stack(tuple(heads), 2), target_ids, *others, **options)
+    ahead = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
+    first, *rest = heads
+    return _LossOfHeads.apply(
+        *(first, target_ids, *others, reduction, ignore_index, backend),
+        *(False, ahead, inplace and ahead, *rest),
+    )[:3]
+
+
+class _LossOfHeads(torch.autograd.Function):
+    """Heads of memory of their own: `_WeightedLoss`'s arguments, the first head being the logits, and
+    then the other heads."""
+
+    @staticmethod
+    def forward(ctx, first, *arguments):
+        arguments, others = arguments[:12], arguments[12:]
+        *options, backend, _, ahead, inplace = arguments
+        gradient = ("inplace" if inplace else "new") if ahead else "none"
+        rows, offsets = _rows_of_heads((first, *others))
+        *output, grad = KERNELS[backend].weighted_loss(rows, *options, gradient, offsets)
+        output = (*output, grad.new_empty(0) if inplace else grad)
+        ops.save_for_backward(ctx, (first, *arguments), output, others)
+        ctx.heads = 1 + len(others)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
+        grad_weights, grads = None, [None] * ctx.heads
+        if ctx.needs_input_grad[2] and grad_loss is not None:
+            grad_weights = ops.weights_gradient(ctx, grad_loss)
+        if not (grad_loss is None and grad_ce is None):
+            grads = _heads_gradients(ctx, grad_loss, grad_ce)
+        return grads[0], None, grad_weights, *(None,) * 10, *grads[1:]
+
+
+def _rows_of_heads(heads):
+    """All heads as [B, S, H, V], of which only the first is where this says, and the offsets."""
+    heads = [ops.unit_stride(head) for head in heads]
+    if any(head.stride() != heads[0].stride() for head in heads):
+        heads = [head.contiguous() for head in heads]
+    first = heads[0].data_ptr()
+    offsets = tuple((head.data_ptr() - first) // head.element_size() for head in heads)
+    rows = heads[0][:, :, None].expand(-1, -1, len(heads), -1)
+    rows.heads = heads  # some may be copies: they live as long as this
+    return rows, offsets
+
+
+def _heads_gradients(ctx, grad_loss, grad_ce):
+    first, target_ids, row_scalar, lse, factors, *rest = ctx.saved_tensors
+    heads = (first, *rest[: ctx.heads - 1])
+    grad, ctx.grad = ctx.grad, None
+    if grad_ce is None and not torch.is_grad_enabled():
+        if ctx.overwritten:
+            for head in heads:
+                ops.multiply(head.detach(), grad_loss * factors[1], ctx.backend)
+                note_overwritten(head)
+            return [head.detach() for head in heads]
+        if grad is not None:
+            return ops.multiply(grad, grad_loss * factors[1], ctx.backend).unbind(2)
+    elif ctx.overwritten:
+        raise RuntimeError(ops.LOGITS_ARE_GONE)
+    del grad
+    scalar = ops.upstream(row_scalar, grad_loss, grad_ce).contiguous()
+    return torch.ops.wmtp.row_gradient(
+        torch.stack(heads, 2), target_ids, lse, scalar, ctx.ignore_index, ctx.backend, False
+    ).unbind(2)

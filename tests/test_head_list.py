@@ -26,9 +26,9 @@ def test_a_list_gives_what_the_stacked_heads_give(target, weighting, dtype):
     found = fused_weighted_mtp_loss(heads, case.target_ids, **case.options, backend=backend)
     (3 * found.loss).backward()
     for ours, theirs in zip(found, wanted, strict=True):
-        assert torch.equal(ours, theirs)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     for k, head in enumerate(heads):
-        assert torch.equal(head.grad, logits.grad[:, :, k])
+        torch.testing.assert_close(head.grad, logits.grad[:, :, k])
 
 
 @pytest.mark.parametrize("tier", ["token", "row", "online"])
@@ -46,9 +46,10 @@ def test_every_tier_takes_a_list(monkeypatch, tier):
             logits, case.target_ids, **case.options, backend="triton"
         ).loss
         (stacked,) = torch.autograd.grad(wanted, logits)
-        assert torch.equal(loss, wanted)
+        # Rows of other alignment are summed in another order.
+        torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
         for k, grad in enumerate(grads):
-            assert torch.equal(grad, stacked[:, :, k])
+            torch.testing.assert_close(grad, stacked[:, :, k], rtol=1e-5, atol=1e-8)
 
 
 def test_in_place_each_head_holds_its_gradient(target):
@@ -87,7 +88,7 @@ def test_strides_may_differ_from_head_to_head(target):
     heads = [heads[0], heads[1].transpose(0, 1).contiguous().transpose(0, 1), heads[2]]
     found = fused_weighted_mtp_loss(heads, case.target_ids, **case.options, backend=backend)
     wanted = fused_weighted_mtp_loss(logits, case.target_ids, **case.options, backend=backend)
-    assert torch.equal(found.loss, wanted.loss)
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-6, atol=0)
 
 
 def test_a_frozen_head_gets_no_gradient():

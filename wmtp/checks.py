@@ -99,15 +99,17 @@ def check_head_list(heads: Sequence[Tensor]) -> None:
 
 
 def check_inplace_heads(inplace: bool, heads: Sequence[Tensor]) -> None:
+    if not inplace:
+        return
     for head in heads:
-        check_inplace(inplace, head[:, :, None])
-    if inplace and len({head.stride() for head in heads}) > 1:
+        check_inplace(inplace, head)
+    if len({head.stride() for head in heads}) > 1:
         raise ValueError(
             "inplace=True needs heads of the same strides, got "
             f"{sorted({head.stride() for head in heads})}: pass inplace=False"
         )
     extents = sorted(_extent(head) for head in heads)
-    if inplace and any(end > begin for (_, end), (begin, _) in pairwise(extents)):
+    if any(end > begin for (_, end), (begin, _) in pairwise(extents)):
         raise ValueError(
             "inplace=True needs heads of memory of their own, got some that lie across each other: "
             "pass the tensor [B, S, H, V] that they are views of, or inplace=False"

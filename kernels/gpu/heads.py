@@ -30,7 +30,7 @@ def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
 def head_offset(row, stride_h, offset_ptr, H: tl.constexpr, LISTED: tl.constexpr):
     """Where the row of a head begins, from the first's: heads of memory of their own have a list."""
     if LISTED:
-        return tl.load(offset_ptr + row, mask=row < H, other=0)
+        return tl.load(offset_ptr + tl.minimum(row, H - 1))
     return row * stride_h
 
 

@@ -98,8 +98,8 @@ def weighted_loss(
         reduction: "token_mean", "weight_mean" or "sum".
         ignore_index: a target of this id is no target.
         gradient: "none", "new" or "inplace" (over the logits).
-        head_offsets: where head k begins, in elements from the first: for heads of memory of their
-            own, the first of which is `logits`, expanded. None: by the strides.
+        head_offsets: where head k begins, in elements from the lowest: for heads of memory of their
+            own, the lowest of which is `logits`, expanded. None: by the strides.
 
     Returns:
         loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],

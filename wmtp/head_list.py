@@ -1,7 +1,7 @@
 """The loss of heads that are tensors of their own: a list of H logits [B, S, V], read where they lie.
 
 torchtitan and Megatron hand the heads back like this. To the kernels they are [B, S, H, V] logits of
-which head k begins `head_offsets[k]` elements after the first.
+which head k begins `head_offsets[k]` elements after the one of the lowest address.
 """
 
 from collections.abc import Sequence
@@ -65,13 +65,14 @@ class _LossOfHeads(torch.autograd.Function):
 
 
 def _rows_of_heads(heads):
-    """All heads as [B, S, H, V], of which only the first is where this says, and the offsets."""
+    """All heads as [B, S, H, V], as if each were the one of the lowest address, and the offsets."""
     heads = [ops.unit_stride(head) for head in heads]
     if any(head.stride() != heads[0].stride() for head in heads):
         heads = [head.contiguous() for head in heads]
-    first = heads[0].data_ptr()
-    offsets = tuple((head.data_ptr() - first) // head.element_size() for head in heads)
-    rows = heads[0][:, :, None].expand(-1, -1, len(heads), -1)
+    lowest = min(heads, key=Tensor.data_ptr)
+    begin = lowest.data_ptr()
+    offsets = tuple((head.data_ptr() - begin) // head.element_size() for head in heads)
+    rows = lowest[:, :, None].expand(-1, -1, len(heads), -1)
     rows.heads = heads  # some may be copies: they live as long as this
     return rows, offsets
 

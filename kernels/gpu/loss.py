@@ -42,8 +42,8 @@ def weighted_loss(
         ref_ce: [B, S-1] float32 contiguous, or None; never both.
         normalizer: [], replaces the denominator, or None.
         gradient: "none", "new" or "inplace" (over the logits).
-        head_offsets: where head k begins, in elements from the first: for heads of memory of their
-            own, the first of which is `logits`, expanded. None: by the strides.
+        head_offsets: where head k begins, in elements from the lowest: for heads of memory of their
+            own, the lowest of which is `logits`, expanded. None: by the strides.
 
     Returns:
         loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],

@@ -91,7 +91,8 @@ def online_kernel(
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
             if tl.max((valid & of_row).to(tl.int32), axis=0) > 0:
-                row_begin = begin + head_offset(row.to(tl.int64), stride_h, offset_ptr, H, LISTED)
+                index = first.to(tl.int64) + (row - first)
+                row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
                 row_m, row_s = row_max_sum(logits_ptr, row_begin, vocab_size, BLOCK, EVICT)
                 m = tl.where(of_row, row_m, m)
                 s = tl.where(of_row, row_s, s)
@@ -100,7 +101,7 @@ def online_kernel(
 
     head_ptr = token * H + head
     split = tl.program_id(1)
-    mine = (head < H) & (split == 0)  # every part finds the same
+    mine = tl.where(split == 0, head < H, False)  # every part finds the same
     if EXCESS:
         ref_ce = tl.load(ref_ce_ptr + b * (seq_len - 1) + t + head, mask=valid)
         row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
@@ -130,7 +131,7 @@ def online_kernel(
             else:
                 targets += (of_head(target, head, row),)
                 scalars += (of_head(c, head, row),)
-            index = row.to(tl.int64)
+            index = first.to(tl.int64) + (row - first)
             row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
             row_grad = grad_begin + head_offset(index, grad_stride_h, offset_ptr, H, GRAD_LISTED)
             write_gradient(

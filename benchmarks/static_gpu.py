@@ -1,16 +1,17 @@
 """What Triton's compiler makes of the kernels, for cards that are not here.
 
-    python -m benchmarks.static_gpu [--check] [--json FILE] [--cubins FOLDER] [--dtype D] [TARGET ...]
+    python -m benchmarks.static_gpu [--check] [--json FILE] [--cubins FOLDER] [--dtype D] [TARGET..]
 
-Every kernel that the library can launch, as its own configuration function (kernels/gpu/tiers.py) would
+Every kernel that the library can launch, as its own configuration function (kernels/gpu/tiers.py)
+would
 launch it, compiled for sm_80, sm_90, sm_100 and gfx942. It needs Triton alone (>= 3.6; no torch, no
 GPU), so that another version is checked from a venv of its own. One object a kernel and target:
 
     registers         of a thread
     spill_bytes       of a thread, to memory: 0
     shared_bytes      of a CTA
-    main_loop_*_bytes widths of the accesses that move the logits: [16]. In a tier of registers there is
-                      no loop: [16] says that accesses of 16 bytes move the whole tile
+    main_loop_*_bytes widths of the accesses that move the logits: [16]. In a tier of registers
+                      there is no loop: [16] says that accesses of 16 bytes move the whole tile
     occupancy         CTAs an SM: what registers, threads and shared memory allow
     in_flight         bytes that an SM may have under way with them, against
     needed            bandwidth x latency / SMs: what hides the latency
@@ -38,7 +39,8 @@ HEADS = 4
 
 
 class Card(NamedTuple):
-    """What a target's SM has, and the data sheet's bandwidth over its SMs (one card of the kind)."""
+    """What a target's SM has, and the data sheet's bandwidth over its SMs (one card of the
+    kind)."""
 
     name: str
     registers: int
@@ -87,8 +89,10 @@ def load_kernels() -> dict[str, Any]:
         package: Any = types.ModuleType(name)
         package.__path__ = path
         sys.modules[name] = package
-    names = ("rows", "tiers", "weights_kernel", "scale_kernel", "next_token_kernel")
-    names = (*names, "register_kernel", "partial_kernel", "online_kernel", "gradient_kernel")
+    names = [
+        *("rows", "tiers", "weights_kernel", "scale_kernel", "next_token_kernel"),
+        *("register_kernel", "partial_kernel", "online_kernel", "gradient_kernel"),
+    ]
     return {name: importlib.import_module(f"wmtp.kernels.{name}") for name in names}
 
 
@@ -184,7 +188,8 @@ def _split(modules: dict[str, Any], variant: Variant, rows: int) -> Iterator[Var
 def _streaming_variants(
     modules: dict[str, Any], target: str, dtype: str, vocabulary: int
 ) -> Iterator[Variant]:
-    launch = modules["tiers"].online(vocabulary, ITEMSIZE[dtype], _machine(modules, target))
+    machine = _machine(modules, target)
+    launch = modules["tiers"].online(vocabulary, HEADS, ITEMSIZE[dtype], False, machine)
     next_token = modules["next_token_kernel"].next_token_ce_kernel
     block = {"BLOCK": launch.block}
     yield Variant("next_token_ce", dtype, vocabulary, next_token, block, launch, True, False)
@@ -192,7 +197,9 @@ def _streaming_variants(
     for shared in (False, True):
         constants = {"H": HEADS, "SHARED_HEADS": shared, "IN_PHASE": True, **block}
         name = "row_gradient" + " shared" * shared
-        yield Variant(name, dtype, vocabulary, gradient, constants, launch, True, True)
+        limit = modules["gradient_kernel"].register_limit(shared, machine.warp_size)
+        limited = launch._replace(max_registers=limit.get("maxnreg"))
+        yield Variant(name, dtype, vocabulary, gradient, constants, limited, True, True)
 
 
 def _small_variants(modules: dict[str, Any]) -> Iterator[Variant]:
@@ -242,12 +249,8 @@ def compile_variant(variant: Variant, target: str) -> Any:
             signature[name] = "i64" if "stride" in name or name == "count" else "i32"
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, _warp(target))
-    launch = variant.launch
-    options = {"num_warps": launch.num_warps}
-    if backend == "cuda":
-        options |= {"num_ctas": launch.num_ctas, "maxnreg": launch.max_registers}
     source = ASTSource(variant.kernel, signature, variant.constants, attributes)
-    return triton.compile(source, target=gpu, options=options)
+    return triton.compile(source, target=gpu, options=variant.launch.options())
 
 
 def _warp(target: str) -> int:
@@ -300,9 +303,7 @@ class Accesses:
 
     def in_loops(self) -> tuple[list[int], list[int]]:
         """Widths of the loads, and of the stores, that stand in innermost loops."""
-        found = [
-            access for begin, end in self._innermost() for access in self._between(begin, end)
-        ]
+        found = [access for begin, end in self._innermost() for access in self._between(begin, end)]
         return self._widths(found)
 
     def moving(self, thread_bytes: int) -> tuple[list[int], list[int]]:
@@ -435,8 +436,9 @@ def main() -> None:
         options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}))
     if options.check:
         tiers = sorted({row["tier"] for row in rows if row["tier"]})
-        tiers_text = ", ".join(tiers)
-        print(f"Triton {triton.__version__}: {len(rows)} kernels, tiers {tiers_text}, {complaints} complaints")
+        found_tiers = ", ".join(tiers)
+        print(f"Triton {triton.__version__}: {len(rows)} kernels, tiers {found_tiers},", end=" ")
+        print(f"{complaints} complaints")
     sys.exit(complaints > 0)
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.traffic [--vocab V] [--json FILE]
 
 One line a weighting, tier and direction, in units of the valid logits (rows that have a target) for
-what is read, and of all logits for what is written; `others` is everything else that is moved, in units
-of the valid logits. The interpreter counts each lane of each access once: a cluster's are its
+what is read, and of all logits for what is written; `others` is everything else that is moved, in
+units of the valid logits. The interpreter counts each lane of each access once: a cluster's are its
 program's.
 """
 
@@ -48,7 +48,10 @@ class Traffic:
 
     def __init__(self, **tensors: Tensor):
         self._spans = {
-            name: (begin := tensor.untyped_storage().data_ptr(), begin + tensor.untyped_storage().nbytes())
+            name: (
+                begin := tensor.untyped_storage().data_ptr(),
+                begin + tensor.untyped_storage().nbytes(),
+            )
             for name, tensor in tensors.items()
         }
         self.loaded: Counter[str] = Counter()
@@ -110,7 +113,9 @@ def measure(
     rows = torch.randn(batch, length, 1 if shared else heads, vocabulary).to(dtype)
     rows.requires_grad_(gradient)
     # An in-place loss wants logits that are no leaf, as a model's are.
-    logits = (rows.detach().clone().requires_grad_() * 1 if inplace else rows).expand(-1, -1, heads, -1)
+    logits = (rows.detach().clone().requires_grad_() * 1 if inplace else rows).expand(
+        -1, -1, heads, -1
+    )
     weights = _weights(weighting, target_ids, heads, vocabulary, dtype)
     tensors = {"logits": logits}
     if weighting == "ref_logits":
@@ -151,7 +156,7 @@ def _forced(tier: str) -> Iterator[None]:
 
 def _weights(
     weighting: str, target_ids: Tensor, heads: int, vocabulary: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     batch, length = target_ids.shape
     if weighting == "given":
         return {"head_weights": torch.rand(batch, length, heads)}
@@ -180,7 +185,12 @@ def rows(vocabulary: int) -> Iterator[dict[str, Any]]:
                 line = {"weighting": weighting, "tier": tier, "direction": "forward+backward"}
                 yield {**line, **moved._asdict()}
     moved = measure("uniform", "", True, vocabulary, shared=True)
-    yield {"weighting": "one row for all heads", "tier": "", "direction": "forward+backward", **moved._asdict()}
+    yield {
+        "weighting": "one row for all heads",
+        "tier": "",
+        "direction": "forward+backward",
+        **moved._asdict(),
+    }
 
 
 def main() -> None:
@@ -201,7 +211,9 @@ def main() -> None:
     for name in found[0]:
         table.add_column(name, justify="right" if name in Moved._fields else "left")
     for row in found:
-        table.add_row(*(f"{value:.4f}" if isinstance(value, float) else value for value in row.values()))
+        table.add_row(
+            *(f"{value:.4f}" if isinstance(value, float) else value for value in row.values())
+        )
     print(table)
 
 

@@ -8,8 +8,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from torch.utils import deterministic
 
-from wmtp import cpu
+from wmtp import cpu, kernels
 
 # (backend, device): Triton on the CPU is its interpreter; on a GPU it is the real thing.
 TARGETS = [
@@ -60,6 +61,18 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(4).isnan().all()
     yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where the kernels run; whatever they forget to write there is NaN."""
+    if request.param == "cpu" and not kernels.interpreted():
+        pytest.skip("a GPU was found, so Triton is not in its interpreter")
+    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(4, device=request.param).isnan().all()
+    yield request.param
     torch.use_deterministic_algorithms(False)
 
 

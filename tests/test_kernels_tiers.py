@@ -2,21 +2,20 @@
 
 import pytest
 import torch
-
-from agreement import GRADIENT_TOLERANCE, relative_error
 from test_kernels import (
     DTYPES,
     IGNORED,
     INF,
     NAN,
     assert_close,
-    device,  # noqa: F401 (a fixture)
     make,
     placed,
     true_gradient,
     truth,
     weighted_loss,
 )
+
+from agreement import GRADIENT_TOLERANCE, relative_error
 from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import has_target
 
@@ -68,7 +67,7 @@ def serves(tier, options):
 
 @pytest.mark.parametrize("vocabulary", [1, 7, 33, 130, 1000])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_tier_agrees_with_the_truth(device, tier, dtype, vocabulary):  # noqa: F811
+def test_every_tier_agrees_with_the_truth(device, tier, dtype, vocabulary):
     shape = (2, 4, 3, vocabulary)
     logits, target_ids = make(shape, dtype, device)
     for options in filter(lambda options: serves(tier, options), weightings(shape, device)):
@@ -80,14 +79,14 @@ def test_every_tier_agrees_with_the_truth(device, tier, dtype, vocabulary):  # n
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpt2_vocabulary(device, tier, dtype):  # noqa: F811
+def test_gpt2_vocabulary(device, tier, dtype):
     logits, target_ids = make((1, 3, 2, 50257), dtype, device, ignored=0.0)
     options = {} if tier == "row" else {"ref_ce": torch.rand(1, 2).to(device)}
     assert_loss_and_gradient(logits, target_ids, **options)
 
 
 @pytest.mark.parametrize("heads", [1, 5, 8])
-def test_any_number_of_heads(device, tier, heads):  # noqa: F811
+def test_any_number_of_heads(device, tier, heads):
     logits, target_ids = make((1, 7, heads, 100), torch.float32, device)
     options = {} if tier == "row" and heads > 1 else {"ref_ce": torch.rand(1, 6).to(device)}
     assert_loss_and_gradient(logits, target_ids, **options)
@@ -95,7 +94,7 @@ def test_any_number_of_heads(device, tier, heads):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [7, 1001])
-def test_shared_heads(device, tier, dtype, vocabulary):  # noqa: F811
+def test_shared_heads(device, tier, dtype, vocabulary):
     rows, target_ids = make((2, 6, 1, vocabulary), dtype, device)
     target_ids[0, 1:4] = target_ids[0, 1].clamp(min=0)  # heads that agree on the target
     logits = rows.expand(-1, -1, 4, -1)
@@ -110,7 +109,7 @@ def test_shared_heads(device, tier, dtype, vocabulary):  # noqa: F811
     [(1, 0, False), (3, 5, True), (64, 0, True), (0, 1, False), (71, 64, False)],
 )
 @pytest.mark.parametrize("vocabulary", [7, 131, 1000])
-def test_any_offset_and_stride(device, tier, vocabulary, lead, gap, heads_first):  # noqa: F811
+def test_any_offset_and_stride(device, tier, vocabulary, lead, gap, heads_first):
     plain, target_ids = make((2, 3, 2, vocabulary), torch.bfloat16, device)
     logits, storage = placed(plain, lead, gap, heads_first)
     assert_loss_and_gradient(logits, target_ids)
@@ -121,7 +120,7 @@ def test_any_offset_and_stride(device, tier, vocabulary, lead, gap, heads_first)
 
 @pytest.mark.parametrize("vocabulary", [33, 5000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nonfinite_logits_behave_as_in_eager(device, tier, dtype, vocabulary):  # noqa: F811
+def test_nonfinite_logits_behave_as_in_eager(device, tier, dtype, vocabulary):
     logits, target_ids = make((1, 9, 1, vocabulary), dtype, device, ignored=0.0)
     target_ids[:] = 5
     logits[0, 0, 0, -1] = NAN
@@ -144,7 +143,7 @@ def test_nonfinite_logits_behave_as_in_eager(device, tier, dtype, vocabulary):  
 
 @pytest.mark.parametrize("bad", [33, -1, 2**40])
 @pytest.mark.parametrize("shared", [False, True])
-def test_target_out_of_range_gives_nan_and_only_there(device, tier, bad, shared):  # noqa: F811
+def test_target_out_of_range_gives_nan_and_only_there(device, tier, bad, shared):
     logits, target_ids = make((1, 6, 1 if shared else 2, 33), torch.float32, device, 0.0)
     logits = logits.expand(-1, -1, 2, -1)
     target_ids[0, 3] = bad
@@ -158,7 +157,7 @@ def test_target_out_of_range_gives_nan_and_only_there(device, tier, bad, shared)
     assert torch.equal(grad.isnan().any(-1).cpu(), rows)
 
 
-def test_rows_without_a_target_are_not_read(device, tier):  # noqa: F811
+def test_rows_without_a_target_are_not_read(device, tier):
     logits, target_ids = make((2, 6, 3, 100), torch.float32, device, ignored=0.4)
     target_ids[1] = IGNORED
     valid = has_target(target_ids, 3, IGNORED)
@@ -170,7 +169,7 @@ def test_rows_without_a_target_are_not_read(device, tier):  # noqa: F811
     assert (grad[~valid] == 0).all()
 
 
-def test_offsets_pass_two_to_the_31(device, tier, tmp_path, monkeypatch):  # noqa: F811
+def test_offsets_pass_two_to_the_31(device, tier, tmp_path, monkeypatch):
     """Heads 2^30 elements apart: the third begins at 2^31. The gradient is written there too."""
     apart, shape = 2**30, (1, 4, 3, 100)
     plain, target_ids = make(shape, torch.bfloat16, device)
@@ -188,7 +187,7 @@ def test_offsets_pass_two_to_the_31(device, tier, tmp_path, monkeypatch):  # noq
     assert grad.data_ptr() == logits.data_ptr()
 
 
-def test_all_tiers_give_the_same_loss_and_gradient(device, monkeypatch):  # noqa: F811
+def test_all_tiers_give_the_same_loss_and_gradient(device, monkeypatch):
     logits, target_ids = make((2, 9, 4, 517), torch.float32, device)
     outputs = []
     for tier in TIERS:
@@ -202,7 +201,7 @@ def test_all_tiers_give_the_same_loss_and_gradient(device, monkeypatch):  # noqa
         torch.testing.assert_close(grad, outputs[0][1], rtol=1e-5, atol=1e-8)
 
 
-def test_two_runs_give_the_same_bits(device, tier):  # noqa: F811
+def test_two_runs_give_the_same_bits(device, tier):
     logits, target_ids = make((2, 9, 4, 517), torch.bfloat16, device)
     first, second = (weighted_loss(logits, target_ids) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first[:-1], second[:-1], strict=True))
@@ -245,7 +244,7 @@ def test_a_cluster_that_does_not_fit_the_device_falls_back_once(monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [50_257, 65_536])
-def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):  # noqa: F811
+def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
     from wmtp.kernels import tiers
 
     monkeypatch.setenv("WMTP_TRITON_TIER", "online")
@@ -306,7 +305,7 @@ def test_what_is_chosen():
 
 
 @pytest.mark.parametrize("factor", [1.0, -2.5])
-def test_multiply(device, factor):  # noqa: F811
+def test_multiply(device, factor):
     for shape in ((0,), (5,), (3, 5000)):
         grad = torch.randn(shape, device=device).to(torch.bfloat16)
         wanted = grad * factor

@@ -243,7 +243,7 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
 def _autograd_forbids_overwriting(logits: Tensor) -> bool:
     if torch.compiler.is_compiling() or not (logits._is_view() and logits.requires_grad):
         return False
-    autograd = torch._C._autograd  # type: ignore[attr-defined]
+    autograd = torch._C._autograd
     return autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT
 
 

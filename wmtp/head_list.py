@@ -1,7 +1,7 @@
-"""The loss of heads that are tensors of their own: a list of H logits [B, S, V], read where they lie.
+"""The loss of heads that are tensors of their own: H logits [B, S, V], read where they lie.
 
-torchtitan and Megatron hand the heads back like this. To the kernels they are [B, S, H, V] logits of
-which head k begins `head_offsets[k]` elements after the one of the lowest address.
+torchtitan and Megatron hand the heads back like this. To the kernels they are [B, S, H, V] logits
+of which head k begins `head_offsets[k]` elements after the one of the lowest address.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,14 @@ def weighted_loss(
     """`ops.weighted_loss` for H tensors [B, S, V]; traced, they are stacked."""
     traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
     if traced or any(type(head) not in (Tensor, torch.nn.Parameter) for head in heads):
-        options = {"reduction": reduction, "ignore_index": ignore_index, "backend": backend}
-        return ops.weighted_loss(torch.stack(tuple(heads), 2), target_ids, *others, **options)
+        return ops.weighted_loss(
+            torch.stack(tuple(heads), 2),
+            target_ids,
+            *others,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=backend,
+        )
     ahead = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
     first, *rest = heads
     return _LossOfHeads.apply(
@@ -39,8 +45,7 @@ def weighted_loss(
 
 
 class _LossOfHeads(torch.autograd.Function):
-    """Heads of memory of their own: `_WeightedLoss`'s arguments, the first head being the logits, and
-    then the other heads."""
+    """`_WeightedLoss`'s arguments, the first head being the logits, and then the other heads."""
 
     @staticmethod
     def forward(ctx, first, *arguments):

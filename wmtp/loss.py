@@ -1,6 +1,7 @@
 """The public losses on logits: check the arguments, choose a backend, call the operator."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def fused_weighted_mtp_loss(
         tensor([ 0.0533, -0.2133,  0.0533,  0.0533,  0.0533])
     """
     heads = None
-    if isinstance(logits, list | tuple):
+    if isinstance(logits, Sequence):
         heads = logits
         checks.check_head_list(heads)
         logits = heads[0][:, :, None].expand(-1, -1, len(heads), -1)  # their shape; not their data
@@ -132,27 +133,26 @@ def fused_weighted_mtp_loss(
             reduction=reduction,
             normalizer=normalizer,
         )
-    if heads is None:
-        checks.check_inplace(inplace, logits)
-    else:
-        checks.check_inplace_heads(inplace, heads)
     dtype = accumulation_dtype(logits)
-    call = ops.weighted_loss if heads is None else head_list.weighted_loss
-    return MTPLoss(
-        *call(
-            logits if heads is None else heads,
-            target_ids.long().contiguous(),
-            None if head_weights is None else head_weights.to(dtype).contiguous(),
-            None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
-            reference.as_tensor(normalizer),
-            temperature,
-            excess == "signed",
-            reduction=reduction,
-            ignore_index=ignore_index,
-            backend=chosen,
-            inplace=inplace,
-        )
+    arguments = (
+        target_ids.long().contiguous(),
+        None if head_weights is None else head_weights.to(dtype).contiguous(),
+        None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
+        reference.as_tensor(normalizer),
+        temperature,
+        excess == "signed",
     )
+    options: dict[str, Any] = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "backend": chosen,
+        "inplace": inplace,
+    }
+    if heads is not None:
+        checks.check_inplace_heads(inplace, heads)
+        return MTPLoss(*head_list.weighted_loss(heads, *arguments, **options))
+    checks.check_inplace(inplace, logits)
+    return MTPLoss(*ops.weighted_loss(logits, *arguments, **options))
 
 
 def mtp_cross_entropy(

@@ -14,8 +14,8 @@ To autograd, torch.compile and the profiler each is one opaque operator; which k
         factors [2]             1 / denominator, and what grad is still to be multiplied with
         grad                    dloss/dlogits[b, t, k, :] = row_scalar (softmax - onehot)
 
-`grad` is written in the pass that reads the logits, so backward has at most a factor left to multiply.
-Whoever wants no more than ce leaves it to backward: row_gradient.
+`grad` is written in the pass that reads the logits, so backward has at most a factor left to
+multiply. Whoever wants no more than ce leaves it to backward: row_gradient.
 """
 
 import torch

@@ -1,7 +1,8 @@
-"""What every loss kernel here shares: the targets of a token's heads, and weights from their excess.
+"""What every loss kernel here shares: the targets of a token's heads, and weights from their
+excess.
 
-A program holds some heads of one token (b, t): head k's target is target_ids[b, t + k + 1], valid when
-that position exists and is not ignore_index.
+A program holds some heads of one token (b, t): head k's target is target_ids[b, t + k + 1], valid
+when that position exists and is not ignore_index.
 """
 
 import triton
@@ -28,7 +29,8 @@ def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
 
 @triton.jit
 def head_offset(row, stride_h, offset_ptr, H: tl.constexpr, LISTED: tl.constexpr):
-    """Where the row of a head begins, from the first's: heads of memory of their own have a list."""
+    """Where the row of a head begins, from the first's: heads of memory of their own have a
+    list."""
     if LISTED:
         return tl.load(offset_ptr + tl.minimum(row, H - 1))
     return row * stride_h

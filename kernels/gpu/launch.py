@@ -1,4 +1,5 @@
-"""How the kernel over the logits is launched: in the tier that `tiers.py` chooses, or one below it."""
+"""How the kernel over the logits is launched: in the tier that `tiers.py` chooses, or one below
+it."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -39,19 +40,13 @@ _unschedulable: set[tiers.Launch] = set()
 
 
 def launch(case: Case) -> None:
-    """Launch; where the device does not schedule the cluster, in the online tier, saying so once."""
+    """Launch; where the device does not schedule the cluster, in the online tier, saying so
+    once."""
     machine = tiers.machine(case.rows.device)
-    vocab_size, itemsize = case.rows.shape[-1], case.rows.element_size()
-    chosen = tiers.choose(
-        vocab_size,
-        case.heads,
-        case.rows.shape[2],
-        itemsize,
-        case.excess,
-        case.grad is not None,
-        machine,
-        tiers.forced_tier(),
-    )
+    shape = case.rows.shape[-1], case.heads, case.rows.shape[2]
+    itemsize = case.rows.element_size()
+    wanted = case.grad is not None
+    chosen = tiers.choose(*shape, itemsize, case.excess, wanted, machine, tiers.forced_tier())
     if chosen not in _unschedulable:
         try:
             return launch_as(chosen, case)
@@ -65,18 +60,12 @@ def launch(case: Case) -> None:
                 RuntimeWarning,
                 stacklevel=2,
             )
-    launch_as(tiers.online(vocab_size, itemsize, machine), case)
+    launch_as(tiers.online(shape[0], shape[2], itemsize, case.excess, machine), case)
 
 
 def launch_as(chosen: tiers.Launch, case: Case) -> None:
     for call in prepare(chosen, case):
-        call.kernel[call.grid](
-            *call.arguments,
-            **call.constants,
-            num_warps=chosen.num_warps,
-            num_ctas=chosen.num_ctas,
-            maxnreg=chosen.max_registers,
-        )
+        call.kernel[call.grid](*call.arguments, **call.constants, **chosen.options())
 
 
 def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:

@@ -5,10 +5,12 @@
     row_scalar         = w, or as weights_kernel.py has found it
     grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
 
-A program goes over a row twice; with excess weights over all rows of a token, and then over them again.
-Where rows are too few to occupy the device each is split: partial_kernel.py makes the first pass, and a
-program of this one the second over its part.
-The second read comes from the L2 where (programs in flight) x (their bytes) fit it: what the first pass
+A program goes over a row twice; with excess weights over all rows of a token, and then over them
+again.
+Where rows are too few to occupy the device each is split: partial_kernel.py makes the first pass,
+and a program of this one the second over its part.
+The second read comes from the L2 where (programs in flight) x (their bytes) fit it: what the first
+pass
 reads is marked to stay, what the second reads to go. Without a gradient there is no second pass.
 A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
 """
@@ -121,16 +123,17 @@ def online_kernel(
             of_row = SHARED | (head == row)
             live = tl.max((valid & of_row).to(tl.int32), axis=0) > 0
             row_m, row_s = of_head(m, head, row), of_head(s, head, row)
-            scale = tl.sum(tl.where(of_row, c, 0.0), axis=0) / row_s
             targets = ()
             scalars = ()
             if SHARED:
+                scale = tl.sum(c, axis=0) / row_s
                 for k in tl.static_range(H):
                     targets += (of_head(target, head, k),)
                     scalars += (of_head(c, head, k),)
             else:
                 targets += (of_head(target, head, row),)
                 scalars += (of_head(c, head, row),)
+                scale = scalars[0] / row_s
             index = first.to(tl.int64) + (row - first)
             row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
             row_grad = grad_begin + head_offset(index, grad_stride_h, offset_ptr, H, GRAD_LISTED)

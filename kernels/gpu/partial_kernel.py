@@ -1,11 +1,11 @@
 """Few rows of many logits: maximum and sum of each part of a row, one program a part, one read.
 
-    partial[row, i] = (m, s),  m = max x,  s = sum exp(x - m)  over the i-th of SPLITS parts of the row
+    partial[row, i] = (m, s),  m = max x,  s = sum exp(x - m)  over part i of SPLITS of the row
     x_target[b,t,k] = logits[b,t,k,target]
 
-The online kernel puts the parts together, and writes the gradient part by part as well. What it needs of
-the logits elsewhere in the row, the target's, is taken here: in place, another part may be overwritten.
-"""
+The online kernel puts the parts together, and writes the gradient part by part as well. What it
+needs of the logits elsewhere in the row, the target's, is taken here: in place, another part may be
+overwritten."""
 
 import triton
 import triton.language as tl

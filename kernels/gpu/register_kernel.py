@@ -28,9 +28,8 @@ from wmtp.kernels.rows import (
     inner_part,
 )
 
-
-# Two units of 16-bit logits; in float32 half of the lanes idle, since Triton 3.9 cannot spread fewer over
-# a cluster.
+# Two units of 16-bit logits; in float32 half of the lanes idle, since Triton 3.9 cannot spread
+# fewer over a cluster.
 EDGE_LANES = tl.constexpr(128)
 
 
@@ -152,8 +151,9 @@ def register_kernel(
 def minus_targets(g, column, target, c, head, SHARED: tl.constexpr, H: tl.constexpr):
     """g [ROWS, columns] - c_k where column is target_k, k the row's head or, shared, every head."""
     if SHARED:
-        for k in tl.static_range(H):
-            g -= tl.where(column == of_head(target, head, k), of_head(c, head, k), 0.0)
+        onehots = tl.where(column == of_head(target, head, 0), of_head(c, head, 0), 0.0)
+        for k in tl.static_range(1, H):
+            onehots += tl.where(column == of_head(target, head, k), of_head(c, head, k), 0.0)
     else:
-        g -= tl.where(column == target[:, None], c[:, None], 0.0)
-    return g
+        onehots = tl.where(column == target[:, None], c[:, None], 0.0)
+    return g - onehots

@@ -2,23 +2,23 @@
 
     tier     holds in registers      reads + writes    needs
     token    the H rows of a token   1 + 1             H x BLOCK logits in at most 16 CTAs
-    row      one row                 1 + 1             known weights; BLOCK logits in at most 16 CTAs
+    row      one row                 1 + 1             known weights; BLOCK logits in as many
     online   nothing                 2 + 1             nothing
 
 BLOCK is the power of two that holds V. A program is a cluster of CTAs:
 
-    logits a CTA   logits a thread   registers   CTAs an SM   when
-    <= 16384       64                <= 128      2 and more   16-bit logits on NVIDIA: one CTA loads while
-                                                              another stores. The preferred size, as long
-                                                              as 16 CTAs, the largest cluster, suffice
-    <= 16384       64                <= 144      1 and more   float32: 128 registers would spill
-    <= 16384       32                <= 128      1 and more   one row for all heads, whose H targets take
-                                                              registers; AMD, whose 64 lanes do
-    32768          64                <= 128      1            beyond 16 CTAs of 16384; no clusters
+    logits a CTA   a thread   registers   CTAs an SM   when
+    <= 16384       64         <= 128      2 and more   16-bit logits on NVIDIA: one CTA loads while
+                                                       another stores. Preferred, as long as 16
+                                                       CTAs, the largest cluster, suffice
+    <= 16384       64         <= 144      1 and more   float32: 128 registers would spill
+    <= 16384       32         <= 128      1 and more   one row for all heads, whose H targets take
+                                                       registers; AMD, whose 64 lanes do
+    32768          64         <= 128      1            beyond 16 CTAs of 16384; no clusters
 
-More than one CTA needs Triton >= 3.8 (reductions across a cluster) and sm_90. Excess weights need the
-whole token; known weights take the row, whose clusters are smaller. Without a gradient there is nothing
-to keep, and the online kernel reads once.
+More than one CTA needs Triton >= 3.8 (reductions across a cluster) and sm_90. Excess weights need
+the whole token; known weights take the row, whose clusters are smaller. Without a gradient there is
+nothing to keep, and the online kernel reads once.
 """
 
 import os
@@ -43,11 +43,22 @@ class Machine(NamedTuple):
 
 
 class Launch(NamedTuple):
+    """A kernel of `tier` and what it is launched with."""
+
     tier: str
     block: int
     num_warps: int
     num_ctas: int = 1
-    max_registers: int | None = None  # a thread's; the compiler would take some more, and a whole CTA
+    max_registers: int | None = None  # a thread's, where the compiler would take some more
+
+    def options(self) -> dict[str, int]:
+        """Triton's; AMD's compiler knows the first alone."""
+        found = {"num_warps": self.num_warps}
+        if self.num_ctas > 1:
+            found["num_ctas"] = self.num_ctas
+        if self.max_registers is not None:
+            found["maxnreg"] = self.max_registers
+        return found
 
 
 def machine(device: torch.device) -> Machine:
@@ -90,22 +101,24 @@ def choose(
     """
     if forced and forced not in TIERS:
         raise ValueError(f"WMTP_TRITON_TIER must be one of {', '.join(TIERS)}, got {forced!r}")
+    token = excess and rows > 1
+    below = online(vocab_size, rows, itemsize, excess, machine)
     if forced == "online" or not gradient:
-        return online(vocab_size, itemsize, machine)
-    tier = forced or ("token" if excess and rows > 1 else "row")
-    if forced == "row" and excess and rows > 1:
+        return below
+    tier = forced or ("token" if token else "row")
+    if forced == "row" and token:
         raise ValueError(
-            "WMTP_TRITON_TIER=row cannot serve weights from ref_ce, which need all rows of a token: "
-            "use token or online"
+            "WMTP_TRITON_TIER=row cannot serve weights from ref_ce, which need all rows of a "
+            "token: use token or online"
         )
     held = rows if tier == "token" else 1
     found = _in_registers(tier, held, vocab_size, itemsize, rows < heads, machine)
     if found is None and forced:
         raise ValueError(
-            f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers here: "
-            f"use online"
+            f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers "
+            f"here: use online"
         )
-    return found or online(vocab_size, itemsize, machine)
+    return found or below
 
 
 def _in_registers(
@@ -124,17 +137,21 @@ def _in_registers(
     threads = max(logits // (64 if nvidia and not shared else 32), fewest)
     if threads > 1024:
         return None
-    two_fit = nvidia and not shared and itemsize == 2 and logits == PREFERRED
+    two_fit = nvidia and not shared and itemsize == 2 and logits == PREFERRED and tier == "row"
     return Launch(tier, block, threads // machine.warp_size, num_ctas, 128 if two_fit else None)
 
 
-def online(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
-    return Launch("online", *launch_shape(vocab_size, itemsize, machine.warp_size))
+def online(vocab_size: int, rows: int, itemsize: int, excess: bool, machine: Machine) -> Launch:
+    """Rows in steps. Over all rows of a token NVIDIA's compiler would rather spill than exceed 48
+    registers: it is told that 64 will do, which is four CTAs an SM."""
+    block, num_warps = launch_shape(vocab_size, itemsize, machine.warp_size)
+    limited = excess and rows > 1 and machine.warp_size == 32
+    return Launch("online", block, num_warps, max_registers=64 if limited else None)
 
 
 def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> int:
-    """Parts of a row in the online tier: a power of two. More than one where rows are fewer than SMs,
-    as long as a part keeps a program busy for four steps of 8 KiB."""
+    """Parts of a row in the online tier: a power of two. More than one where rows are fewer than
+    SMs, as long as a part keeps a program busy for four steps of 8 KiB."""
     wanted = min(machine.processors // max(programs, 1), vocab_size * itemsize // 32768)
     return 1 << max(wanted, 1).bit_length() - 1
 

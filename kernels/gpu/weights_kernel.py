@@ -4,12 +4,12 @@
     row_scalar  = w / sum_k w  (token_mean; 0 where the sum is <= 1e-8), else w
     denominator = normalizer  |  number of tokens with sum_k w > 1e-8  |  sum w  |  1
 
-Excess weights are not known yet, but they sum to 1 on every token that has a target. One program goes
+Excess weights are not known yet, but they sum to 1 on every token that has a target. One program
+goes
 over all tokens: it reads 20 bytes for each of a token's rows, which are V times as long, and sums
 in a fixed order. All arithmetic is float32.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -28,7 +28,7 @@ def weights_kernel(
     row_scalar_ptr,  # [B, S, H]; excess weights: not written
     weight_sum_ptr,  # [B, S]
     valid_mask_ptr,  # [B, S] bool
-    factors_ptr,  # [3]: 1 / denominator, what is left to multiply the gradient with, what it has had
+    factors_ptr,  # [3]: 1 / denominator; what the gradient still needs, and what it has had
     tokens,
     seq_len,
     vocab_size,

@@ -118,7 +118,7 @@ def predicted_tier(job: Job, card: Card = PREDICTED_CARD) -> str:
     if job.case.provider not in OURS:
         return ""
     try:
-        return launch_of(job, Machine(32, card.has_clusters)).tier
+        return launch_of(job, Machine(32, card.has_clusters, card.processors)).tier
     except ValueError:
         return ""
 
@@ -143,7 +143,7 @@ def _rereads_from_memory(job: Job, card: Card) -> bool:
     case = job.case
     batch, length, heads, vocabulary = case.shape
     rows_a_program = heads if case.weighting == "ref_ce" else 1
-    threads = 32 * launch_of(job, Machine(32, card.has_clusters)).num_warps
+    threads = 32 * launch_of(job, Machine(32, card.has_clusters, card.processors)).num_warps
     programs = min(
         batch * length * heads // rows_a_program, card.processors * (card.threads // threads)
     )

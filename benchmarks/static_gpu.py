@@ -82,9 +82,11 @@ def load_kernels() -> dict[str, Any]:
     if importlib.util.find_spec("torch") is None:  # then only its names are needed
         stub: Any = types.ModuleType("torch")
         stub.Tensor = stub.device = stub.dtype = object
-        stub.float32 = None
+        stub.float32, stub.version = None, types.SimpleNamespace(hip=None)
         sys.modules["torch"] = stub
-    folder = Path(__file__).parents[1] / "kernels" / "gpu"
+    folder = Path(__file__).resolve().parents[1] / "kernels"
+    if (folder / "gpu").exists():  # the repository; installed, they are in wmtp/kernels
+        folder /= "gpu"
     for name, path in (("wmtp", []), ("wmtp.kernels", [str(folder)])):
         package: Any = types.ModuleType(name)
         package.__path__ = path
@@ -197,7 +199,9 @@ def _streaming_variants(
     for shared in (False, True):
         constants = {"H": HEADS, "SHARED_HEADS": shared, "IN_PHASE": True, **block}
         name = "row_gradient" + " shared" * shared
-        limit = modules["gradient_kernel"].register_limit(shared, machine.warp_size)
+        limit = {}
+        if target.startswith("cuda"):
+            limit = modules["gradient_kernel"].register_limit(shared, 32 * launch.num_warps)
         limited = launch._replace(max_registers=limit.get("maxnreg"))
         yield Variant(name, dtype, vocabulary, gradient, constants, limited, True, True)
 

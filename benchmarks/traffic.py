@@ -113,9 +113,7 @@ def measure(
     rows = torch.randn(batch, length, 1 if shared else heads, vocabulary).to(dtype)
     rows.requires_grad_(gradient)
     # An in-place loss wants logits that are no leaf, as a model's are.
-    logits = (rows.detach().clone().requires_grad_() * 1 if inplace else rows).expand(
-        -1, -1, heads, -1
-    )
+    logits = (rows * 1 if inplace else rows).expand(-1, -1, heads, -1)
     weights = _weights(weighting, target_ids, heads, vocabulary, dtype)
     tensors = {"logits": logits}
     if weighting == "ref_logits":
@@ -125,7 +123,7 @@ def measure(
         loss = fused_weighted_mtp_loss(
             logits, target_ids, **weights, inplace=inplace, backend="triton"
         ).loss
-        grad = torch.autograd.grad(loss, logits if inplace else rows)[0] if gradient else None
+        grad = torch.autograd.grad(loss, rows)[0] if gradient else None
     # The gradient did not exist before: what is stored elsewhere is it, and per-token numbers.
     valid = has_target(target_ids, heads, IGNORED)
     live = int((valid.any(-1) if shared else valid).sum())

@@ -16,7 +16,7 @@ LOGITS, IDS = torch.zeros(2, 8, 4, 11), torch.zeros(2, 8, dtype=torch.long)
 WEIGHTS, REF_CE = torch.ones(2, 8, 4), torch.zeros(2, 7)
 
 BAD_CALLS = {
-    "logits not a tensor": (dict(logits=[1.0]), TypeError, "logits must be a tensor .*got list"),
+    "logits not a tensor": (dict(logits=1.0), TypeError, "logits must be a tensor .*got float"),
     "logits of rank 3": (
         dict(logits=LOGITS[:, :, 0]),
         ValueError,

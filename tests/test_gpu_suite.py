@@ -551,7 +551,7 @@ def test_no_picture_without_matplotlib(monkeypatch, tmp_path):
 def cubin(folder, number, symbol="register_kernel", **constants):
     """What static_gpu.py leaves for one kernel of bf16 logits, V = 1000, H = 2."""
     held = {"ROWS": 1, "HEADS": 1, "PROGRAMS": 2, "H": 2, "EXCESS": False, "SIGNED": False}
-    held |= {"IN_PHASE": True, "BLOCK": 1024, **constants}
+    held |= {"LISTED": False, "GRAD_LISTED": False, "IN_PHASE": True, "BLOCK": 1024, **constants}
     row = {"symbol": symbol, "dtype": "bf16", "threads": 32, "num_ctas": 1, "shared_bytes": 64}
     (folder / f"{number}.json").write_text(json.dumps({**row, "constants": held}))
     (folder / f"{number}.cubin").write_bytes(b"\x7fELF")
@@ -568,7 +568,7 @@ def call_with_cubins(monkeypatch, folder, **options):
     """(file loaded, programs, arguments) of what the library would have launched."""
     launched = []
     # As CUDA's allocations, which begin on 512 bytes, are.
-    monkeypatch.setattr("wmtp.kernels.rows.in_phase", lambda logits, grad: True)
+    monkeypatch.setattr("wmtp.kernels.launch.in_phase", lambda *_: True)
     monkeypatch.setattr(cubins, "_load", lambda file: file)
     monkeypatch.setattr(cubins, "_launch", lambda *arguments: launched.append(arguments))
     logits = torch.randn(1, 6, 2, 1000, dtype=torch.bfloat16, requires_grad=True)

@@ -14,6 +14,7 @@ LAYERS = [
     {"reference", "cpu", "kernels"},
     {"backends"},
     {"ops"},
+    {"head_list"},
     {"loss"},
     {"scorers", "models", "data", "benchmarks"},
     {"trainers"},

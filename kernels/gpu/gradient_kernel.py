@@ -190,11 +190,12 @@ def row_gradient(
             IN_PHASE=in_phase(rows, grad),
             BLOCK=block,
             num_warps=num_warps,
-            **register_limit(shared_heads, warp),
+            **register_limit(shared_heads, num_warps * warp),
         )
     return grad
 
 
-def register_limit(shared_heads: bool, warp: int) -> dict[str, int]:
-    """With several targets a row NVIDIA's compiler takes a few more than four CTAs an SM allow."""
-    return {"maxnreg": 64} if shared_heads and warp == 32 else {}
+def register_limit(shared_heads: bool, threads: int) -> dict[str, int]:
+    """For several targets a row the compiler takes a few registers more than four CTAs allow."""
+    nvidia = torch.version.hip is None
+    return {"maxnreg": 64} if nvidia and shared_heads and threads == 256 else {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agreement import GRADIENT_TOLERANCE, relative_error
-from wmtp import kernels
+from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import shift_to_heads
 from wmtp.reference import cross_entropy_per_head, excess_head_weights
 
@@ -305,11 +305,15 @@ def test_offsets_pass_two_to_the_31(device, tmp_path, monkeypatch):
 @pytest.mark.gpu
 def test_no_kernel_waits_for_the_device():
     logits, target_ids = make((2, 5, 3, 1000), torch.bfloat16, "cuda")
+    heads = [head.clone().requires_grad_() for head in logits.unbind(2)]
 
     def everything():
-        *_, ce, lse = forward(logits, target_ids)
-        kernels.row_gradient(logits, target_ids, lse, ce, IGNORED)
-        kernels.next_token_ce(logits[:, :, 0], target_ids, IGNORED)
+        ref_ce = kernels.next_token_ce(logits[:, :, 0], target_ids, IGNORED)
+        leaf = logits.detach().requires_grad_()
+        found = fused_weighted_mtp_loss(leaf, target_ids, ref_ce=ref_ce)
+        (3 * found.loss + found.ce_per_head.mean()).backward()
+        (3 * fused_weighted_mtp_loss(leaf * 1, target_ids, inplace=True).loss).backward()
+        fused_weighted_mtp_loss(heads, target_ids, normalizer=7).loss.backward()
 
     everything()  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -313,3 +313,26 @@ def test_multiply(device, factor):
         assert product.data_ptr() == grad.data_ptr()
         # The interpreter cuts bfloat16 off where a card rounds.
         torch.testing.assert_close(product, wanted, rtol=2**-7 if factor != 1 else 0, atol=0)
+
+
+@pytest.mark.gpu
+def test_a_graph_captures_loss_and_gradient(tier):
+    logits, target_ids = make((2, 9, 4, 517), torch.bfloat16, "cuda")
+    leaf = logits.clone().requires_grad_()
+
+    def step():
+        loss = fused_weighted_mtp_loss(leaf, target_ids).loss
+        return loss, *torch.autograd.grad(2 * loss, leaf)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaf.copy_(logits.flip(1))
+    graph.replay()
+    for found, wanted in zip(captured, step(), strict=True):
+        assert torch.equal(found, wanted)

@@ -111,7 +111,8 @@ def variants(modules: dict[str, Any], target: str) -> Iterator[Variant]:
 def _machine(modules: dict[str, Any], target: str) -> Any:
     tiers = modules["tiers"]
     clusters = CARDS[target].has_clusters and tiers.triton_reduces_across_clusters()
-    return tiers.Machine(64 if target.startswith("hip") else 32, clusters, CARDS[target].processors)
+    nvidia = target.startswith("cuda")
+    return tiers.Machine(32 if nvidia else 64, clusters, CARDS[target].processors, nvidia)
 
 
 def _loss_variants(
@@ -226,7 +227,8 @@ def _small_variants(modules: dict[str, Any]) -> Iterator[Variant]:
     yield Variant("finish", "fp32", 0, weights.finish_kernel, tokens, once, False, False)
     scale = modules["scale_kernel"].scale_kernel
     for dtype in ITEMSIZE:
-        yield Variant("scale", dtype, 0, scale, {"BLOCK": 4096}, once, False, False)
+        constants = {"H": HEADS, "BLOCK": 4096}
+        yield Variant("scale", dtype, 0, scale, constants, once, False, False)
 
 
 def compile_variant(variant: Variant, target: str) -> Any:
@@ -250,7 +252,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
             signature[name] = "fp32"
         else:
             assert parameter.do_not_specialize, f"{name} would make a binary for every value"
-            signature[name] = "i64" if "stride" in name or name == "count" else "i32"
+            signature[name] = "i64" if "stride" in name else "i32"
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, _warp(target))
     source = ASTSource(variant.kernel, signature, variant.constants, attributes)

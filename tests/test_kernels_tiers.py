@@ -240,6 +240,10 @@ def test_a_cluster_that_does_not_fit_the_device_falls_back_once(monkeypatch):
         assert_loss_and_gradient(logits, target_ids)
     assert_loss_and_gradient(logits, target_ids)
     assert tried == ["token", "online", "online"]
+    monkeypatch.setattr(launch, "_unschedulable", set())
+    monkeypatch.setenv("WMTP_TRITON_TIER", "token")
+    with pytest.raises(RuntimeError, match="cluster misconfiguration"):
+        weighted_loss(logits, target_ids)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -259,6 +263,9 @@ def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
         assert torch.equal(grad, new)
     rows = logits[:, :, :1]
     assert_loss_and_gradient(rows.expand(-1, -1, 3, -1), target_ids, shared=True)
+    masked = target_ids.clone()
+    masked[0, 1] = IGNORED  # the first head's, while a later one has a target
+    assert_loss_and_gradient(rows.expand(-1, -1, 3, -1), masked, shared=True)
     logits[0, 0, 0, -1] = NAN
     *found, _ = weighted_loss(logits, target_ids, gradient="none")
     assert_close(found, truth(logits, target_ids))
@@ -306,9 +313,9 @@ def test_what_is_chosen():
 
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 def test_multiply(device, factor):
-    for shape in ((0,), (5,), (3, 5000)):
-        grad = torch.randn(shape, device=device).to(torch.bfloat16)
-        wanted = grad * factor
+    for shape in ((0, 3, 2, 9), (1, 1, 1, 5), (2, 3, 2, 5000), (2, 3, 7)):
+        grad = torch.randn(shape, device=device).to(torch.bfloat16)[..., : shape[-1] - 1]
+        wanted = (grad.float() * factor).to(torch.bfloat16)
         product = kernels.multiply_(grad, torch.tensor(factor, device=device))
         assert product.data_ptr() == grad.data_ptr()
         # The interpreter cuts bfloat16 off where a card rounds.

@@ -89,7 +89,7 @@ def test_reference_logits_are_read_once(dtype):
 
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_a_gradient_is_touched_only_if_the_factor_is_not_1(factor):
-    grad = torch.randn(3, 5000)
+    grad = torch.randn(1, 3, 1, 5000)
     traffic = Traffic(grad=grad)
     with traffic.counted():
         kernels.multiply_(grad, torch.tensor(factor))

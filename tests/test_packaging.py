@@ -26,7 +26,7 @@ def test_build_without_a_compiler_succeeds_and_says_so(tmp_path):
     assert "the wmtp CPU kernel was not built" in done.stderr
     assert "runs its CPU operator in eager PyTorch" in done.stderr
     assert not list(tmp_path.rglob("*.so"))
-    assert list(tmp_path.glob("build/*/wmtp/kernels/token_kernel.py"))
+    assert list(tmp_path.glob("build/*/wmtp/kernels/register_kernel.py"))
 
 
 def test_torch_is_the_only_core_dependency():

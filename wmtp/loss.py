@@ -51,7 +51,7 @@ def fused_weighted_mtp_loss(
             set of logits for all heads, `logits[:, :, None].expand(-1, -1, H, -1)`, is read once;
             of the gradients of such heads only the sum, which autograd hands on, has a meaning.
             Or a list of H tensors [B, S, V], which are read where they lie (stacked in compiled
-            code, by backend="eager", and to differentiate `ce_per_head`).
+            code, by backend="eager", in a second backward, and to differentiate `ce_per_head`).
         target_ids: [B, S] integer, the *unshifted* token ids.
         head_weights: [B, S, H] float, finite and >= 0 (checked on the CPU, where there is a
             target; on a GPU the check would cost a sync and is not made).

@@ -51,7 +51,8 @@ def launch(case: Case) -> None:
         try:
             return launch_as(chosen, case)
         except RuntimeError as error:
-            if chosen.num_ctas == 1 or "cluster" not in str(error).lower():
+            unschedulable = chosen.num_ctas > 1 and "cluster" in str(error).lower()
+            if not unschedulable or tiers.forced_tier():
                 raise
             _unschedulable.add(chosen)
             warnings.warn(

@@ -1,4 +1,4 @@
-"""The loss over a whole batch, and its gradient if wanted: four launches, no wait for the device.
+"""The loss over a whole batch, and its gradient if wanted: no wait for the device.
 
 weights_kernel (what is known before) - register_kernel or online_kernel (tiers.py chooses; one read
 and

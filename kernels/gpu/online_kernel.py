@@ -81,7 +81,10 @@ def online_kernel(
 
     if SPLITS > 1:
         rows = token + tl.zeros((HEADS,), tl.int64) if SHARED else token * H + head
-        m, s = whole_of_parts(partial_ptr, rows, valid, SPLITS)
+        read = valid  # a shared row was read if any head has a target
+        if SHARED:
+            read = tl.max(valid.to(tl.int32), axis=0) + tl.zeros((HEADS,), tl.int32) > 0
+        m, s = whole_of_parts(partial_ptr, rows, read, SPLITS)
         x_target = tl.load(x_target_ptr + token * H + head, mask=valid, other=0.0)
     else:
         # First of all: in place, another thread of this program will overwrite it.

@@ -71,11 +71,11 @@ def partial_kernel(
 
 
 @triton.jit
-def whole_of_parts(partial_ptr, row, valid, SPLITS: tl.constexpr):
-    """(m, s) of rows [HEADS] from their parts; (0, 1) where not valid."""
+def whole_of_parts(partial_ptr, row, read, SPLITS: tl.constexpr):
+    """(m, s) of rows [HEADS] from their parts; (0, 1) where they were not read."""
     part_ptr = partial_ptr + (row[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]) * 2
-    part_m = tl.load(part_ptr, mask=valid[:, None], other=0.0)
-    part_s = tl.load(part_ptr + 1, mask=valid[:, None], other=1.0)
+    part_m = tl.load(part_ptr, mask=read[:, None], other=0.0)
+    part_s = tl.load(part_ptr + 1, mask=read[:, None], other=1.0)
     m = tl.max(part_m, axis=1)
     s = tl.sum(part_s * tl.exp(part_m - finite_or_zero(m)[:, None]), axis=1)
-    return m, tl.where(valid, s, 1.0)
+    return m, tl.where(read, s, 1.0)

@@ -8,26 +8,44 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["count"])
-def scale_kernel(grad_ptr, factor_ptr, count, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["stride_b", "stride_s", "stride_h", "seq_len", "vocab_size"])
+def scale_kernel(
+    grad_ptr,  # [B, S, H, V], last stride 1
+    factor_ptr,  # [] float32
+    stride_b,
+    stride_s,
+    stride_h,
+    seq_len,
+    vocab_size,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, count, step):
+        row = tl.program_id(0).to(tl.int64)
+        token = row // H
+        row_ptr = grad_ptr + token // seq_len * stride_b + token % seq_len * stride_s
+        row_ptr += row % H * stride_h
+        for start in range(0, vocab_size, BLOCK):
             offset = start + tl.arange(0, BLOCK)
-            inside = offset < count
-            grad = tl.load(grad_ptr + offset, mask=inside)
-            product = (grad.to(tl.float32) * factor).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + offset, product, mask=inside)
+            inside = offset < vocab_size
+            grad = tl.load(row_ptr + offset, mask=inside).to(tl.float32)
+            tl.store(row_ptr + offset, (grad * factor).to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def multiply_(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """grad *= factor [] float32, on the device of both; returns grad."""
-    if not grad.is_contiguous():  # rows with gaps: in place in a larger tensor
-        return grad.mul_(factor)
-    block = 4096
-    programs = min(triton.cdiv(grad.numel(), block), 4096)
-    if programs:
+    """grad *= factor, in float32 whatever grad's dtype; returns grad.
+
+    Args:
+        grad: [B, S, H, V] or a head's [B, S, V], last stride 1, other strides any.
+        factor: [] float32, on the same device.
+    """
+    rows = grad.unsqueeze(2) if grad.dim() == 3 else grad
+    batch, seq_len, heads, vocab_size = rows.shape
+    if rows.numel():
         with torch.cuda.device_of(grad):
-            scale_kernel[(programs,)](grad, factor, grad.numel(), BLOCK=block, num_warps=8)
+            scale_kernel[(batch * seq_len * heads,)](
+                rows, factor, *rows.stride()[:3], seq_len, vocab_size,
+                H=heads, BLOCK=4096, num_warps=8,
+            )  # fmt: skip
     return grad

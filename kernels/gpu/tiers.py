@@ -40,6 +40,7 @@ class Machine(NamedTuple):
     warp_size: int
     has_clusters: bool
     processors: int  # SMs
+    nvidia: bool = True
 
 
 class Launch(NamedTuple):
@@ -64,9 +65,11 @@ class Launch(NamedTuple):
 def machine(device: torch.device) -> Machine:
     if device.type != "cuda":  # the interpreter takes any cluster, and ignores it
         return Machine(32, True, 1)
-    hopper = torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    nvidia = torch.version.hip is None
+    hopper = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Machine(warp_size(device), hopper and triton_reduces_across_clusters(), processors)
+    clusters = hopper and triton_reduces_across_clusters()
+    return Machine(warp_size(device), clusters, processors, nvidia)
 
 
 def triton_reduces_across_clusters() -> bool:
@@ -129,7 +132,7 @@ def _in_registers(
     logits = block * triton.next_power_of_2(rows)
     num_ctas = min(max(logits // PREFERRED, 1), MOST_CTAS if machine.has_clusters else 1)
     logits //= num_ctas
-    nvidia = machine.warp_size == 32
+    nvidia = machine.nvidia
     if logits > (PREFERRED if shared else MOST):
         return None
     # The edges of several rows are spread over the threads as well: not too few.
@@ -145,7 +148,7 @@ def online(vocab_size: int, rows: int, itemsize: int, excess: bool, machine: Mac
     """Rows in steps. Over all rows of a token NVIDIA's compiler would rather spill than exceed 48
     registers: it is told that 64 will do, which is four CTAs an SM."""
     block, num_warps = launch_shape(vocab_size, itemsize, machine.warp_size)
-    limited = excess and rows > 1 and machine.warp_size == 32
+    limited = excess and rows > 1 and machine.nvidia
     return Launch("online", block, num_warps, max_registers=64 if limited else None)
 
 

@@ -76,8 +76,7 @@ def key_of(symbol: str, dtype: str, threads: int, num_ctas: int, constants: dict
 
 
 def c_arguments(arguments: tuple[Any, ...]) -> list[Any]:
-    """Tensors, then lead and three strides of the logits and of the gradient, sizes,
-    temperature."""
+    """Tensors; lead and three strides of the logits, of the gradient; three sizes; temperature."""
     *tensors_and_integers, temperature = arguments
     tensors = [value for value in tensors_and_integers if isinstance(value, torch.Tensor)]
     integers = tensors_and_integers[len(tensors) :]

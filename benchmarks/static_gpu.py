@@ -3,9 +3,9 @@
     python -m benchmarks.static_gpu [--check] [--json FILE] [--cubins FOLDER] [--dtype D] [TARGET..]
 
 Every kernel that the library can launch, as its own configuration function (kernels/gpu/tiers.py)
-would
-launch it, compiled for sm_80, sm_90, sm_100 and gfx942. It needs Triton alone (>= 3.6; no torch, no
-GPU), so that another version is checked from a venv of its own. One object a kernel and target:
+would launch it, compiled for sm_80, sm_90, sm_100 and gfx942. This file needs Triton alone (>= 3.6;
+no torch, no GPU, nothing of ours), so that another version is checked from a venv of its own. One
+object a kernel and target:
 
     registers         of a thread
     spill_bytes       of a thread, to memory: 0
@@ -39,8 +39,7 @@ HEADS = 4
 
 
 class Card(NamedTuple):
-    """What a target's SM has, and the data sheet's bandwidth over its SMs (one card of the
-    kind)."""
+    """What a target's SM has, and one card's bandwidth and SMs, from its data sheet."""
 
     name: str
     registers: int

@@ -52,7 +52,8 @@ class _LossOfHeads(torch.autograd.Function):
         arguments, others = arguments[:12], arguments[12:]
         *options, backend, _, ahead, inplace = arguments
         gradient = ("inplace" if inplace else "new") if ahead else "none"
-        rows, offsets = _rows_of_heads((first, *others))
+        heads = _alike((first, *others))  # some may be copies: they must live until the launch
+        rows, offsets = _as_one(heads)
         *output, grad = KERNELS[backend].weighted_loss(rows, *options, gradient, offsets)
         output = (*output, grad.new_empty(0) if inplace else grad)
         ops.save_for_backward(ctx, (first, *arguments), output, others)
@@ -69,17 +70,20 @@ class _LossOfHeads(torch.autograd.Function):
         return grads[0], None, grad_weights, *(None,) * 10, *grads[1:]
 
 
-def _rows_of_heads(heads):
-    """All heads as [B, S, H, V], as if each were the one of the lowest address, and the offsets."""
+def _alike(heads):
+    """The heads with one set of strides, the last of them 1."""
     heads = [ops.unit_stride(head) for head in heads]
     if any(head.stride() != heads[0].stride() for head in heads):
         heads = [head.contiguous() for head in heads]
+    return heads
+
+
+def _as_one(heads):
+    """All heads as [B, S, H, V], as if each were the one of the lowest address, and the offsets."""
     lowest = min(heads, key=Tensor.data_ptr)
     begin = lowest.data_ptr()
     offsets = tuple((head.data_ptr() - begin) // head.element_size() for head in heads)
-    rows = lowest[:, :, None].expand(-1, -1, len(heads), -1)
-    rows.heads = heads  # some may be copies: they live as long as this
-    return rows, offsets
+    return lowest[:, :, None].expand(-1, -1, len(heads), -1), offsets
 
 
 def _heads_gradients(ctx, grad_loss, grad_ce):

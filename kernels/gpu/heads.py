@@ -1,5 +1,4 @@
-"""What every loss kernel here shares: the targets of a token's heads, and weights from their
-excess.
+"""What the loss kernels share: the targets of a token's heads, and weights from their excess.
 
 A program holds some heads of one token (b, t): head k's target is target_ids[b, t + k + 1], valid
 when that position exists and is not ignore_index.
@@ -28,9 +27,33 @@ def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def settle_heads(
+    ce, lse, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
+    row_scalar_ptr, weight_sum_ptr, ce_ptr, lse_ptr,
+    H: tl.constexpr, EXCESS: tl.constexpr, SIGNED: tl.constexpr,
+):  # fmt: skip
+    """Finds excess weights, stores what is known of the heads, and returns what their rows'
+    gradient is times, [HEADS]. Of a split row every part finds the same; the first stores it."""
+    ce = tl.where(valid, ce, 0.0)
+    head_ptr = token * H + head
+    is_first = tl.program_id(1) == 0
+    mine = tl.where(is_first, head < H, False)
+    if EXCESS:
+        ref_ce = tl.load(ref_ce_ptr + token - token // seq_len + head, mask=valid)  # [B, S-1]
+        row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
+        tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
+        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0), mask=is_first)
+    else:
+        row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
+    tl.store(ce_ptr + head_ptr, ce, mask=mine)
+    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=mine)
+    c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
+    return tl.where(valid, c, 0.0)
+
+
+@triton.jit
 def head_offset(row, stride_h, offset_ptr, H: tl.constexpr, LISTED: tl.constexpr):
-    """Where the row of a head begins, from the first's: heads of memory of their own have a
-    list."""
+    """Where the row of a head begins, from the lowest: heads that are listed say so."""
     if LISTED:
         return tl.load(offset_ptr + tl.minimum(row, H - 1))
     return row * stride_h

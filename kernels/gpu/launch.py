@@ -1,5 +1,4 @@
-"""How the kernel over the logits is launched: in the tier that `tiers.py` chooses, or one below
-it."""
+"""How the kernel over the logits is launched: in the tier that `tiers.py` chooses, or below it."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -40,8 +39,7 @@ _unschedulable: set[tiers.Launch] = set()
 
 
 def launch(case: Case) -> None:
-    """Launch; where the device does not schedule the cluster, in the online tier, saying so
-    once."""
+    """Launch; in the online tier, saying so once, where the device schedules no such cluster."""
     machine = tiers.machine(case.rows.device)
     shape = case.rows.shape[-1], case.heads, case.rows.shape[2]
     itemsize = case.rows.element_size()

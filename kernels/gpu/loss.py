@@ -1,9 +1,8 @@
 """The loss over a whole batch, and its gradient if wanted: no wait for the device.
 
 weights_kernel (what is known before) - register_kernel or online_kernel (tiers.py chooses; one read
-and
-one write of the logits where a tier of registers serves the case) - finish_kernel (the sum, in a
-fixed order).
+and one write of the logits where a tier of registers serves the case) - finish_kernel (the sum, in
+a fixed order).
 """
 
 import torch
@@ -125,8 +124,7 @@ def _on_device(normalizer: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
 
 
 def _offsets(head_offsets: tuple[int, ...], logits: torch.Tensor) -> torch.Tensor:
-    """[H] int64 beside the logits; filled there, since a copy would wait, and a graph not keep
-    it."""
+    """[H] int64 beside the logits; filled there: a copy would wait, and no graph would keep it."""
     offsets = logits.new_empty(len(head_offsets), dtype=torch.int64)
     for k, offset in enumerate(head_offsets):
         offsets[k].fill_(offset)

@@ -6,12 +6,10 @@
     grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
 
 A program goes over a row twice; with excess weights over all rows of a token, and then over them
-again.
-Where rows are too few to occupy the device each is split: partial_kernel.py makes the first pass,
-and a program of this one the second over its part.
-The second read comes from the L2 where (programs in flight) x (their bytes) fit it: what the first
-pass
-reads is marked to stay, what the second reads to go. Without a gradient there is no second pass.
+again. Where rows are too few to occupy the device each is split: partial_kernel.py makes the first
+pass, and a program of this one the second over its part. The second read comes from the L2 where
+(programs in flight) x (their bytes) fit it: what the first pass reads is marked to stay, what the
+second reads to go. Without a gradient there is no second pass.
 A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
 """
 
@@ -19,7 +17,7 @@ import triton
 import triton.language as tl
 
 from wmtp.kernels.gradient_kernel import write_gradient
-from wmtp.kernels.heads import excess_weights, head_offset, head_targets, of_head
+from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads
 from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
 from wmtp.kernels.rows import cross_entropy, row_max_sum
 
@@ -102,25 +100,14 @@ def online_kernel(
                 m = tl.where(of_row, row_m, m)
                 s = tl.where(of_row, row_s, s)
     ce, lse = cross_entropy(m, s, x_target, in_range)
-    ce = tl.where(valid, ce, 0.0)
 
-    head_ptr = token * H + head
-    split = tl.program_id(1)
-    mine = tl.where(split == 0, head < H, False)  # every part finds the same
-    if EXCESS:
-        ref_ce = tl.load(ref_ce_ptr + b * (seq_len - 1) + t + head, mask=valid)
-        row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
-        tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
-        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0), mask=split == 0)
-    else:
-        row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
-    tl.store(ce_ptr + head_ptr, ce, mask=mine)
-    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=mine)
+    c = settle_heads(
+        ce, lse, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
+        row_scalar_ptr, weight_sum_ptr, ce_ptr, lse_ptr, H, EXCESS, SIGNED,
+    )  # fmt: skip
 
     if GRAD:
-        c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
-        c = tl.where(valid, c, 0.0)
-        column, columns = part_of_row(split, vocab_size, SPLITS, ITEMSIZE)
+        column, columns = part_of_row(tl.program_id(1), vocab_size, SPLITS, ITEMSIZE)
         target = tl.where(valid, target - column, -1).to(tl.int32)
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)

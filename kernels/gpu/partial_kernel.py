@@ -5,7 +5,8 @@
 
 The online kernel puts the parts together, and writes the gradient part by part as well. What it
 needs of the logits elsewhere in the row, the target's, is taken here: in place, another part may be
-overwritten."""
+overwritten.
+"""
 
 import triton
 import triton.language as tl

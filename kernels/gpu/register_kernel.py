@@ -19,7 +19,7 @@ A row without a valid target is not read; its gradient is 0. All arithmetic is f
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import excess_weights, head_offset, head_targets, of_head
+from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads
 from wmtp.kernels.rows import (
     UNIT_BYTES,
     cross_entropy,
@@ -116,21 +116,10 @@ def register_kernel(
         head_m = m + tl.zeros((HEADS,), tl.float32)
         head_s = s + tl.zeros((HEADS,), tl.float32)
     ce, lse = cross_entropy(head_m, head_s, x_target, in_range)
-    ce = tl.where(valid, ce, 0.0)
-
-    head_ptr = token * H + head
-    if EXCESS:
-        ref_ce = tl.load(ref_ce_ptr + b * (seq_len - 1) + t + head, mask=valid)
-        row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
-        tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=head < H)
-        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0))
-    else:
-        row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
-    tl.store(ce_ptr + head_ptr, ce, mask=head < H)
-    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=head < H)
-
-    c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
-    c = tl.where(valid, c, 0.0)
+    c = settle_heads(
+        ce, lse, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
+        row_scalar_ptr, weight_sum_ptr, ce_ptr, lse_ptr, H, EXCESS, SIGNED,
+    )  # fmt: skip
     target = tl.where(valid, target, -1).to(tl.int32)
     row_c = c
     if SHARED:

@@ -5,9 +5,8 @@
     denominator = normalizer  |  number of tokens with sum_k w > 1e-8  |  sum w  |  1
 
 Excess weights are not known yet, but they sum to 1 on every token that has a target. One program
-goes
-over all tokens: it reads 20 bytes for each of a token's rows, which are V times as long, and sums
-in a fixed order. All arithmetic is float32.
+goes over all tokens, in a fixed order: that is 20 bytes for each row, beside its V logits. All
+arithmetic is float32.
 """
 
 import triton

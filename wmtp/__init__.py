@@ -5,6 +5,7 @@ loss, valid_mask, ce_per_head = fused_weighted_mtp_loss(logits, target_ids)
 """
 
 from wmtp.gradient_memory import release_memory
+from wmtp.linear import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.loss import (
     fused_weighted_mtp_loss,
     mtp_cross_entropy,
@@ -16,7 +17,9 @@ __version__ = "0.1.0"
 __all__ = [
     "MTPLoss",
     "excess_head_weights",
+    "fused_linear_weighted_mtp_loss",
     "fused_weighted_mtp_loss",
+    "linear_next_token_cross_entropy",
     "mtp_cross_entropy",
     "next_token_cross_entropy",
     "release_memory",

@@ -7,7 +7,7 @@ import torch
 from wmtp import cpu, kernels
 from wmtp.checks import check_choice
 
-# Each module offers weighted_loss, row_gradient, multiply_, next_token_ce and unavailable;
+# Each module offers weighted_loss, row_gradient, multiply_, next_token_ce, rows_ce_, unavailable;
 # importing one loads neither a library nor Triton.
 KERNELS = {"cpu": cpu, "triton": kernels}
 BACKENDS = ("auto", *KERNELS, "eager")

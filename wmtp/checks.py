@@ -28,29 +28,56 @@ def check_loss_arguments(
 ) -> None:
     """Everything about the arguments that can be known without reading a tensor's values."""
     check_logits("logits", logits, "[B, S, H, V]")
-    batch, length, heads, _ = logits.shape
+    check_one_weighting(head_weights=head_weights, ref_logits=ref_logits, ref_ce=ref_ce)
+    if ref_logits is not None:
+        check_logits("ref_logits", ref_logits, "[B, S, V]")
+        shape = (*logits.shape[:2], ref_logits.shape[2])
+        check_shape("ref_logits", ref_logits, "[B, S, V]", shape, "same batch as the logits")
+        check_same_device(logits, ref_logits=ref_logits)
+    check_weighting(
+        logits,
+        target_ids,
+        head_weights,
+        ref_ce=ref_ce,
+        temperature=temperature,
+        excess=excess,
+        reduction=reduction,
+        normalizer=normalizer,
+        horizon=horizon,
+    )
+
+
+def check_weighting(
+    scores: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None,
+    *,
+    ref_ce: Tensor | None,
+    temperature: float,
+    excess: str,
+    reduction: str,
+    normalizer: Tensor | float | None,
+    horizon: int | None,
+) -> None:
+    """What goes with logits [B, S, H, V] or hidden states [B, S, H, D], checked before."""
+    batch, length, heads, _ = scores.shape
     check_target_ids(target_ids, batch, length)
     check_horizon(horizon, heads)
-    check_one_weighting(head_weights=head_weights, ref_logits=ref_logits, ref_ce=ref_ce)
+    check_one_weighting(head_weights=head_weights, ref_ce=ref_ce)
     if head_weights is not None:
         shape, remedy = (batch, length, heads), "one weight per token and head"
         check_float_tensor("head_weights", head_weights, "[B, S, H]", shape, remedy)
     if ref_ce is not None:
         check_ref_ce(ref_ce, batch, length)
-    if ref_logits is not None:
-        check_logits("ref_logits", ref_logits, "[B, S, V]")
-        shape = (batch, length, ref_logits.shape[2])
-        check_shape("ref_logits", ref_logits, "[B, S, V]", shape, "same batch as the logits")
     check_temperature(temperature)
     check_choice("excess", excess, EXCESSES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_normalizer(normalizer)
     check_same_device(
-        logits,
+        scores,
         target_ids=target_ids,
         head_weights=head_weights,
         ref_ce=ref_ce,
-        ref_logits=ref_logits,
         normalizer=normalizer,
     )
 
@@ -80,6 +107,46 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
         raise ValueError(
             f"{name} must have at least one head and one vocabulary entry, "
             f"got shape {tuple(logits.shape)}"
+        )
+
+
+def check_lm_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """lm_head_weight [V, D], and the bias [V] that goes with it."""
+    dim = hidden.shape[-1]
+    vocab_size, *_ = check_scores("lm_head_weight", weight, "[V, D]")
+    remedy = "pass lm_head.weight as torch.nn.Linear has it"
+    check_shape("lm_head_weight", weight, "[V, D]", (vocab_size, dim), remedy)
+    if vocab_size == 0:
+        raise ValueError("lm_head_weight must have at least one vocabulary entry, got [0, D]")
+    if bias is not None:
+        remedy = "one number for each row of lm_head_weight"
+        check_float_tensor("lm_head_bias", bias, "[V]", (vocab_size,), remedy)
+    check_same_device(hidden, lm_head_weight=weight, lm_head_bias=bias)
+
+
+def check_one_dtype(found: Sequence[torch.dtype]) -> None:
+    if len(set(found)) > 1:
+        names = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in found}))
+        raise TypeError(
+            f"hidden, lm_head_weight and lm_head_bias must have one dtype, got {names}: convert "
+            f"one, or call this under torch.autocast"
+        )
+
+
+def check_accum_dtype(accum_dtype: torch.dtype | None, weight_dtype: torch.dtype) -> None:
+    if accum_dtype not in (None, weight_dtype, torch.promote_types(weight_dtype, torch.float32)):
+        raise ValueError(
+            f"grad_accum_dtype must be float32 or the weight's own {weight_dtype}, and not "
+            f"narrower than that, got {accum_dtype}: pass None for the wider of the two"
+        )
+
+
+def check_chunk_bytes(chunk_bytes: int | None) -> None:
+    whole = isinstance(chunk_bytes, int) and not isinstance(chunk_bytes, bool)
+    if chunk_bytes is not None and not (whole and chunk_bytes >= 1):
+        raise ValueError(
+            f"chunk_bytes must be a whole number >= 1, got {chunk_bytes!r}: it bounds the memory "
+            f"of the logits that exist at a time; pass None for the default"
         )
 
 

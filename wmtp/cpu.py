@@ -4,6 +4,7 @@
     row_gradient   the gradient of sum row_scalar * ce: one read, one write
     multiply_      a gradient times what came from above
     next_token_ce  a reference model's CE: one read
+    rows_ce_       the CE of rows, which softmax - onehot overwrites: one read and one write
 
 B batch, S sequence, H heads, V vocabulary. Logits are float32, bfloat16, float16 or float64, with
 last stride 1 and any other strides; "acc" is float32, float64 for float64 logits. The library is
@@ -30,6 +31,7 @@ LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parent / "li
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCTIONS = {"sum": 0, "token_mean": 1, "weight_mean": 2}
 _CE = 2  # the place of ce among the outputs
+_NO_ID = -1  # ignore_index where no target is to be ignored
 _BAD_TARGET, _BAD_WEIGHT, _UNKNOWN_ISA, _MISSING_ISA = 1, 2, 3, 4
 
 
@@ -37,7 +39,7 @@ class _Rows(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
     _fields_ = [
         ("logits", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("stride_b", "stride_s", "stride_h")),
-        *((name, ctypes.c_int64) for name in ("B", "S", "H", "V")),
+        *((name, ctypes.c_int64) for name in ("B", "S", "T", "H", "V")),
         ("head_offsets", ctypes.POINTER(ctypes.c_int64)),
         ("target_ids", ctypes.c_void_p),
         ("ignore_index", ctypes.c_int64),
@@ -196,6 +198,31 @@ def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tens
     return outputs[_CE][:, : max(logits.shape[1] - 1, 0), 0].contiguous()
 
 
+def rows_ce_(logits: Tensor, target_ids: Tensor, scale: float | None) -> Tensor:
+    """The CE of each row; the row becomes scale (softmax - onehot), unless scale is None.
+
+    Args:
+        logits: [R, V], last stride 1.
+        target_ids: [1 + R] int64, contiguous: the first is not looked at, target_ids[1 + r] is row
+            r's, in [0, V).
+        scale: > 0.
+
+    Returns:
+        [R] acc, nats.
+
+    Raises:
+        IndexError: a target outside [0, V).
+    """
+    ones = None if scale is None else logits.new_ones(len(logits), dtype=accumulation_dtype(logits))
+    how = _Weighting(_pointer(ones), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
+    rows = logits[None, :, None]
+    grad = None if scale is None else rows
+    outputs, status, position = _run(rows, target_ids[None], how, _NO_ID, grad, scale or 1.0)
+    if status == _BAD_TARGET:
+        _raise_target_error(target_ids[None], position, logits.shape[-1], _NO_ID)
+    return outputs[_CE].flatten()
+
+
 def _run(
     logits: Tensor,
     target_ids: Tensor,
@@ -302,13 +329,14 @@ def _rows(
     logits: Tensor, target_ids: Tensor, ignore_index: int, head_offsets: tuple[int, ...] | None
 ) -> _Rows:
     stride_b, stride_s, stride_h, _ = logits.stride()
+    batch, length, heads, vocabulary = logits.shape
     offsets = None if head_offsets is None else (ctypes.c_int64 * len(head_offsets))(*head_offsets)
     return _Rows(
         logits.data_ptr(),
         stride_b,
         stride_s,
         stride_h if offsets is None else stride_s,  # not 0, which would mean one row for all heads
-        *logits.shape,
+        *(batch, length, target_ids.shape[1], heads, vocabulary),
         offsets,
         target_ids.data_ptr(),
         ignore_index,

@@ -32,19 +32,19 @@ LOGITS_ARE_GONE = (
     "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
 )
 
-_library = torch.library.Library("wmtp", "DEF")
-_library.define(
+library = torch.library.Library("wmtp", "DEF")
+library.define(
     "weighted_loss(Tensor logits, Tensor target_ids, Tensor? head_weights, Tensor? ref_ce, "
     "Tensor? normalizer, float temperature, bool signed, str reduction, int ignore_index, "
     "str backend, bool shared_heads, bool ahead, bool inplace)"
     " -> (Tensor loss, Tensor valid_mask, Tensor ce, Tensor token_loss, Tensor weight_sum, "
     "Tensor row_scalar, Tensor lse, Tensor factors, Tensor grad)"
 )
-_library.define(
+library.define(
     "row_gradient(Tensor logits, Tensor target_ids, Tensor lse, Tensor row_scalar, "
     "int ignore_index, str backend, bool shared_heads) -> Tensor"
 )
-_library.define(
+library.define(
     "next_token_ce(Tensor logits, Tensor target_ids, int ignore_index, str backend) -> Tensor"
 )
 
@@ -231,23 +231,23 @@ class _WeightedLoss(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _no_second_derivative(ctx, *_):
+def no_second_derivative(ctx, *_):
     raise NotImplementedError(
         "the fused loss has no second derivative: use backend='eager' to differentiate twice"
     )
 
 
-def _register(name, kernel, fake, backward=None, setup_context=None):
-    _library.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"wmtp::{name}", fake, lib=_library)
+def register(name, kernel, fake, backward=None, setup_context=None):
+    library.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"wmtp::{name}", fake, lib=library)
     if backward is not None:
         torch.library.register_autograd(
-            f"wmtp::{name}", backward, setup_context=setup_context, lib=_library
+            f"wmtp::{name}", backward, setup_context=setup_context, lib=library
         )
 
 
-_register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, save_for_backward)
-_register("row_gradient", _row_gradient, _fake_row_gradient, _no_second_derivative)
-_register("next_token_ce", _next_token_ce, _fake_next_token_ce)
+register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, save_for_backward)
+register("row_gradient", _row_gradient, _fake_row_gradient, no_second_derivative)
+register("next_token_ce", _next_token_ce, _fake_next_token_ce)
 
 next_token_ce = torch.ops.wmtp.next_token_ce

@@ -19,8 +19,10 @@ def counted_tokens(weight_sum: Tensor) -> Tensor:
     return ~(weight_sum <= MIN_WEIGHT_SUM)
 
 
-def to_row_scalar(weights: Tensor, weight_sum: Tensor) -> Tensor:
-    """[B, S, H]: w / sum_k w, 0 where the token does not count."""
+def to_row_scalar(weights: Tensor, weight_sum: Tensor, reduction: str) -> Tensor:
+    """[B, S, H], d token_loss / d ce: w / sum_k w, 0 where the token does not count; else w."""
+    if reduction != "token_mean":
+        return weights
     counted = counted_tokens(weight_sum)[..., None]
     return torch.where(counted, weights, 0.0) / torch.where(counted, weight_sum[..., None], 1.0)
 

@@ -74,20 +74,49 @@ def compute_weighted_mtp_loss(
     ce = cross_entropy_per_head(logits, target_ids, ignore_index)
     if ref_logits is not None:
         ref_ce = next_token_ce(ref_logits, target_ids, ignore_index)
-    valid = has_target(target_ids, ce.shape[2], ignore_index)
+    return loss_of_cross_entropies(
+        ce,
+        target_ids,
+        head_weights,
+        ref_ce,
+        as_tensor(normalizer),
+        temperature,
+        excess,
+        reduction,
+        ignore_index,
+    )
+
+
+def loss_of_cross_entropies(
+    ce: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None,
+    ref_ce: Tensor | None,
+    normalizer: Tensor | None,
+    temperature: float,
+    excess: str,
+    reduction: str,
+    ignore_index: int,
+) -> MTPLoss:
+    """Everything after the cross entropies [B, S, H]; differentiable in them and the weights."""
     if ref_ce is not None:
         weights = excess_head_weights(ce, ref_ce, target_ids, temperature, excess, ignore_index)
-    elif head_weights is not None:
-        _raise_on_bad_weight(head_weights, valid)
-        weights = torch.where(valid, head_weights.to(ce.dtype), 0.0)
     else:
-        weights = valid.to(ce.dtype)
-
+        valid = has_target(target_ids, ce.shape[2], ignore_index)
+        weights = known_weights(valid, head_weights, ce.dtype)
     weight_sum = weights.sum(-1)
-    row_scalar = to_row_scalar(weights, weight_sum) if reduction == "token_mean" else weights
-    denominator = find_denominator(weight_sum, reduction, as_tensor(normalizer))
+    row_scalar = to_row_scalar(weights, weight_sum, reduction)
+    denominator = find_denominator(weight_sum, reduction, normalizer)
     loss = (row_scalar * ce).sum() / denominator
     return MTPLoss(loss, counted_tokens(weight_sum), ce)
+
+
+def known_weights(valid: Tensor, head_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, S, H]: the weights given, or 1; 0 where there is no valid target."""
+    if head_weights is None:
+        return valid.to(dtype)
+    _raise_on_bad_weight(head_weights, valid)
+    return torch.where(valid, head_weights.to(dtype), 0.0)
 
 
 def as_tensor(normalizer: Tensor | float | None) -> Tensor | None:
@@ -115,7 +144,7 @@ def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int
     targets = shift_to_heads(target_ids.long(), logits.shape[2], ignore_index)
     valid = targets != ignore_index
     in_range = (targets >= 0) & (targets < vocabulary)
-    _raise_on_bad_target(targets, valid & ~in_range, vocabulary, ignore_index)
+    raise_on_bad_target(targets, valid, vocabulary, ignore_index)
     # Rows without a target must not be able to spoil anything, not even with NaN.
     rows = logits.to(accumulation_dtype(logits)).masked_fill(~valid[..., None], 0.0)
     picked = rows.gather(-1, targets.clamp(0, vocabulary - 1)[..., None])[..., 0]
@@ -170,7 +199,8 @@ def excess_head_weights(
     checks.check_target_ids(target_ids, *score.shape[:2])
     checks.check_same_device(ce_per_head, target_ids=target_ids)
     checks.check_temperature(temperature)
-    return _softmax_over_heads(score, target_ids, temperature, ignore_index)
+    valid = has_target(target_ids, score.shape[2], ignore_index)
+    return softmax_over_heads(score, valid, temperature)
 
 
 def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
@@ -179,10 +209,21 @@ def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
     checks.check_ref_ce(ref_ce, batch, length)
     checks.check_same_device(ce_per_head, ref_ce=ref_ce)
     checks.check_choice("excess", excess, checks.EXCESSES)
+    aligned = align_ref_ce(ref_ce.detach().to(ce_per_head.dtype), length, heads)
+    return difference(ce_per_head.detach(), aligned, excess)
+
+
+def align_ref_ce(ref_ce: Tensor, length: int, horizon: int) -> Tensor:
+    """[B, S, H] of ref_ce [B, S - 1]: the reference's about the token that head k at t predicts."""
     # ref_ce[t] is about token t + 1: shifted one to the right it sits at the token it is about.
-    ce_of_token = F.pad(ref_ce.detach().to(ce_per_head.dtype), (1, 0))
-    difference = ce_per_head.detach() - shift_to_heads(ce_of_token[:, :length], heads, 0.0)
-    return difference if excess == "signed" else difference.abs()
+    ce_of_token = F.pad(ref_ce, (1, 0))[:, :length]
+    return shift_to_heads(ce_of_token, horizon, 0.0)
+
+
+def difference(ce: Tensor, aligned_ref_ce: Tensor, excess: str) -> Tensor:
+    """ce - ref_ce ("signed") or its absolute value ("abs"), of any shape."""
+    signed = ce - aligned_ref_ce
+    return signed if excess == "signed" else signed.abs()
 
 
 def td_head_weights(
@@ -234,21 +275,22 @@ def td_head_weights(
     values = values.detach()
     previous = F.pad(values, (1, 0))[:, :length]
     score = shift_to_heads(values - discount * previous, horizon, 0.0)
-    return _softmax_over_heads(score, target_ids, temperature, ignore_index)
+    return softmax_over_heads(score, has_target(target_ids, horizon, ignore_index), temperature)
 
 
-def _softmax_over_heads(
-    score: Tensor, target_ids: Tensor, temperature: float, ignore_index: int
-) -> Tensor:
-    """softmax of score / temperature over the valid heads of each token; 0 elsewhere."""
-    valid = has_target(target_ids, score.shape[2], ignore_index)
+def softmax_over_heads(score: Tensor, valid: Tensor, temperature: float) -> Tensor:
+    """softmax of score [..., H] / temperature over the valid heads of each token; 0 elsewhere."""
     weights = (score / temperature).masked_fill(~valid, float("-inf")).softmax(-1)
     return torch.where(valid, weights, 0.0)
 
 
-def _raise_on_bad_target(targets: Tensor, bad: Tensor, vocabulary: int, ignore_index: int) -> None:
+def raise_on_bad_target(targets: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Targets [B, S, H], as shifted to the heads, lie in [0, V) where they are valid."""
     # Elsewhere than on the CPU the question would cost a sync; there the loss becomes NaN.
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and bad.any():
+    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = valid & ((targets < 0) | (targets >= vocabulary))
+    if bad.any():
         b, t, k = bad.nonzero()[0].tolist()
         raise checks.target_error(
             f"[{b}, {t + k + 1}]", int(targets[b, t, k]), vocabulary, ignore_index

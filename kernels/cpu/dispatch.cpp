@@ -57,11 +57,11 @@ const InstructionSet kInstructionSets[] = {  // the best first
 
 const InstructionSet* chosen = nullptr;
 
-// The first target outside [0, V) of those used: target_ids[b, 0] is nobody's.
+// The first target outside [0, V) of those that may be used: target_ids[b, 0] is nobody's.
 bool targets_ok(const Rows& r, int64_t* position) {
-  for (int64_t i = 0; i < r.B * r.S; ++i) {
+  for (int64_t i = 0; i < r.B * r.T; ++i) {
     const int64_t id = r.target_ids[i];
-    if (i % r.S == 0 || id == r.ignore_index || (id >= 0 && id < r.V)) continue;
+    if (i % r.T == 0 || id == r.ignore_index || (id >= 0 && id < r.V)) continue;
     *position = i;
     return false;
   }
@@ -72,10 +72,11 @@ bool targets_ok(const Rows& r, int64_t* position) {
 template <class T> bool weights_ok(const Rows& r, const T* w, int64_t* position) {
   const T infinity = T(__builtin_inff());
   for (int64_t token = 0; token < r.B * r.S; ++token) {
-    for (int64_t k = 0; k < r.H && token % r.S + k + 1 < r.S; ++k) {
+    const int64_t b = token / r.S, first = token - b * r.S + 1;  // head 0's target
+    for (int64_t k = 0; k < r.H && first + k < r.T; ++k) {
       const T value = w[token * r.H + k];
       if (value >= 0 && value < infinity) continue;
-      if (r.target_ids[token + k + 1] == r.ignore_index) continue;
+      if (r.target_ids[b * r.T + first + k] == r.ignore_index) continue;
       *position = token * r.H + k;
       return false;
     }

@@ -14,7 +14,7 @@ struct Token {
 
 inline Token token_at(const Rows& r, int64_t index) {
   const int64_t b = index / r.S, t = index - b * r.S;
-  return {index, b, t, r.target_ids + index + 1, r.S - 1 - t};
+  return {index, b, t, r.target_ids + b * r.T + t + 1, r.T - 1 - t};
 }
 
 inline int64_t target_of(const Rows& r, const Token& token, int64_t k) {  // -1: no valid target
@@ -37,7 +37,7 @@ T known_weight(const Rows& r, const Weighting& how, const Token& token, int64_t 
 // w_k = softmax over valid k of excess_k / temperature, ref_ce [H] being the token's first.
 template <class T>
 void excess_weights(const Rows& r, const Weighting& how, const Token& token, const T* ce, T* w) {
-  const T* ref_ce = static_cast<const T*>(how.ref_ce) + token.index - token.b;  // [B, S - 1]
+  const T* ref_ce = static_cast<const T*>(how.ref_ce) + token.b * (r.T - 1) + token.t;
   T max = -kInfinity<T>, sum = 0;
   for (int64_t k = 0; k < r.H; ++k) {
     w[k] = 0;

@@ -1,5 +1,6 @@
 // The C ABI of libwmtp_cpu: what wmtp/cpu.py passes in, and the table each instruction set fills.
-// Legend: B batch, S sequence, H heads, V vocabulary. `acc` is float, or double for double logits.
+// Legend: B batch, S sequence, H heads, V vocabulary; T = S, or more where the logits stop before the
+// targets do. `acc` is float, or double for double logits.
 #pragma once
 #include <cstdint>
 
@@ -11,9 +12,9 @@ enum Reduction : int32_t { kSum = 0, kTokenMean = 1, kWeightMean = 2 };
 struct Rows {
   const void* logits;                    // [B, S, H, V], last stride 1
   int64_t stride_b, stride_s, stride_h;  // in elements, any value; stride_h = 0: shared heads
-  int64_t B, S, H, V;
+  int64_t B, S, T, H, V;
   const int64_t* head_offsets;  // [H], instead of k stride_h: heads of memory of their own; or null
-  const int64_t* target_ids;  // [B, S] unshifted: head k at t predicts target_ids[b, t + k + 1]
+  const int64_t* target_ids;  // [B, T] unshifted: head k at t predicts target_ids[b, t + k + 1]
   int64_t ignore_index;
   int32_t dtype;
   int32_t threads;
@@ -22,7 +23,7 @@ struct Rows {
 // At most one of the two pointers is set; none of them means weight 1.
 struct Weighting {
   const void* head_weights;  // [B, S, H] acc, or null
-  const void* ref_ce;        // [B, S - 1] acc, or null: head k at t compares with ref_ce[b, t + k]
+  const void* ref_ce;        // [B, T - 1] acc, or null: head k at t compares with ref_ce[b, t + k]
   double temperature;
   double normalizer;        // replaces the denominator, if has_normalizer
   int32_t has_normalizer;
@@ -62,7 +63,8 @@ constexpr int64_t kPadding = 16;  // a vector, before the exponentials; after th
 
 // A sleeping thread takes about as long to wake as one takes for so many logits.
 inline int useful_threads(const Rows& r) {
-  const int64_t worth = 1 << 17, rows = r.B * (r.S > 1 ? r.S - 1 : 0) * (r.stride_h ? r.H : 1);
+  const int64_t worth = 1 << 17, last = r.S && r.S == r.T;  // nothing follows the last token
+  const int64_t rows = r.B * (r.S - last) * (r.stride_h ? r.H : 1);
   const int64_t most = 1 + rows * r.V / worth;
   return int(most < r.threads ? most : r.threads);
 }

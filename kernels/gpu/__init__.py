@@ -1,4 +1,4 @@
-"""The Triton backend: `weighted_loss`, `row_gradient`, `next_token_ce`; one kernel, one file.
+"""The Triton backend: one kernel, one file, and what `wmtp.backends` asks of each backend.
 
 Triton is imported with the first of them, not with this package: `unavailable()` says what to do
 where it is missing.
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from wmtp.kernels.gradient_kernel import row_gradient
     from wmtp.kernels.loss import weighted_loss
     from wmtp.kernels.next_token_kernel import next_token_ce
+    from wmtp.kernels.rows_ce import rows_ce_
     from wmtp.kernels.scale_kernel import multiply_
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "multiply_",
     "next_token_ce",
     "row_gradient",
+    "rows_ce_",
     "unavailable",
     "weighted_loss",
 ]
@@ -29,6 +31,7 @@ _MODULES = {
     "multiply_": "wmtp.kernels.scale_kernel",
     "row_gradient": "wmtp.kernels.gradient_kernel",
     "next_token_ce": "wmtp.kernels.next_token_kernel",
+    "rows_ce_": "wmtp.kernels.rows_ce",
     "weighted_loss": "wmtp.kernels.loss",
 }
 

@@ -16,9 +16,10 @@ class Case(NamedTuple):
     """What the kernel works on."""
 
     rows: torch.Tensor  # [B, S, H, V], or [B, S, 1, V] shared by the heads
+    target_ids: torch.Tensor  # [B, S] int64; or [1, T]: T > S where the logits stop before
     heads: int
     grad: torch.Tensor | None  # wanted there; `rows` itself: in place
-    pointers: tuple[torch.Tensor, ...]  # the kernels' own, between logits_ptr and grad_ptr
+    pointers: tuple[torch.Tensor, ...]  # the kernels' own, between target_ptr and grad_ptr
     ignore_index: int
     temperature: float
     excess: bool
@@ -85,11 +86,11 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     base, lead = aligned_base(rows)
     grad_base, grad_lead = aligned_base(target)
     strides = (lead, *rows.stride()[:3])
-    sizes = (seq_len, vocab_size, case.ignore_index)
+    sizes = (case.target_ids.shape[1], vocab_size, case.ignore_index)
     numbers = (*strides, grad_lead, *target.stride()[:3], *sizes, case.temperature)
     programs = batch * seq_len * constants["PROGRAMS"]
     if chosen.tier != "online":
-        arguments = (base, *case.pointers, grad_base, *numbers)
+        arguments = (base, case.target_ids, *case.pointers, grad_base, *numbers)
         return [Call(register_kernel, (programs,), arguments, constants)]
 
     machine = tiers.machine(rows.device)
@@ -112,7 +113,8 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
             "SPLITS": splits,
             "BLOCK": chosen.block,
         }
-        arguments = (base, inputs[0], offsets, *scratch, *strides, *sizes)
+        arguments = (base, case.target_ids, offsets, *scratch, *strides, *sizes)
         calls = [Call(partial_kernel, (all_rows, splits), arguments, of_parts)]
+    inputs = (case.target_ids, *inputs)
     arguments = (base, *inputs, offsets, *scratch, ce, lse, grad_base, *numbers)
     return [*calls, Call(online_kernel, (programs, splits), arguments, constants)]

@@ -1,0 +1,211 @@
+"""The public losses on hidden states: the logits exist a chunk at a time."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wmtp import checks, linear_ops, reference
+from wmtp.backends import choose_backend
+from wmtp.reduction import accumulation_dtype
+from wmtp.reference import MTPLoss
+
+
+def fused_linear_weighted_mtp_loss(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    *,
+    lm_head_bias: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+    temperature: float = 0.7,
+    excess: str = "abs",
+    reduction: str = "token_mean",
+    normalizer: Tensor | float | None = None,
+    ignore_index: int = -100,
+    horizon: int | None = None,
+    chunk_bytes: int | None = None,
+    grad_accum_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> MTPLoss:
+    """The weighted multi-token-prediction loss of hidden states: no logits tensor ever exists.
+
+        logits[b, t, k, :] = lm_head_weight @ hidden[b, t, k, :] + lm_head_bias
+        loss, valid_mask, ce_per_head = fused_weighted_mtp_loss(logits, ...)      which see
+
+    with the logits of a few tokens at a time, in one buffer. A kernel turns them into
+    g = softmax - onehot where they lie and hands out their cross entropies; with these the weights
+    are known, even those of a reference, and c = dloss/dce meets the small operands:
+
+        dloss/dhidden = c (g @ lm_head_weight)      dloss/dlm_head_weight = g.T @ (c hidden)
+        dloss/dlm_head_bias = c @ g
+
+    all of it in the forward call, so that backward has only its upstream gradient to multiply. They
+    are made anew for a second backward, and to differentiate `ce_per_head`. Positions without a
+    target cost nothing. On a GPU the call waits for the device once, to learn which these are.
+
+    Args:
+        hidden: [B, S, H, D] float32, bfloat16 or float16 (float64 on the CPU), any strides.
+        lm_head_weight: [V, D] of the same dtype, or anything floating under autocast, whose dtype
+            the products then have. May be the embedding's (tied), or a DTensor, FSDP's for one: it
+            is gathered once a call, and its gradient averaged over the processes.
+        target_ids, head_weights, ref_ce, temperature, excess, reduction, normalizer, ignore_index,
+            horizon: as in `fused_weighted_mtp_loss`.
+        lm_head_bias: [V], likewise.
+        chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
+            one token is computed at a time. Default: 2048 rows' worth, but at most 512 MiB.
+        grad_accum_dtype: in which the chunks' parts of a 16-bit weight's gradient are added up.
+            Default: float32; the weight's own dtype saves that memory.
+        backend: "auto", "cpu", "triton" or "eager"; the last makes all logits at once.
+
+    Returns:
+        MTPLoss(loss [], valid_mask [B, S] bool, ce_per_head [B, S, H]); float32, float64 for
+        float64 hidden states.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `fused_weighted_mtp_loss`; also lm_head_weight of
+            other sizes than [V, D], two dtypes outside autocast, chunk_bytes < 1.
+        IndexError: a target outside [0, V), on every device.
+
+    Example: weights of zero predict uniformly over five tokens, which costs log 5 nats.
+
+        >>> import torch
+        >>> hidden = torch.ones(1, 4, 2, 3)
+        >>> lm_head_weight = torch.zeros(5, 3, requires_grad=True)
+        >>> loss, valid_mask, ce = fused_linear_weighted_mtp_loss(
+        ...     hidden, lm_head_weight, torch.tensor([[0, 1, 2, 3]]))
+        >>> round(loss.item(), 4)
+        1.6094
+        >>> loss.backward()
+        >>> lm_head_weight.grad[:, 0]                 # 1/5, less how often each is predicted
+        tensor([ 0.2000,  0.0333, -0.1333, -0.3000,  0.2000])
+    """
+    dtype = _check_product(hidden, "[B, S, H, D]", lm_head_weight, lm_head_bias, chunk_bytes)
+    checks.check_weighting(
+        hidden,
+        target_ids,
+        head_weights,
+        ref_ce=ref_ce,
+        temperature=temperature,
+        excess=excess,
+        reduction=reduction,
+        normalizer=normalizer,
+        horizon=horizon,
+    )
+    checks.check_accum_dtype(grad_accum_dtype, lm_head_weight.dtype)
+    chosen = choose_backend(backend, hidden.device.type, dtype)
+    weight = _gathered(lm_head_weight)
+    bias = None if lm_head_bias is None else _gathered(lm_head_bias)
+    if chosen == "eager":
+        return reference.compute_weighted_mtp_loss(
+            F.linear(hidden, weight, bias),
+            target_ids,
+            head_weights,
+            hidden.shape[2],
+            ignore_index,
+            ref_ce=ref_ce,
+            temperature=temperature,
+            excess=excess,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
+    acc = accumulation_dtype(hidden)
+    loss = linear_ops.linear_loss(
+        *(hidden, weight, bias, dtype, grad_accum_dtype or _widest(weight)),
+        *(chunk_bytes, chosen),
+        *(target_ids.long(), ignore_index, _wanted(hidden, weight, bias)),
+        None if head_weights is None else head_weights.to(acc),
+        None if ref_ce is None else ref_ce.detach().to(acc),
+        reference.as_tensor(normalizer),
+        *(temperature, excess, reduction),
+    )
+    return MTPLoss(*loss[:3])
+
+
+def linear_next_token_cross_entropy(
+    hidden: Tensor,
+    lm_head_weight: Tensor,
+    target_ids: Tensor,
+    *,
+    lm_head_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    chunk_bytes: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A reference model's cross entropy from its hidden states, without gradient or logits tensor.
+
+        ref_ce[b, t] = next_token_cross_entropy(hidden @ lm_head_weight.T + lm_head_bias)[b, t]
+
+    Args:
+        hidden: [B, S, D] float32, bfloat16 or float16 (float64 on the CPU), any strides.
+        lm_head_weight, lm_head_bias, chunk_bytes, backend: as in `fused_linear_weighted_mtp_loss`.
+        target_ids: [B, S] integer, unshifted.
+        ignore_index: a target of this id has no cross entropy, and its logits are not computed.
+
+    Returns:
+        [B, S - 1] float32 (float64 for float64 hidden states), nats, 0 where there is no target.
+
+    Raises:
+        As `fused_linear_weighted_mtp_loss`.
+
+        >>> import torch
+        >>> hidden, lm_head_weight = torch.ones(1, 3, 2), torch.zeros(5, 2)
+        >>> linear_next_token_cross_entropy(hidden, lm_head_weight, torch.tensor([[0, 1, 2]]))
+        tensor([[1.6094, 1.6094]])
+    """
+    dtype = _check_product(hidden, "[B, S, D]", lm_head_weight, lm_head_bias, chunk_bytes)
+    checks.check_target_ids(target_ids, *hidden.shape[:2])
+    checks.check_same_device(hidden, target_ids=target_ids)
+    chosen = choose_backend(backend, hidden.device.type, dtype)
+    with torch.no_grad():
+        weight = _gathered(lm_head_weight)
+        bias = None if lm_head_bias is None else _gathered(lm_head_bias)
+        if chosen == "eager":
+            logits = F.linear(hidden, weight, bias)
+            return reference.next_token_ce(logits, target_ids, ignore_index)
+        _, _, ce, *_ = linear_ops.linear_loss(
+            *(hidden[:, :, None], weight, bias, dtype, _widest(weight)),
+            *(chunk_bytes, chosen),
+            *(target_ids.long(), ignore_index, [False] * 3),
+            *(None, None, None, 1.0, "abs", "sum"),
+        )
+        return ce[:, : max(hidden.shape[1] - 1, 0), 0]
+
+
+def _check_product(
+    hidden: Tensor,
+    axes: str,
+    lm_head_weight: Tensor,
+    lm_head_bias: Tensor | None,
+    chunk_bytes: int | None,
+) -> torch.dtype:
+    """The dtype that hidden @ lm_head_weight.T has."""
+    checks.check_logits("hidden", hidden, axes)
+    checks.check_lm_head(hidden, lm_head_weight, lm_head_bias)
+    checks.check_chunk_bytes(chunk_bytes)
+    given = [hidden.dtype, lm_head_weight.dtype]
+    given += [] if lm_head_bias is None else [lm_head_bias.dtype]
+    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in given:
+        return torch.get_autocast_dtype(hidden.device.type)
+    checks.check_one_dtype(given)
+    return hidden.dtype
+
+
+def _gathered(weight: Tensor) -> Tensor:
+    """A DTensor's whole; each process has a gradient of its own data, and theirs are averaged."""
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(weight, DTensor)
+    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
+
+
+def _widest(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _wanted(*tensors: Tensor | None) -> list[bool]:
+    """Whose gradients: hidden's, the weight's, the bias's."""
+    enabled = torch.is_grad_enabled()
+    return [enabled and tensor is not None and tensor.requires_grad for tensor in tensors]

@@ -1,0 +1,161 @@
+"""The registered operators of the linear loss: `torch.ops.wmtp.linear_loss`, `linear_gradient`.
+
+To autograd, torch.compile and the profiler each is one opaque operator.
+
+    hidden [B, S, H, D], weight [V, D], bias [V] or None, target_ids [B, S] int64,
+    head_weights [B, S, H] or None, ref_ce [B, S-1] or None, normalizer [] or None  ->
+        loss [], valid_mask [B, S], ce [B, S, H]
+        row_scalar [B, S, H]    dloss/dce
+        unit []                 no row_scalar is larger
+        hidden_sum [B, S, H, D], weight_sum [V, D], bias_sum [V]    see `chunks.Gradients`
+
+The sums are made while the logits are there, so backward has only factors left to multiply. They
+are handed out once: a second backward, and whoever differentiates ce, has them made anew.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wmtp import ops, reference
+from wmtp.chunks import Gradients, Linear, Wanted, finish_gradients, largest, make_plan, run_chunks
+from wmtp.labels import has_target
+from wmtp.reduction import accumulation_dtype, find_denominator, to_row_scalar
+
+_PRODUCT = (
+    "Tensor hidden, Tensor weight, Tensor? bias, ScalarType dtype, ScalarType accum_dtype, "
+    "int? chunk_bytes, str backend, Tensor target_ids, int ignore_index, bool[] wanted"
+)
+ops.library.define(
+    f"linear_loss({_PRODUCT}, Tensor? head_weights, Tensor? ref_ce, Tensor? normalizer, "
+    "float temperature, str excess, str reduction) -> (Tensor loss, Tensor valid_mask, Tensor ce, "
+    "Tensor row_scalar, Tensor unit, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)"
+)
+ops.library.define(
+    f"linear_gradient({_PRODUCT}, Tensor row_scalar)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+)
+
+
+def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    linear, target_ids, ignore_index, wanted = _product(arguments)
+    head_weights, ref_ce, normalizer, temperature, excess, reduction = arguments[10:]
+    heads = linear.hidden.shape[2]
+    valid = has_target(target_ids, heads, ignore_index)
+    dtype, settle = accumulation_dtype(linear.hidden), None
+    if ref_ce is None:
+        weights = reference.known_weights(valid, head_weights, dtype)
+        weight_sum = weights.sum(-1)
+        denominator = find_denominator(weight_sum, reduction, normalizer)
+        row_scalar = to_row_scalar(weights, weight_sum, reduction) / denominator
+        unit = largest(row_scalar, linear)
+    else:  # weights that sum to 1 on each token with a target, and follow from its ce
+        denominator = find_denominator(valid.any(-1).to(dtype), reduction, normalizer)
+        row_scalar = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
+        unit = largest(1 / denominator, linear)
+        aligned = reference.align_ref_ce(ref_ce, valid.shape[1], heads).reshape(-1, heads)
+        valid, scalars = valid.reshape(-1, heads), row_scalar.view(-1, heads)
+
+        def settle(ce: Tensor, tokens: slice) -> None:
+            score = reference.difference(ce[tokens], aligned[tokens], excess)
+            weights = reference.softmax_over_heads(score, valid[tokens], temperature)
+            scalars[tokens] = to_row_scalar(weights, weights.sum(-1), reduction) / denominator
+
+    plan = make_plan(target_ids, linear, ignore_index)
+    ce, sums = run_chunks(linear, plan, row_scalar, unit, settle, wanted)
+    loss, valid_mask, _ = reference.loss_of_cross_entropies(
+        *(ce, target_ids, head_weights, ref_ce, normalizer),
+        *(temperature, excess, reduction, ignore_index),
+    )
+    return loss, valid_mask, ce, row_scalar, unit, *sums
+
+
+def _linear_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    linear, target_ids, ignore_index, wanted = _product(arguments)
+    row_scalar = arguments[10]
+    plan, unit = make_plan(target_ids, linear, ignore_index), largest(row_scalar, linear)
+    _, sums = run_chunks(linear, plan, row_scalar, unit, None, wanted)
+    return finish_gradients(linear, sums, row_scalar, unit, torch.ones_like(unit))
+
+
+def _product(arguments: tuple[Any, ...]) -> tuple[Linear, Tensor, int, Wanted]:
+    *product, target_ids, ignore_index, wanted = arguments[:10]
+    return Linear(*product), target_ids, ignore_index, Wanted(*wanted)
+
+
+def _fake_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    linear, _, _, wanted = _product(arguments)
+    hidden, dtype = linear.hidden, accumulation_dtype(linear.hidden)
+    tokens, rows = hidden.shape[:2], hidden.shape[:3]
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(tokens, dtype=torch.bool),
+        *(hidden.new_empty(shape, dtype=dtype) for shape in (rows, rows, ())),
+        *_fake_sums(linear, wanted, linear.sum_dtype),
+    )
+
+
+def _fake_linear_gradient(*arguments: Any) -> tuple[Tensor, ...]:
+    linear, _, _, wanted = _product(arguments)
+    return _fake_sums(linear, wanted, linear.weight.dtype)
+
+
+def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    hidden, weight = linear.hidden, linear.weight
+    return (
+        hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
+        weight.new_empty(weight.shape if wanted.weight else (0,), dtype=dtype),
+        weight.new_empty(len(weight) if wanted.bias else 0, dtype=dtype),
+    )
+
+
+def _save_for_backward(ctx, inputs, output):
+    hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted = inputs[:10]
+    head_weights, _, normalizer, *ctx.settings = inputs[10:]
+    _loss, _mask, ce, row_scalar, unit, *sums = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1], *output[3:])
+    ctx.sums = Gradients(*sums) if any(ctx.wanted) else None
+    # The caller may change his ce in place: a copy.
+    of_weights = (ce.clone(), head_weights, normalizer) if ctx.needs_input_grad[10] else ()
+    ctx.save_for_backward(hidden, weight, bias, target_ids, row_scalar, unit, *of_weights)
+
+
+def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
+    grads, grad_weights = [None, None, None], None
+    if ctx.needs_input_grad[10] and grad_loss is not None:
+        grad_weights = _weights_gradient(ctx, grad_loss)
+    if any(ctx.wanted) and not (grad_loss is None and grad_ce is None):
+        made = _gradients(ctx, grad_loss, grad_ce)
+        grads = [grad if wanted else None for grad, wanted in zip(made, ctx.wanted, strict=True)]
+    return *grads, *(None,) * 7, grad_weights, *(None,) * 5
+
+
+def _gradients(ctx, grad_loss, grad_ce):
+    hidden, weight, bias, target_ids, row_scalar, unit, *_ = ctx.saved_tensors
+    # What was summed ahead belongs to whoever gets it.
+    sums, ctx.sums = ctx.sums, None
+    if grad_ce is None and sums is not None and not torch.is_grad_enabled():
+        linear = Linear(hidden, weight, bias, *ctx.product)
+        return finish_gradients(linear, sums, row_scalar, unit, grad_loss)
+    del sums
+    product = (hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted)
+    return torch.ops.wmtp.linear_gradient(*product, ops.upstream(row_scalar, grad_loss, grad_ce))
+
+
+def _weights_gradient(ctx, grad_loss):
+    target_ids, ce, head_weights, normalizer = (ctx.saved_tensors[i] for i in (3, 6, 7, 8))
+    with torch.enable_grad():
+        head_weights = head_weights.detach().requires_grad_()
+        loss, *_ = reference.loss_of_cross_entropies(
+            *(ce, target_ids, head_weights, None, normalizer),
+            *(*ctx.settings, ctx.ignore_index),
+        )
+        return torch.autograd.grad(loss, head_weights, grad_loss)[0]
+
+
+ops.register("linear_loss", _linear_loss, _fake_linear_loss, _backward, _save_for_backward)
+ops.register("linear_gradient", _linear_gradient, _fake_linear_gradient, ops.no_second_derivative)
+
+linear_loss = torch.ops.wmtp.linear_loss

@@ -5,7 +5,9 @@ import torch
 
 from wmtp import (
     excess_head_weights,
+    fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,
+    linear_next_token_cross_entropy,
     mtp_cross_entropy,
     next_token_cross_entropy,
     td_head_weights,
@@ -161,3 +163,109 @@ def test_any_integer_target_dtype(dtype, backend):
 def test_bad_arguments_of_the_other_functions(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+HIDDEN, LM_HEAD = torch.zeros(2, 8, 4, 3), torch.zeros(11, 3)
+BAD_LINEAR_CALLS = {
+    "hidden of rank 3": (
+        dict(hidden=HIDDEN[:, :, 0]),
+        ValueError,
+        r"hidden must be \[B, S, H, D\], got \(2, 8, 3\): .*unsqueeze\(2\)",
+    ),
+    "integer hidden": (dict(hidden=HIDDEN.long()), TypeError, "hidden must be float32.*int64"),
+    "hidden not a tensor": (dict(hidden=[1.0]), TypeError, "hidden must be a tensor"),
+    "a transposed weight": (
+        dict(lm_head_weight=LM_HEAD.T),
+        ValueError,
+        r"lm_head_weight must be \[V, D\] = \(3, 3\), got \(3, 11\): pass lm_head.weight as",
+    ),
+    "weight of rank 1": (dict(lm_head_weight=LM_HEAD[0]), ValueError, r"must be \[V, D\], got"),
+    "no vocabulary": (dict(lm_head_weight=LM_HEAD[:0]), ValueError, "at least one vocabulary"),
+    "integer weight": (dict(lm_head_weight=LM_HEAD.long()), TypeError, "lm_head_weight must be fl"),
+    "the module": (
+        dict(lm_head_weight=torch.nn.Linear(3, 11)),
+        TypeError,
+        "lm_head_weight must be a tensor",
+    ),
+    "bias of another length": (
+        dict(lm_head_bias=torch.zeros(3)),
+        ValueError,
+        r"lm_head_bias must be \[V\] = \(11,\), got \(3,\): one number for each row",
+    ),
+    "integer bias": (dict(lm_head_bias=IDS[0, :1]), TypeError, "lm_head_bias must be floating"),
+    "two dtypes": (
+        dict(lm_head_weight=LM_HEAD.bfloat16()),
+        TypeError,
+        "must have one dtype, got bfloat16 and float32: convert one, or .*autocast",
+    ),
+    "weight elsewhere": (
+        dict(lm_head_weight=LM_HEAD.to("meta")),
+        ValueError,
+        "lm_head_weight is on meta",
+    ),
+    "no chunk": (dict(chunk_bytes=0), ValueError, "chunk_bytes must be a whole number >= 1, got 0"),
+    "half a byte": (dict(chunk_bytes=0.5), ValueError, "chunk_bytes must be .*got 0.5"),
+    "chunk_bytes=True": (dict(chunk_bytes=True), ValueError, "chunk_bytes must be .*got True"),
+    "shifted targets": (
+        dict(target_ids=IDS[..., None].expand(2, 8, 4)),
+        ValueError,
+        r"target_ids must be \[B, S\] = \(2, 8\), got \(2, 8, 4\)",
+    ),
+    "a target outside": (
+        dict(target_ids=IDS + 11),
+        IndexError,
+        r"target_ids\[0, 1\] is 11, outside \[0, 11\)",
+    ),
+    "unknown backend": (dict(backend="cuda"), ValueError, "backend must be one of"),
+}
+BAD_LINEAR_LOSSES = {
+    "a narrow accumulator": (
+        dict(grad_accum_dtype=torch.bfloat16),
+        ValueError,
+        "grad_accum_dtype must be float32 or .*got torch.bfloat16",
+    ),
+    "weights of another shape": (
+        dict(head_weights=WEIGHTS[..., :1]),
+        ValueError,
+        r"head_weights must be \[B, S, H\] = \(2, 8, 4\)",
+    ),
+    "negative weights": (
+        dict(head_weights=-WEIGHTS),
+        ValueError,
+        r"head_weights\[0, 0, 0\] is -1.0",
+    ),
+    "weights and ref_ce": (
+        dict(head_weights=WEIGHTS, ref_ce=REF_CE),
+        ValueError,
+        "head_weights and ref_ce exclude each other",
+    ),
+    "ref_ce of length S": (dict(ref_ce=torch.zeros(2, 8)), ValueError, r"ref_ce must be \[B, S-1"),
+    "temperature 0": (dict(temperature=0), ValueError, "temperature must be"),
+    "unknown excess": (dict(excess="relu"), ValueError, "excess must be one of"),
+    "unknown reduction": (dict(reduction="mean"), ValueError, "reduction must be one of"),
+    "normalizer 0": (dict(normalizer=0), ValueError, "normalizer must be"),
+    "another horizon": (dict(horizon=3), ValueError, "horizon must equal .*H = 4, got 3"),
+}
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [*BAD_LINEAR_CALLS.values(), *BAD_LINEAR_LOSSES.values()],
+    ids=[*BAD_LINEAR_CALLS, *BAD_LINEAR_LOSSES],
+)
+def test_bad_arguments_of_the_linear_loss(bad, error, message):
+    arguments = {"hidden": HIDDEN, "lm_head_weight": LM_HEAD, "target_ids": IDS, **bad}
+    with pytest.raises(error, match=message):
+        fused_linear_weighted_mtp_loss(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"), BAD_LINEAR_CALLS.values(), ids=BAD_LINEAR_CALLS
+)
+def test_bad_arguments_of_the_linear_reference(bad, error, message):
+    if "hidden" in bad and isinstance(bad["hidden"], torch.Tensor):
+        bad = {"hidden": HIDDEN if bad["hidden"].dim() == 3 else HIDDEN[:, :, 0].long()}
+        message = message.replace(r"B, S, H, D\], got \(2, 8, 3\): .*unsqueeze\(2\)", "B, S, D")
+    arguments = {"hidden": HIDDEN[:, :, 0], "lm_head_weight": LM_HEAD, "target_ids": IDS, **bad}
+    with pytest.raises(error, match=message):
+        linear_next_token_cross_entropy(**arguments)

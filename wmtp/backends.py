@@ -3,6 +3,8 @@
 import warnings
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp import cpu, kernels
 from wmtp.checks import check_choice
@@ -51,6 +53,16 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
 # To torch.compile the answer is a constant of the trace, whatever it takes to find it. This is what
 # torch.compiler.assume_constant_result does, but that costs a second's import of torch._dynamo.
 choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def multiply(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
+    """A gradient [B, S, H, V] or [B, S, V] that was written ahead, times what came from above [].
+
+    In place, and nothing is read where that is 1; traced, its value is not known yet.
+    """
+    if type(factor) is not Tensor or is_in_torch_dispatch_mode():
+        return grad * factor
+    return KERNELS[backend].multiply_(grad, factor)
 
 
 def _interpreter_missing() -> str | None:

@@ -5,11 +5,12 @@ Of the rows (b, t, k) some have a target; a chunk has R of them, all heads of it
     x [R, D]       = hidden's rows
     logits [R, V]  = x @ weight.T + bias                 by the platform's product, in the buffer
     ce [R]           by the kernel, which leaves g = softmax - onehot where the logits were
-    c [R]          = dloss/dce: known before, or settled by the ce of the chunk's tokens
+    c [R]          = dloss/dce
     grad_hidden    = c (g @ weight)      grad_weight += g.T @ (c x)      grad_bias += c @ g
 
-c meets the small operands only, so that excess weights cost neither a second product nor a second
-pass over the logits. B batch, S sequence, H heads, D hidden size, V vocabulary.
+A c that is known before is multiplied with where g is written, in float32. One that follows from
+the ce of the chunk's tokens meets the small operands, so that excess weights cost neither a second
+product nor a second pass over the logits. B batch, S sequence, H heads, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -19,15 +20,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.backends import KERNELS
+from wmtp.backends import KERNELS, multiply
 from wmtp.labels import shift_to_heads
 from wmtp.reference import raise_on_bad_target
 
 MIB = 1 << 20
 # Parts of a 16-bit product on the CPU that are added up in float32 while they are in its caches.
 PART_BYTES = 2 * MIB
-# float16 keeps four digits only of what is above 6e-5: it holds 256 times the probabilities. Their
-# product with a row of weights stays in its range while those are below 128.
+# float16 keeps four digits only of what is above 6e-5: it holds g up to 256. Their product with a
+# row of weights stays in its range while those are below 128.
 FP16_SCALE = 256.0
 
 
@@ -55,11 +56,11 @@ class Wanted(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """What the chunks leave, [0] where not wanted; `finish_gradients` has the rest to multiply."""
+    """What the chunks leave, but for one factor; [0] where not wanted."""
 
-    hidden: Tensor  # [B, S, H, D] scale (g @ weight), of hidden's dtype; 0 without a target
-    weight: Tensor  # [V, D] scale / unit g.T @ (c x), of the accumulator's dtype
-    bias: Tensor  # [V] scale / unit (c @ g)
+    hidden: Tensor  # [B, S, H, D], of hidden's dtype; 0 without a target
+    weight: Tensor  # [V, D], of the sum's dtype
+    bias: Tensor  # [V], of the sum's dtype
 
 
 class Linear(NamedTuple):
@@ -143,15 +144,15 @@ def run_chunks(
     linear: Linear,
     plan: Plan,
     row_scalar: Tensor,
-    unit: Tensor,
+    rest: Tensor,
     settle: Callable[[Tensor, slice], None] | None,
     wanted: Wanted,
 ) -> tuple[Tensor, Gradients]:
-    """Cross entropies [B, S, H], and the gradients wanted, for `finish_gradients`.
+    """Cross entropies [B, S, H], and the gradients wanted, which `finish_gradients` finishes.
 
     Args:
         row_scalar: [B, S, H], dloss/dce.
-        unit: [], what no row_scalar is larger than.
+        rest: [], what the gradients are left to be multiplied with.
         settle: called with all cross entropies [B S, H] and which tokens are new, to fill in the
             row_scalar of these.
     """
@@ -159,8 +160,8 @@ def run_chunks(
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
     ce = torch.zeros_like(row_scalar)
+    scalars = row_scalar.view(-1)
     sums = _Sums(linear, wanted)
-    scale = linear.scale if any(wanted) else None
     most = max((chunk.rows.stop - chunk.rows.start for chunk in plan.chunks), default=0)
     buffer = weight.new_empty((most, len(weight)))
     for chunk in plan.chunks:
@@ -172,11 +173,16 @@ def run_chunks(
             torch.mm(x, weight.T, out=logits)
         else:
             torch.addmm(bias, x, weight.T, out=logits)
+        scale, c = None, None
+        if any(wanted):
+            known = scalars[rows] / rest
+            scale = known if settle is None else torch.full_like(known, linear.scale)
         ce.view(-1)[rows] = kernels.rows_ce_(logits, targets, scale)
         if settle is not None:
             settle(ce.flatten(0, 1), chunk.tokens)
+            c = scalars[rows] / (rest * linear.scale)
         if any(wanted):
-            sums.add(logits, x, weight, rows, row_scalar.view(-1)[rows] / unit)
+            sums.add(logits, x, weight, rows, c)
     return ce, sums.gradients()
 
 
@@ -186,22 +192,24 @@ class _Sums:
     def __init__(self, linear: Linear, wanted: Wanted) -> None:
         self.wanted = wanted
         self.empty = True
-        hidden, weight = linear.hidden, linear.weight
-        shape = hidden.shape if wanted.hidden else (0,)
-        self.hidden = hidden.new_zeros(shape)
-        self.weight = weight.new_empty(
-            weight.shape if wanted.weight else (0,), dtype=linear.sum_dtype
-        )
-        self.bias = weight.new_zeros(len(weight) if wanted.bias else 0, dtype=linear.sum_dtype)
+        hidden, weight, dtype = linear.hidden, linear.weight, linear.sum_dtype
+        self.hidden = hidden.new_zeros(hidden.shape if wanted.hidden else 0)
+        self.weight = weight.new_empty(weight.shape if wanted.weight else 0, dtype=dtype)
+        self.bias = weight.new_zeros(len(weight) if wanted.bias else 0, dtype=dtype)
 
-    def add(self, g: Tensor, x: Tensor, weight: Tensor, rows: Tensor, c: Tensor) -> None:
+    def add(self, g: Tensor, x: Tensor, weight: Tensor, rows: Tensor, c: Tensor | None) -> None:
+        """c [R]: what g is still to be multiplied with, row by row."""
         if self.wanted.hidden:
-            gradient = torch.mm(g, weight).to(self.hidden.dtype)
+            gradient = torch.mm(g, weight)
+            if c is not None:
+                gradient.mul_(c[:, None])
+            gradient = gradient.to(self.hidden.dtype)
             self.hidden.view(-1, x.shape[1]).index_copy_(0, rows, gradient)
         if self.wanted.weight:
-            self._add_to_weight(g, x.mul_(c[:, None]))
+            self._add_to_weight(g, x if c is None else x.mul_(c[:, None]))
         if self.wanted.bias:
-            self.bias += torch.mm(c.to(g.dtype)[None], g)[0]
+            c = x.new_ones(len(x)) if c is None else c.to(x.dtype)
+            self.bias += torch.mm(c[None], g)[0]
         self.empty = False
 
     def _add_to_weight(self, g: Tensor, x: Tensor) -> None:
@@ -223,50 +231,24 @@ class _Sums:
 
 
 def finish_gradients(
-    linear: Linear, sums: Gradients, row_scalar: Tensor, unit: Tensor, upstream: Tensor
+    linear: Linear, sums: Gradients, factor: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias; the sums are used up."""
-    rest = upstream / linear.scale
+    """The gradients of hidden, weight and bias: the sums, which are used up, times factor []."""
+    hidden, weight, bias = (_multiply(total, factor, linear.backend) for total in sums)
     dtype = linear.weight.dtype
-    if type(upstream) is not Tensor:  # traced: there is no memory to use again yet
-        factors, factor = (row_scalar * rest)[..., None], unit * rest
-        hidden = sums.hidden * factors if sums.hidden.numel() else sums.hidden
-        weight, bias = sums.weight * factor, sums.bias * factor
-        return hidden.to(linear.hidden.dtype), weight.to(dtype), bias.to(dtype)
-    if sums.hidden.numel():
-        _multiply_rows(sums.hidden, row_scalar * rest)
-    weight, bias = (_multiply(total, unit * rest, linear) for total in sums[1:])
-    return sums.hidden, weight, bias
+    return hidden.to(linear.hidden.dtype), weight.to(dtype), bias.to(dtype)
+
+
+def _multiply(total: Tensor, factor: Tensor, backend: str) -> Tensor:
+    if not total.numel():
+        return total
+    rows = total.view(1, 1, -1, total.shape[-1])
+    return multiply(rows, factor, backend).view(total.shape)
 
 
 def largest(row_scalar: Tensor, linear: Linear) -> Tensor:
-    """The `unit` of these row scalars, which keeps c x in float16's range, and uniform weights
-    exact; 1 where it would cost a pass over the gradient that is not needed otherwise."""
-    converted = linear.sum_dtype != linear.weight.dtype
-    if not (converted or linear.dtype == torch.float16) or not row_scalar.numel():
+    """The `rest` that keeps float16 operands in their range, whatever the weights; else 1."""
+    if linear.dtype != torch.float16 or not row_scalar.numel():
         return row_scalar.new_ones(())
     most = row_scalar.abs().where(row_scalar.isfinite(), 0.0).amax()
-    return torch.where(most == 0, 1.0, most)
-
-
-def _multiply_rows(grad: Tensor, factors: Tensor) -> None:
-    rows, factors = grad.view(-1, grad.shape[-1]), factors.reshape(-1, 1)
-    step = _part(grad) // rows.shape[1] + 1
-    for part, factor in zip(rows.split(step), factors.split(step), strict=True):
-        part.mul_(factor)
-
-
-def _multiply(total: Tensor, factor: Tensor, linear: Linear) -> Tensor:
-    dtype = linear.weight.dtype
-    if total.dtype == dtype:
-        return KERNELS[linear.backend].multiply_(total[None, None], factor).view(total.shape)
-    grad = torch.empty_like(total, dtype=dtype)
-    step = max(_part(total), 1)
-    for part, out in zip(total.view(-1).split(step), grad.view(-1).split(step), strict=True):
-        out.copy_(part.mul_(factor))
-    return grad
-
-
-def _part(tensor: Tensor) -> int:
-    """Elements at a time. On the CPU mixed dtypes meet in a temporary copy of the size of both."""
-    return tensor.numel() if tensor.is_cuda else MIB // 4
+    return torch.where(most == 0, 1.0, most) / linear.scale

@@ -198,14 +198,14 @@ def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tens
     return outputs[_CE][:, : max(logits.shape[1] - 1, 0), 0].contiguous()
 
 
-def rows_ce_(logits: Tensor, target_ids: Tensor, scale: float | None) -> Tensor:
-    """The CE of each row; the row becomes scale (softmax - onehot), unless scale is None.
+def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> Tensor:
+    """The CE of each row; the row becomes row_scalar (softmax - onehot), if there is one.
 
     Args:
         logits: [R, V], last stride 1.
         target_ids: [1 + R] int64, contiguous: the first is not looked at, target_ids[1 + r] is row
             r's, in [0, V).
-        scale: > 0.
+        row_scalar: [R] acc, contiguous, of any sign, or None: the logits stay.
 
     Returns:
         [R] acc, nats.
@@ -213,11 +213,10 @@ def rows_ce_(logits: Tensor, target_ids: Tensor, scale: float | None) -> Tensor:
     Raises:
         IndexError: a target outside [0, V).
     """
-    ones = None if scale is None else logits.new_ones(len(logits), dtype=accumulation_dtype(logits))
-    how = _Weighting(_pointer(ones), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
+    how = _Weighting(_pointer(row_scalar), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
     rows = logits[None, :, None]
-    grad = None if scale is None else rows
-    outputs, status, position = _run(rows, target_ids[None], how, _NO_ID, grad, scale or 1.0)
+    grad = None if row_scalar is None else rows
+    outputs, status, position = _run(rows, target_ids[None], how, _NO_ID, grad, 1.0)
     if status == _BAD_TARGET:
         _raise_target_error(target_ids[None], position, logits.shape[-1], _NO_ID)
     return outputs[_CE].flatten()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp import ops
-from wmtp.backends import KERNELS
+from wmtp.backends import KERNELS, multiply
 from wmtp.checks import note_overwritten
 
 
@@ -93,11 +93,11 @@ def _heads_gradients(ctx, grad_loss, grad_ce):
     if grad_ce is None and not torch.is_grad_enabled():
         if ctx.overwritten:
             for head in heads:
-                ops.multiply(head.detach(), grad_loss * factors[1], ctx.backend)
+                KERNELS[ctx.backend].multiply_(head.detach(), grad_loss * factors[1])
                 note_overwritten(head)
             return [head.detach() for head in heads]
         if grad is not None:
-            return ops.multiply(grad, grad_loss * factors[1], ctx.backend).unbind(2)
+            return multiply(grad, grad_loss * factors[1], ctx.backend).unbind(2)
     elif ctx.overwritten:
         raise RuntimeError(ops.LOGITS_ARE_GONE)
     del grad

@@ -6,7 +6,7 @@ To autograd, torch.compile and the profiler each is one opaque operator.
     head_weights [B, S, H] or None, ref_ce [B, S-1] or None, normalizer [] or None  ->
         loss [], valid_mask [B, S], ce [B, S, H]
         row_scalar [B, S, H]    dloss/dce
-        unit []                 no row_scalar is larger
+        rest []                 a factor of the gradients that is left to backward
         hidden_sum [B, S, H, D], weight_sum [V, D], bias_sum [V]    see `chunks.Gradients`
 
 The sums are made while the logits are there, so backward has only factors left to multiply. They
@@ -30,7 +30,7 @@ _PRODUCT = (
 ops.library.define(
     f"linear_loss({_PRODUCT}, Tensor? head_weights, Tensor? ref_ce, Tensor? normalizer, "
     "float temperature, str excess, str reduction) -> (Tensor loss, Tensor valid_mask, Tensor ce, "
-    "Tensor row_scalar, Tensor unit, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)"
+    "Tensor row_scalar, Tensor rest, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)"
 )
 ops.library.define(
     f"linear_gradient({_PRODUCT}, Tensor row_scalar)"
@@ -44,16 +44,18 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     heads = linear.hidden.shape[2]
     valid = has_target(target_ids, heads, ignore_index)
     dtype, settle = accumulation_dtype(linear.hidden), None
+    if head_weights is not None:
+        reference.raise_on_bad_weight(head_weights, valid)
     if ref_ce is None:
         weights = reference.known_weights(valid, head_weights, dtype)
         weight_sum = weights.sum(-1)
         denominator = find_denominator(weight_sum, reduction, normalizer)
-        row_scalar = to_row_scalar(weights, weight_sum, reduction) / denominator
-        unit = largest(row_scalar, linear)
+        row_scalar = (to_row_scalar(weights, weight_sum, reduction) / denominator).contiguous()
+        rest = largest(row_scalar, linear)
     else:  # weights that sum to 1 on each token with a target, and follow from its ce
         denominator = find_denominator(valid.any(-1).to(dtype), reduction, normalizer)
         row_scalar = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-        unit = largest(1 / denominator, linear)
+        rest = largest(1 / denominator, linear)
         aligned = reference.align_ref_ce(ref_ce, valid.shape[1], heads).reshape(-1, heads)
         valid, scalars = valid.reshape(-1, heads), row_scalar.view(-1, heads)
 
@@ -63,20 +65,20 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
             scalars[tokens] = to_row_scalar(weights, weights.sum(-1), reduction) / denominator
 
     plan = make_plan(target_ids, linear, ignore_index)
-    ce, sums = run_chunks(linear, plan, row_scalar, unit, settle, wanted)
+    ce, sums = run_chunks(linear, plan, row_scalar, rest, settle, wanted)
     loss, valid_mask, _ = reference.loss_of_cross_entropies(
         *(ce, target_ids, head_weights, ref_ce, normalizer),
         *(temperature, excess, reduction, ignore_index),
     )
-    return loss, valid_mask, ce, row_scalar, unit, *sums
+    return loss, valid_mask, ce, row_scalar, rest, *sums
 
 
 def _linear_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     linear, target_ids, ignore_index, wanted = _product(arguments)
-    row_scalar = arguments[10]
-    plan, unit = make_plan(target_ids, linear, ignore_index), largest(row_scalar, linear)
-    _, sums = run_chunks(linear, plan, row_scalar, unit, None, wanted)
-    return finish_gradients(linear, sums, row_scalar, unit, torch.ones_like(unit))
+    row_scalar = arguments[10].contiguous()
+    plan, rest = make_plan(target_ids, linear, ignore_index), largest(row_scalar, linear)
+    _, sums = run_chunks(linear, plan, row_scalar, rest, None, wanted)
+    return finish_gradients(linear, sums, rest)
 
 
 def _product(arguments: tuple[Any, ...]) -> tuple[Linear, Tensor, int, Wanted]:
@@ -113,13 +115,13 @@ def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tens
 def _save_for_backward(ctx, inputs, output):
     hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted = inputs[:10]
     head_weights, _, normalizer, *ctx.settings = inputs[10:]
-    _loss, _mask, ce, row_scalar, unit, *sums = output
+    _loss, _mask, ce, row_scalar, rest, *sums = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], *output[3:])
     ctx.sums = Gradients(*sums) if any(ctx.wanted) else None
     # The caller may change his ce in place: a copy.
     of_weights = (ce.clone(), head_weights, normalizer) if ctx.needs_input_grad[10] else ()
-    ctx.save_for_backward(hidden, weight, bias, target_ids, row_scalar, unit, *of_weights)
+    ctx.save_for_backward(hidden, weight, bias, target_ids, row_scalar, rest, *of_weights)
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
@@ -133,12 +135,12 @@ def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
 
 
 def _gradients(ctx, grad_loss, grad_ce):
-    hidden, weight, bias, target_ids, row_scalar, unit, *_ = ctx.saved_tensors
+    hidden, weight, bias, target_ids, row_scalar, rest, *_ = ctx.saved_tensors
     # What was summed ahead belongs to whoever gets it.
     sums, ctx.sums = ctx.sums, None
     if grad_ce is None and sums is not None and not torch.is_grad_enabled():
         linear = Linear(hidden, weight, bias, *ctx.product)
-        return finish_gradients(linear, sums, row_scalar, unit, grad_loss)
+        return finish_gradients(linear, sums, rest * grad_loss)
     del sums
     product = (hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted)
     return torch.ops.wmtp.linear_gradient(*product, ops.upstream(row_scalar, grad_loss, grad_ce))

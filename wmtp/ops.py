@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from wmtp.backends import KERNELS
+from wmtp.backends import KERNELS, multiply
 from wmtp.checks import heads_share_storage, note_overwritten
 from wmtp.labels import has_target
 from wmtp.reduction import accumulation_dtype, counted_tokens
@@ -187,7 +187,7 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
         if ctx.overwritten:
             rows = logits.detach()
             written = rows[:, :, :1] if ctx.shared_heads else rows
-            multiply(written, grad_loss * factors[1], ctx.backend)
+            KERNELS[ctx.backend].multiply_(written, grad_loss * factors[1])
             note_overwritten(logits)
             return rows
         if grad is not None:
@@ -207,13 +207,6 @@ def upstream(row_scalar, grad_loss, grad_ce):
     """d/dce of what backward was called on, [B, S, H]."""
     scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
     return scalar if grad_loss is None else scalar + row_scalar * grad_loss
-
-
-def multiply(grad, factor, backend):
-    """The gradient written ahead, times what came from above; mostly that is 1."""
-    if type(factor) is not Tensor:  # traced: its value is not known yet
-        return grad * factor
-    return KERNELS[backend].multiply_(grad, factor)
 
 
 class _WeightedLoss(torch.autograd.Function):

@@ -74,6 +74,8 @@ def compute_weighted_mtp_loss(
     ce = cross_entropy_per_head(logits, target_ids, ignore_index)
     if ref_logits is not None:
         ref_ce = next_token_ce(ref_logits, target_ids, ignore_index)
+    if head_weights is not None:
+        raise_on_bad_weight(head_weights, has_target(target_ids, ce.shape[2], ignore_index))
     return loss_of_cross_entropies(
         ce,
         target_ids,
@@ -115,7 +117,6 @@ def known_weights(valid: Tensor, head_weights: Tensor | None, dtype: torch.dtype
     """[B, S, H]: the weights given, or 1; 0 where there is no valid target."""
     if head_weights is None:
         return valid.to(dtype)
-    _raise_on_bad_weight(head_weights, valid)
     return torch.where(valid, head_weights.to(dtype), 0.0)
 
 
@@ -297,7 +298,7 @@ def raise_on_bad_target(targets: Tensor, valid: Tensor, vocabulary: int, ignore_
         )
 
 
-def _raise_on_bad_weight(head_weights: Tensor, valid: Tensor) -> None:
+def raise_on_bad_weight(head_weights: Tensor, valid: Tensor) -> None:
     if head_weights.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = valid & ~((head_weights >= 0) & head_weights.isfinite())

@@ -1,0 +1,87 @@
+"""The linear loss's operators: torch's own checks, and whole graphs through torch.compile."""
+
+import pytest
+import torch
+from test_linear import SOME, gradients, make_case
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
+
+
+def product(leaves, dtype, backend="cpu", wanted=(True, True, True), chunk_bytes=SOME):
+    return (*leaves, dtype, torch.float32, chunk_bytes, backend), list(wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce"])
+@pytest.mark.parametrize("chunk_bytes", [SOME, None])
+def test_opcheck_linear_loss(weighting, dtype, chunk_bytes):
+    leaves, options = make_case(dtype, weighting, bias=True, shape=(2, 4, 2, 3, 9))
+    linear, wanted = product(leaves, dtype, chunk_bytes=chunk_bytes)
+    weights = options.get("head_weights")
+    if weights is not None:
+        weights.requires_grad_()
+    how = (weights, options.get("ref_ce"), None, 0.7, "abs", "token_mean")
+    arguments = (*linear, options["target_ids"], -100, wanted, *how)
+    # A graph with every output's gradient would need ce's, which is computed from the logits anew.
+    torch.library.opcheck(torch.ops.wmtp.linear_loss.default, arguments)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, False, True)])
+def test_opcheck_linear_gradient(wanted):
+    leaves, options = make_case(torch.float32, bias=True, shape=(2, 4, 2, 3, 9))
+    leaves = [leaf.detach() for leaf in leaves]
+    linear, wanted = product(leaves, torch.float32, wanted=wanted)
+    arguments = (*linear, options["target_ids"], -100, wanted, torch.randn(2, 4, 2))
+    torch.library.opcheck(torch.ops.wmtp.linear_gradient.default, arguments)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+def test_compiled_whole(weighting, dtype, compiler):
+    if compiler == "inductor" and (dtype, weighting) != (torch.bfloat16, "ref_ce"):
+        pytest.skip("one case is compiled to machine code")
+    leaves, options = make_case(dtype, weighting, bias=True)
+    compiled = torch.compile(
+        fused_linear_weighted_mtp_loss, fullgraph=True, backend=compiler, dynamic=True
+    )
+    for upstream in ((1.0, None), (2.0, torch.randn(2, 11, 3))):
+        result, found = gradients(compiled, leaves, options, upstream, chunk_bytes=SOME)
+        wanted, true = gradients(
+            fused_linear_weighted_mtp_loss, leaves, options, upstream, chunk_bytes=SOME
+        )
+        torch.testing.assert_close(result, wanted)
+        for ours, theirs in zip(found, true, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert (ours - theirs).norm() <= 5e-3 * theirs.norm()
+
+
+def test_the_reference_is_compiled_whole():
+    (hidden, weight, _), options = make_case()
+    compiled = torch.compile(linear_next_token_cross_entropy, fullgraph=True, backend="aot_eager")
+    arguments = hidden[:, :, 0], weight, options["target_ids"]
+    torch.testing.assert_close(
+        compiled(*arguments), linear_next_token_cross_entropy(*arguments), rtol=0, atol=0
+    )
+
+
+def test_a_traced_backward_keeps_the_upstream_gradient():
+    leaves, options = make_case(torch.float32, "given")
+
+    def step(hidden, weight, upstream):
+        loss = fused_linear_weighted_mtp_loss(hidden, weight, **options, chunk_bytes=SOME).loss
+        return torch.autograd.grad(loss * upstream, [hidden, weight])
+
+    traced = make_fx(step)(*leaves[:2], torch.tensor(1.0))
+    torch.testing.assert_close(
+        traced(*leaves[:2], torch.tensor(3.0)), step(*leaves[:2], torch.tensor(3.0))
+    )
+
+
+def test_no_second_derivative():
+    (hidden, weight, _), options = make_case()
+    loss = fused_linear_weighted_mtp_loss(hidden, weight, **options).loss
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative: use backend='eager'"):
+        gradient.sum().backward()

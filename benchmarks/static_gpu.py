@@ -34,8 +34,10 @@ from typing import Any, NamedTuple
 HIDDEN = 0.85
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 # One of each class of block: a row in less than a CTA, in one, and in clusters of growing size.
-VOCABULARIES = (1000, 32000, 50257, 128256, 256000)
+VOCABULARIES = (1000, 32000, 50257, 128256, 256000, 300000)
 HEADS = 4
+# H, and the rows of logits that a token has: its heads', one for all heads, the linear op's.
+SIZES = ((HEADS, HEADS), (HEADS, 1), (1, 1))
 
 
 class Card(NamedTuple):
@@ -121,28 +123,28 @@ def _loss_variants(
     tiers = modules["tiers"]
     found = set()
     for weighting, excess, signed in (("known", 0, 0), ("excess", 1, 0), ("signed", 1, 1)):
-        for rows in (HEADS, 1):
+        for size in SIZES[: 2 if excess else 3]:
             for gradient in (True, False):
                 for forced in ("", "online"):
                     launch = tiers.choose(
-                        vocabulary, HEADS, rows, ITEMSIZE[dtype], bool(excess), gradient,
+                        vocabulary, *size, ITEMSIZE[dtype], bool(excess), gradient,
                         _machine(modules, target), forced,
                     )  # fmt: skip
-                    key = (launch, weighting, rows, gradient)
+                    key = (launch, weighting, size, gradient)
                     # In steps of 8 KiB every V is alike; the sign is no part of the stream.
                     alike = launch.tier == "online" and vocabulary not in (1000, 50257)
                     if key in found or alike or (signed and vocabulary != 50257):
                         continue
                     found.add(key)
                     variant = _loss_variant(
-                        modules, dtype, vocabulary, launch, weighting, rows, gradient, bool(signed)
+                        modules, dtype, vocabulary, launch, weighting, size, gradient, bool(signed)
                     )
                     yield variant
                     if vocabulary == 50257 and gradient and not signed:
-                        if rows == HEADS:
+                        if size == (HEADS, HEADS):
                             yield _listed(variant)
                         if launch.tier == "online":
-                            yield from _split(modules, variant, rows)
+                            yield from _split(modules, variant, size)
 
 
 def _loss_variant(
@@ -151,19 +153,20 @@ def _loss_variant(
     vocabulary: int,
     launch: Any,
     weighting: str,
-    rows: int,
+    size: tuple[int, int],
     gradient: bool,
     signed: bool,
 ) -> Variant:
-    excess = weighting != "known"
-    constants = modules["tiers"].constants(launch, HEADS, rows, excess)
-    constants |= {"H": HEADS, "EXCESS": excess, "SIGNED": signed, "IN_PHASE": True}
+    excess, (heads, rows) = weighting != "known", size
+    constants = modules["tiers"].constants(launch, heads, rows, excess)
+    constants |= {"H": heads, "EXCESS": excess, "SIGNED": signed, "IN_PHASE": True}
     constants |= {"LISTED": False, "GRAD_LISTED": False}
     name, kernel = "register", modules["register_kernel"].register_kernel
     if launch.tier == "online":
         name, kernel = "online", modules["online_kernel"].online_kernel
         constants |= {"GRAD": gradient, "SPLITS": 1}
-    name += f" {weighting}" + " shared" * (rows == 1) + " forward" * (not gradient)
+    name += f" {weighting}" + " shared" * (rows < heads) + " alone" * (heads == 1)
+    name += " forward" * (not gradient)
     constants["BLOCK"] = launch.block
     return Variant(name, dtype, vocabulary, kernel, constants, launch, True, gradient)
 
@@ -174,13 +177,14 @@ def _listed(variant: Variant) -> Variant:
     return variant._replace(name=f"{variant.name} listed", constants=constants)
 
 
-def _split(modules: dict[str, Any], variant: Variant, rows: int) -> Iterator[Variant]:
+def _split(modules: dict[str, Any], variant: Variant, size: tuple[int, int]) -> Iterator[Variant]:
     """The same for rows fewer than the SMs."""
+    heads, rows = size
     splits = {"SPLITS": 8}
     constants = variant.constants | splits
     yield variant._replace(name=f"{variant.name} split", constants=constants)
-    heads = variant.constants["HEADS"] if rows < HEADS else 1
-    of_parts = {"H": HEADS, "HEADS": heads, "ROWS": rows, "LISTED": False, "EVICT": "evict_last"}
+    held = variant.constants["HEADS"] if rows < heads else 1
+    of_parts = {"H": heads, "HEADS": held, "ROWS": rows, "LISTED": False, "EVICT": "evict_last"}
     constants = {**of_parts, **splits, "BLOCK": variant.constants["BLOCK"]}
     kernel = modules["partial_kernel"].partial_kernel
     name = variant.name.replace("online", "partial")

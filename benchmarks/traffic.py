@@ -24,7 +24,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are firs
 import torch
 from torch import Tensor
 
-from wmtp import fused_weighted_mtp_loss, td_head_weights
+from wmtp import fused_weighted_mtp_loss, kernels, td_head_weights
 from wmtp.labels import has_target
 
 IGNORED = -100
@@ -152,6 +152,22 @@ def _forced(tier: str) -> Iterator[None]:
             os.environ["WMTP_TRITON_TIER"] = before
 
 
+def measure_chunk(tier: str, gradient: bool, vocabulary: int) -> Moved:
+    """What the linear op's kernel does with a chunk of bf16 logits."""
+    logits = torch.randn(24, vocabulary).bfloat16()
+    target_ids = torch.randint(vocabulary, (25,))
+    row_scalar = torch.rand(24) if gradient else None
+    traffic = Traffic(logits=logits)
+    with _forced(tier), traffic.counted():
+        kernels.rows_ce_(logits, target_ids, row_scalar)
+    return Moved(
+        traffic.loaded["logits"] / logits.nbytes,
+        0.0,
+        traffic.stored["logits"] / logits.nbytes,
+        (traffic.loaded["elsewhere"] + traffic.stored["elsewhere"]) / logits.nbytes,
+    )
+
+
 def _weights(
     weighting: str, target_ids: Tensor, heads: int, vocabulary: int, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -189,6 +205,10 @@ def rows(vocabulary: int) -> Iterator[dict[str, Any]]:
         "direction": "forward+backward",
         **moved._asdict(),
     }
+    for tier in ("row", "online", ""):
+        moved = measure_chunk(tier, bool(tier), vocabulary)
+        direction = "forward+backward" if tier else "forward"
+        yield {"weighting": "linear", "tier": tier, "direction": direction, **moved._asdict()}
 
 
 def main() -> None:

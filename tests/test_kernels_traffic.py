@@ -9,7 +9,15 @@ from wmtp.labels import has_target
 if not kernels.interpreted():
     pytest.skip("counted in Triton's interpreter only", allow_module_level=True)
 
-from wmtp.benchmarks.traffic import IGNORED, TIERS, WEIGHTINGS, Traffic, measure, serves
+from wmtp.benchmarks.traffic import (
+    IGNORED,
+    TIERS,
+    WEIGHTINGS,
+    Traffic,
+    measure,
+    measure_chunk,
+    serves,
+)
 
 ODD, ALIGNED = 8191, 8192
 DTYPES = [torch.float32, torch.bfloat16]
@@ -45,6 +53,16 @@ def test_in_place_moves_no_more(tier):
     reads = 2 if tier == "online" else 1
     assert reads <= moved.read <= reads + 0.01
     assert 1.0 <= moved.written <= 1.01
+
+
+@pytest.mark.parametrize("vocabulary", [ODD, ALIGNED])
+@pytest.mark.parametrize("tier", ["row", "online", ""])
+def test_a_chunk_of_the_linear_op_is_read_once_and_written_once(tier, vocabulary):
+    moved = measure_chunk(tier, bool(tier), vocabulary)
+    reads = 2 if tier == "online" else 1
+    assert reads <= moved.read <= reads + 0.01
+    assert bool(tier) <= moved.written <= bool(tier) + 0.01
+    assert moved.others <= 0.01
 
 
 @pytest.mark.parametrize("gradient", [False, True])

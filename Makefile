@@ -24,7 +24,7 @@ sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undef
 	$(BIN)/cmake --build build/sanitize
 	WMTP_CPU_LIBRARY=$(CURDIR)/build/sanitize/libwmtp_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest tests/test_cpu*.py tests/test_inplace.py
+	$(BIN)/python -m pytest tests/test_cpu*.py tests/test_inplace.py tests/test_rows_ce.py
 
 bench: $(READY)  ## speed and memory against eager torch, torch.compile and a plain copy
 	$(BIN)/wmtp bench

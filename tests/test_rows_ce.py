@@ -1,0 +1,71 @@
+"""Cross entropies of rows, and what is left where the logits were: each backend against fp64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from agreement import GRADIENT_TOLERANCE
+from wmtp import cpu
+from wmtp.backends import KERNELS
+from wmtp.checks import FLOAT_DTYPES
+
+LOW = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def truth(logits, targets, row_scalar):
+    exact = logits.double()
+    ce = F.cross_entropy(exact, targets, reduction="none")
+    return ce, row_scalar[:, None] * (exact.softmax(-1) - F.one_hot(targets, logits.shape[1]))
+
+
+def assert_agrees(function, rows, vocabulary, dtype, device="cpu"):
+    logits = (3 * torch.randn(rows, vocabulary + 3)).to(device, dtype)[:, 2:-1]  # odd strides
+    target_ids = torch.randint(vocabulary, (1 + rows,), device=device)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    row_scalar = torch.randn(rows, device=device, dtype=acc)
+    before = logits.clone()
+    ce, left = truth(before, target_ids[1:], row_scalar.double())
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    target_ids[0] = vocabulary + 5  # nobody's
+    found = function(logits, target_ids, None)
+    torch.testing.assert_close(found.double(), ce, rtol=tolerance, atol=tolerance)
+    assert torch.equal(logits, before)
+    found = function(logits, target_ids, row_scalar)
+    torch.testing.assert_close(found.double(), ce, rtol=tolerance, atol=tolerance)
+    assert (logits.double() - left).abs().max() <= GRADIENT_TOLERANCE[dtype] * left.abs().max()
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 33), (7, 1003), (2, 40001)])
+def test_rows(target, rows, vocabulary, dtype):
+    backend, device = target
+    assert_agrees(KERNELS[backend].rows_ce_, rows, vocabulary, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (6, 130), (3, 9001)])
+@pytest.mark.usefixtures("instruction_set")
+def test_rows_with_every_instruction_set(rows, vocabulary, dtype):
+    assert_agrees(cpu.rows_ce_, rows, vocabulary, dtype)
+
+
+def test_no_rows():
+    none = torch.empty(0, 9)
+    assert cpu.rows_ce_(none, torch.zeros(1, dtype=torch.long), torch.empty(0)).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(target, bad):
+    backend, device = target
+    logits = torch.randn(3, 50, device=device)
+    logits[1, 7] = bad
+    target_ids = torch.tensor([0, 3, 4, 5], device=device)
+    ce = KERNELS[backend].rows_ce_(logits, target_ids, torch.ones(3, device=device))
+    assert ce.isfinite().tolist() == [True, False, True]
+    assert logits[[0, 2]].isfinite().all()
+    assert logits[1].isnan().any()
+
+
+def test_a_target_outside_is_found():
+    with pytest.raises(IndexError, match="is 9, outside"):
+        cpu.rows_ce_(torch.randn(2, 9), torch.tensor([0, 1, 9]), None)

@@ -56,6 +56,15 @@ def data(corpus):
 
 
 @pytest.fixture
+def one_thread():
+    """For small tensors: a second thread costs more than it does, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def unwritten_is_nan():
     """New memory is full of NaN, so that an entry that a kernel does not write is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -77,8 +86,8 @@ def device(request, monkeypatch):
 
 
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
-def instruction_set(request):
-    """The C++ kernel with every instruction set of this machine; one thread, for small tensors."""
+def instruction_set(request, one_thread):
+    """The C++ kernel with every instruction set of this machine."""
     if reason := cpu.unavailable():
         pytest.skip(f"no CPU kernel: {reason}")
     try:
@@ -87,10 +96,7 @@ def instruction_set(request):
         if request.param == "baseline":
             raise
         pytest.skip(str(missing))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield request.param
-    torch.set_num_threads(threads)
     cpu._select_instruction_set(cpu._library(), "")
 
 

@@ -182,6 +182,11 @@ BAD_LINEAR_CALLS = {
     "weight of rank 1": (dict(lm_head_weight=LM_HEAD[0]), ValueError, r"must be \[V, D\], got"),
     "no vocabulary": (dict(lm_head_weight=LM_HEAD[:0]), ValueError, "at least one vocabulary"),
     "integer weight": (dict(lm_head_weight=LM_HEAD.long()), TypeError, "lm_head_weight must be fl"),
+    "no channels": (
+        dict(hidden=HIDDEN[..., :0], lm_head_weight=LM_HEAD[:, :0]),
+        ValueError,
+        "at least one head and one channel",
+    ),
     "the module": (
         dict(lm_head_weight=torch.nn.Linear(3, 11)),
         TypeError,
@@ -259,13 +264,22 @@ def test_bad_arguments_of_the_linear_loss(bad, error, message):
         fused_linear_weighted_mtp_loss(**arguments)
 
 
+OF_THE_REFERENCE = {
+    name: case for name, case in BAD_LINEAR_CALLS.items() if "hidden" not in case[0]
+}
+
+
 @pytest.mark.parametrize(
-    ("bad", "error", "message"), BAD_LINEAR_CALLS.values(), ids=BAD_LINEAR_CALLS
+    ("bad", "error", "message"), OF_THE_REFERENCE.values(), ids=OF_THE_REFERENCE
 )
 def test_bad_arguments_of_the_linear_reference(bad, error, message):
-    if "hidden" in bad and isinstance(bad["hidden"], torch.Tensor):
-        bad = {"hidden": HIDDEN if bad["hidden"].dim() == 3 else HIDDEN[:, :, 0].long()}
-        message = message.replace(r"B, S, H, D\], got \(2, 8, 3\): .*unsqueeze\(2\)", "B, S, D")
-    arguments = {"hidden": HIDDEN[:, :, 0], "lm_head_weight": LM_HEAD, "target_ids": IDS, **bad}
+    hidden = HIDDEN[:, :, 0]
     with pytest.raises(error, match=message):
-        linear_next_token_cross_entropy(**arguments)
+        linear_next_token_cross_entropy(
+            **{"hidden": hidden, "lm_head_weight": LM_HEAD, "target_ids": IDS, **bad}
+        )
+
+
+def test_hidden_states_of_the_linear_reference():
+    with pytest.raises(ValueError, match=r"hidden must be \[B, S, D\], got \(2, 8, 4, 3\)"):
+        linear_next_token_cross_entropy(HIDDEN, LM_HEAD, IDS)

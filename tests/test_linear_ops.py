@@ -7,6 +7,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def product(leaves, dtype, backend="cpu", wanted=(True, True, True), chunk_bytes=SOME):
     return (*leaves, dtype, torch.float32, chunk_bytes, backend), list(wanted)

@@ -104,9 +104,9 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
         remedy = "add the head axis with logits.unsqueeze(2)" if logits.dim() + 1 == rank else ""
         raise ValueError(_shape_message(name, axes, None, logits, remedy))
     if any(size == 0 for size in logits.shape[2:]):
+        entry = "vocabulary entry" if axes.endswith("V]") else "channel"
         raise ValueError(
-            f"{name} must have at least one head and one vocabulary entry, "
-            f"got shape {tuple(logits.shape)}"
+            f"{name} must have at least one head and one {entry}, got shape {tuple(logits.shape)}"
         )
 
 

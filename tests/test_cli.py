@@ -63,6 +63,7 @@ def test_train_refuses_what_cannot_be(corpus, tmp_path):
         (["--algo", "rho2"], "'rho2' is not one of mtp-baseline, critic-wmtp, rho1-wmtp"),
         (["--algo", "mtp-baseline", "--out", used], "is not empty and holds no run"),
         (["--algo", "mtp-baseline", "--steps", 0], "steps must be at least 1, got 0"),
+        (["--algo", "mtp-baseline", "--loss", "cce"], "loss must be one of ('linear', 'fused', "),
         (["--algo", "mtp-baseline", "--seq-len", 9999], "pass more text or a smaller --seq-len"),
         (["--algo", "rho1-wmtp", "--ref", tmp_path], "no model in"),
     ):
@@ -124,10 +125,11 @@ def test_compare_trains_all_alike_once(corpus, tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, wmtp(*command[3:]).exit_code)
 
     monkeypatch.setattr("wmtp.cli.compare.subprocess.run", run_here)
-    arguments = ["compare", *SMALL, "--data", corpus, "--out", tmp_path / "runs"]
+    arguments = ["compare", *SMALL, "--loss=fused", "--data", corpus, "--out", tmp_path / "runs"]
     first = wmtp(*arguments)
     assert first.exit_code == 0, first.output
     assert len(commands) == 3
+    assert all("--loss=fused" in command for command in commands)
     results = json.loads((tmp_path / "runs/compare.json").read_text())
     assert list(results) == ["mtp-baseline", "critic-wmtp", "rho1-wmtp"]
     starts = [result["start"] for result in results.values()]

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import signal
 from pathlib import Path
 
@@ -96,9 +95,7 @@ KILLS = {
 
 @pytest.mark.parametrize("algo", KILLS)
 def test_killed_at_any_step_and_resumed_ends_the_same_to_the_last_digit(algo, corpus, tmp_path):
-    # The server imports once; each run is a fork of it that has never used a thread.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "wmtp.cli.train"])
+    context = tiny_runs.fork_server()
 
     def run(out: Path, kill) -> int | None:
         process = context.Process(target=tiny_runs.train_small, args=(algo, corpus, out, kill))

@@ -7,17 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_runs import make_trainer, prepare, write_corpus, write_rewarded_corpus
+from tiny_runs import ALGORITHMS, make_trainer, prepare, write_rewarded_corpus
 from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.reference import compute_weighted_mtp_loss
 from wmtp.registry import trainer_registry
-from wmtp.trainers import ConfigError, NonFiniteError, RunFolder, TrainConfig
+from wmtp.trainers import ConfigError, NonFiniteError, TrainConfig
 from wmtp.trainers.evaluation import evaluate, step_statistics
-from wmtp.trainers.reference_model import load_reference, reference_ce
 from wmtp.trainers.returns import gae_returns, token_mask, token_rewards
-
-ALGORITHMS = ("mtp-baseline", "critic-wmtp", "rho1-wmtp")
-
 
 # ---- the shape of the code ----
 
@@ -111,6 +107,7 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
         ({"seq_len": 1}, "seq_len must be at least 2"),
         ({"lr": float("nan")}, "lr must be positive and finite"),
         ({"precision": "fp8"}, "precision must be one of"),
+        ({"loss": "liger"}, r"loss must be one of \('linear', 'fused', 'eager'\), got liger"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -129,11 +126,12 @@ def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
         output = trainer.model(batch["input_ids"])
         arguments = trainer.loss_arguments(batch, output)
         settings = {name: value for name, value in arguments.items() if name != "head_weights"}
+        logits = trainer.model.unembed(output.head_hidden_states)
         expected = compute_weighted_mtp_loss(
-            output.logits, batch["target_ids"], arguments.get("head_weights"), 3, **settings
+            logits, batch["target_ids"], arguments.get("head_weights"), 3, **settings
         )
         weights = trainer.compute_head_weights(batch, expected.ce_per_head, arguments)
-    again = compute_weighted_mtp_loss(output.logits, batch["target_ids"], weights, 3)
+    again = compute_weighted_mtp_loss(logits, batch["target_ids"], weights, 3)
     record = trainer.train_step(batch)
     assert record["step"] == trainer.step == 1
     assert record["stage"] == "train"
@@ -221,8 +219,6 @@ def test_a_step_that_is_not_finite_changes_nothing(poison, data, tmp_path):
 def test_bf16_keeps_the_weights_in_fp32(data, tmp_path):
     trainer = make_trainer("rho1-wmtp", data, tmp_path, precision="bf16")
     batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
-    with trainer.autocast():
-        assert trainer.model(batch["input_ids"]).logits.dtype == torch.bfloat16
     assert math.isfinite(trainer.train_step(batch)["loss"])
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
@@ -251,78 +247,10 @@ def test_evaluation_is_the_mean_over_all_tokens(data):
     batches = data.validation.evaluation_batches(3, batch_size=2, seq_len=16)
     measured = evaluate(model, batches, torch.device("cpu"))
     ids = torch.cat([batch["target_ids"] for batch in batches])
-    log_probabilities = model(ids).logits.log_softmax(-1)
+    log_probabilities = model.unembed(model(ids).head_hidden_states).log_softmax(-1)
     for k in range(2):
         picked = log_probabilities[:, : -k - 1, k].gather(-1, ids[:, k + 1 :, None])
         assert measured["ce_per_head"][k] == pytest.approx(-picked.mean().item(), rel=1e-4)
     right = log_probabilities[:, :-1, 0].argmax(-1) == ids[:, 1:]
     assert measured["next_token_accuracy"] == pytest.approx(right.double().mean().item())
     assert model.training
-
-
-# ---- the reference model ----
-
-
-def test_every_kind_of_reference(data):
-    class HuggingFaceLike:
-        def __init__(self, logits):
-            self.logits = logits
-
-    ids = torch.randint(0, 20, (2, 5))
-    logits = torch.randn(2, 5, 20, requires_grad=True)
-    expected = torch.nn.functional.cross_entropy(
-        logits[:, :-1].reshape(-1, 20), ids[:, 1:].reshape(-1), reduction="none"
-    ).reshape(2, 4)
-    for reference in (
-        lambda _: logits,
-        lambda _: logits[:, :, None],
-        lambda _: HuggingFaceLike(logits),
-    ):
-        found = reference_ce(reference, ids, ids)
-        torch.testing.assert_close(found, expected)
-        assert not found.requires_grad
-    with pytest.raises(ConfigError, match=r"an object with \.logits, got dict"):
-        reference_ce(lambda _: {"logits": logits}, ids, ids)
-    with pytest.raises(ConfigError, match=r"must return logits \[B, S, V\], got \(2, 5, 3, 20\)"):
-        reference_ce(lambda _: logits[:, :, None].expand(-1, -1, 3, -1), ids, ids)
-
-
-def test_the_reference_is_frozen_and_asked_once_a_step(data, tmp_path):
-    trainer = make_trainer("rho1-wmtp", data, tmp_path)
-    model, calls = trainer.reference, []
-    assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    trainer.reference = lambda ids: calls.append(ids) or model(ids)
-    trainer.train_step(trainer._next_batch())
-    assert len(calls) == 1
-
-
-def test_rho1_without_a_reference(data, tmp_path):
-    config = TrainConfig(algo="rho1-wmtp")
-    with pytest.raises(ConfigError, match="needs a reference"):
-        trainer_registry.get("rho1-wmtp")(config, data, RunFolder(tmp_path))
-
-
-def test_a_hugging_face_folder_as_reference(data, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    for vocab_size, name in ((data.train.vocab_size, "fits"), (100, "small")):
-        config = transformers.GPT2Config(vocab_size=vocab_size, **shape)
-        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
-    model = load_reference(tmp_path / "fits", data.tokenizer)
-    ids = data.train.batch(0, batch_size=2, seq_len=16, seed=0)["input_ids"]
-    assert reference_ce(model, ids, ids).shape == (2, 15)
-    with pytest.raises(ConfigError, match=r"knows 100 tokens.*--tokenizer"):
-        load_reference(tmp_path / "small", data.tokenizer)
-    other = prepare(write_corpus(tmp_path / "text", files=2)).tokenizer
-    other.add_tokens(["new"])
-    other.save(str(tmp_path / "fits" / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="another vocabulary"):
-        load_reference(tmp_path / "fits", data.tokenizer)
-    with pytest.raises(ConfigError, match="no model in"):
-        load_reference(tmp_path / "nothing", data.tokenizer)
-    for config in ("{}", "[]", "{oops"):
-        (tmp_path / "broken").mkdir(exist_ok=True)
-        (tmp_path / "broken" / "config.json").write_text(config)
-        with pytest.raises(ConfigError, match="transformers cannot load a model"):
-            load_reference(tmp_path / "broken", data.tokenizer)

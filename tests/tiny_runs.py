@@ -2,18 +2,25 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
+import wmtp
 from wmtp.data import PreparedData, find_corpus, prepare_data
 from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.registry import trainer_registry
 from wmtp.trainers import BaseWmtpTrainer, RunFolder, TrainConfig
+from wmtp.trainers.reference_model import Reference
 
+ALGORITHMS = ("mtp-baseline", "critic-wmtp", "rho1-wmtp")
 VOCABULARY = 290
 SMALL: dict[str, Any] = {
     "steps": 6,
@@ -57,14 +64,26 @@ def prepare(corpus: Path) -> PreparedData:
     return prepare_data(find_corpus(corpus), vocab_size=VOCABULARY)
 
 
-def make_trainer(algo: str, data: PreparedData, out: Path, **settings: Any) -> BaseWmtpTrainer:
+def small_model(vocab_size: int, horizon: int = 1) -> MTPTransformer:
+    """Of random weights."""
+    shape = MTPConfig(vocab_size, horizon, dim=16, trunk_layers=1, attention_heads=2)
+    return MTPTransformer(shape)
+
+
+def make_trainer(
+    algo: str,
+    data: PreparedData,
+    out: Path,
+    reference: Reference | None = None,
+    **settings: Any,
+) -> BaseWmtpTrainer:
     """Set up and ready to step, with a reference of random weights where one is needed."""
     config = TrainConfig(algo=algo, **{**SMALL, **settings})
     folder = RunFolder(out)
     folder.open(config.identity(), resume=True)
     trainer_class = trainer_registry.get(algo)
-    shape = MTPConfig(data.train.vocab_size, 1, dim=16, trunk_layers=1, attention_heads=2)
-    reference = MTPTransformer(shape) if trainer_class.needs_reference else None
+    if trainer_class.needs_reference and reference is None:
+        reference = small_model(data.train.vocab_size)
     trainer: BaseWmtpTrainer = trainer_class(config, data, folder, reference)
     trainer.setup()
     return trainer
@@ -102,6 +121,56 @@ def _kill_at(folder_name: str, method: str, step: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(RunFolder, method, die_there)
+
+
+def train_in_processes(algo: str, corpus: Path, out: Path, processes: int) -> None:
+    """One run of several processes, which exchange their gradients by gloo."""
+    context = fork_server()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    names = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        context.Process(
+            target=_train_rank,
+            args=({**names, "RANK": rank, "LOCAL_RANK": rank}, algo, corpus, out),
+        )
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=120)
+    assert [process.exitcode for process in started] == [0] * processes
+
+
+def _train_rank(environment: dict[str, Any], algo: str, corpus: Path, out: Path) -> None:
+    from accelerate import PartialState
+
+    from wmtp.cli.train import train_run
+
+    torch.set_num_threads(1)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate chooses
+    PartialState(cpu=True)
+    config = TrainConfig(algo=algo, **SMALL)
+    train_run(config, prepare(corpus), RunFolder(out), resume=False)
+
+
+def fork_server() -> Any:
+    """The server imports once; each run is a fork of it that has never used a thread."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "wmtp.cli.train"])
+    return context
+
+
+def largest_allocation(call: Callable[[], object]) -> int:
+    """Bytes of the largest single tensor memory that `call` asks for."""
+    wmtp.release_memory()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()
+    return max(event.nbytes() for event in events if event.name() == "[memory]")
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ def compare(
     seed: options.Seed = None,
     lr: options.LearningRate = None,
     precision: options.Precision = None,
+    loss: options.Loss = None,
     value_warmup_steps: options.ValueWarmupSteps = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/compare"),
 ) -> None:
@@ -48,6 +49,7 @@ def compare(
         "seed": seed,
         "lr": lr,
         "precision": precision,
+        "loss": loss,
         "value_warmup_steps": value_warmup_steps,
     }
     source = {"data": data, "tokenizer": tokenizer, "vocab_size": vocab_size}

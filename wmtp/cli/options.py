@@ -35,6 +35,13 @@ Horizon = Annotated[int | None, typer.Option(help="Heads: how many tokens ahead 
 Seed = Annotated[int | None, typer.Option(help="Of weights and batches (default 0).")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
 Precision = Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast (default fp32).")]
+Loss = Annotated[
+    str | None,
+    typer.Option(
+        help="linear makes the logits a chunk at a time, fused all of them, eager all of them in "
+        "plain torch; the same numbers to rounding (default linear)."
+    ),
+]
 ValueWarmupSteps = Annotated[
     int | None, typer.Option(help="critic-wmtp: steps of the value head alone, before the model's.")
 ]

@@ -4,6 +4,9 @@
     head k: z_k = block_k(h)                                        [B, S, D],  k = 0 .. H-1
     logits[:, :, k] = unembed(norm(z_k))                            [B, S, H, V]
 
+The model ends before the unembedding: it returns h and norm(z), and who wants logits applies
+`model.unembed`. A loss that takes hidden states never holds them all.
+
 Head k at position t predicts token t + k + 1. Trunk, parallel heads of one transformer block each,
 and one unembedding for all: Gloeckle et al. 2024, arXiv 2404.19737, section 2. A block is
 pre-norm attention and pre-norm SwiGLU, with rotary positions (Su et al. 2021, arXiv 2104.09864).
@@ -52,12 +55,10 @@ class MTPOutput(NamedTuple):
     """What `MTPTransformer` returns.
 
     Attributes:
-        logits: [B, S, H, V].
         hidden_states: [B, S, D], the trunk's output, before the heads part.
-        head_hidden_states: [B, S, H, D], what the unembedding turns into the logits.
+        head_hidden_states: [B, S, H, D], what `unembed` turns into the logits [B, S, H, V].
     """
 
-    logits: Tensor
     hidden_states: Tensor
     head_hidden_states: Tensor
 
@@ -67,10 +68,17 @@ class MTPTransformer(nn.Module):
 
     Weights are drawn from torch's global generator: seed it for a repeatable model.
 
+    Attributes:
+        unembed: nn.Linear from D to V, without bias, for all heads; its weight may be the
+            embedding's.
+
         >>> config = MTPConfig(vocab_size=11, horizon=3, dim=8, trunk_layers=1, attention_heads=2)
-        >>> output = MTPTransformer(config)(torch.zeros(2, 5, dtype=torch.long))
-        >>> output.logits.shape, output.hidden_states.shape, output.head_hidden_states.shape
-        (torch.Size([2, 5, 3, 11]), torch.Size([2, 5, 8]), torch.Size([2, 5, 3, 8]))
+        >>> model = MTPTransformer(config)
+        >>> output = model(torch.zeros(2, 5, dtype=torch.long))
+        >>> output.hidden_states.shape, output.head_hidden_states.shape
+        (torch.Size([2, 5, 8]), torch.Size([2, 5, 3, 8]))
+        >>> model.unembed(output.head_hidden_states).shape
+        torch.Size([2, 5, 3, 11])
     """
 
     def __init__(self, config: MTPConfig) -> None:
@@ -105,8 +113,7 @@ class MTPTransformer(nn.Module):
         for block in self.trunk:
             hidden = block(hidden, rotation)
         heads = torch.stack([head(hidden, rotation) for head in self.heads], dim=2)
-        heads = self.norm(heads)
-        return MTPOutput(self.unembed(heads), hidden, heads)
+        return MTPOutput(hidden, self.norm(heads))
 
 
 class Block(nn.Module):

@@ -1,6 +1,6 @@
 """The training loop, once: what differs between the algorithms is in their few methods.
 
-A step is: model -> loss arguments (which weights) -> fused loss -> gradients -> finite? -> update.
+A step is: model -> loss arguments (which weights) -> loss -> gradients -> finite? -> update.
 Batches are a function of (seed, step), so a run that resumes from a checkpoint walks the same path
 as one that was never stopped.
 """
@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
 from wmtp.labels import has_target
-from wmtp.loss import fused_weighted_mtp_loss
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.models.storage import save_model_folder
 from wmtp.trainers.config import ConfigError, TrainConfig
@@ -32,6 +31,7 @@ from wmtp.trainers.evaluation import (
     peak_memory_bytes,
     step_statistics,
 )
+from wmtp.trainers.losses import LossArguments, weighted_loss
 from wmtp.trainers.optimizer import build_optimizer
 from wmtp.trainers.reference_model import Reference, prepare_reference
 from wmtp.trainers.run_folder import RunFolder
@@ -45,15 +45,6 @@ class NonFiniteError(RuntimeError):
     """A step came out as NaN or infinity; nothing was updated."""
 
 
-class LossArguments(TypedDict, total=False):
-    """What an algorithm adds to `wmtp.fused_weighted_mtp_loss`."""
-
-    head_weights: Tensor
-    ref_ce: Tensor
-    temperature: float
-    excess: str
-
-
 class BaseWmtpTrainer:
     """Trains an `MTPTransformer` with uniform weights; algorithms override the first methods.
 
@@ -61,7 +52,8 @@ class BaseWmtpTrainer:
         config: the settings.
         data: from `wmtp.data.prepare_data`.
         folder: opened already; what it holds of this run is continued.
-        reference: input_ids [B, S] -> logits, for the algorithms that compare with one.
+        reference: for the algorithms that compare with one: an `MTPTransformer` of one head, or
+            anything from input_ids [B, S] to logits.
 
     Raises:
         ConfigError: the algorithm needs a reference and got none.
@@ -92,7 +84,7 @@ class BaseWmtpTrainer:
         return None
 
     def loss_arguments(self, batch: Batch, output: MTPOutput) -> LossArguments:
-        """The weights, or what the fused loss forms them from. Uniform: nothing."""
+        """The weights, or what the loss forms them from. Uniform: nothing."""
         return {}
 
     def compute_head_weights(
@@ -113,11 +105,12 @@ class BaseWmtpTrainer:
         """Build model, optimiser and schedule from the seed, or load the newest checkpoint.
 
         Raises:
-            ConfigError: the batch does not divide among the processes.
+            ConfigError: the batch does not divide among the processes, or the reference has
+                several heads.
         """
         config = self.config
         set_seed(config.seed)
-        # Precision is not accelerate's here: it would convert the logits [B, S, H, V] to fp32.
+        # Precision is not accelerate's here: it ends with the model, before the loss's products.
         self.accelerator = Accelerator(
             mixed_precision="no",
             cpu=not torch.accelerator.is_available(),
@@ -137,7 +130,7 @@ class BaseWmtpTrainer:
         )
         self.value_head: Any = value_head and self.accelerator.prepare(value_head)
         if self.reference is not None:
-            self.reference = prepare_reference(self.reference, self.accelerator.device)
+            self.reference = prepare_reference(self.reference, self.accelerator.device, config.loss)
         self._resume()
 
     def _resume(self) -> None:
@@ -209,13 +202,15 @@ class BaseWmtpTrainer:
             with self.autocast():
                 output = self.model(batch["input_ids"])
             arguments = self.loss_arguments(batch, output)
-            loss, _, ce_per_head = fused_weighted_mtp_loss(
-                output.logits,
-                target_ids,
-                normalizer=self._normalizer(target_ids),
-                inplace=stage == TRAIN,  # nothing reads the logits again
-                **arguments,
-            )
+            with self.autocast():
+                loss, _, ce_per_head = weighted_loss(
+                    self.config.loss,
+                    output.head_hidden_states,
+                    self.accelerator.unwrap_model(self.model).unembed,
+                    target_ids,
+                    self._normalizer(target_ids),
+                    **arguments,
+                )
         ce_per_head = ce_per_head.detach()
         value_loss = self.value_loss(batch, output, ce_per_head)
         losses = {"loss": loss}
@@ -238,7 +233,7 @@ class BaseWmtpTrainer:
         return record
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bfloat16 autocast around a model's forward, when the configuration says so."""
+        """bfloat16 autocast around a model and its loss, when the configuration says so."""
         if self.config.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16)

@@ -7,6 +7,7 @@ from typing import Any
 from wmtp.models import MTPConfig
 
 PRECISIONS = ("fp32", "bf16")
+LOSSES = ("linear", "fused", "eager")
 
 
 class ConfigError(ValueError):
@@ -28,6 +29,7 @@ class TrainConfig:
             down to a tenth. weight_decay: of matrices, not of norms.
         max_grad_norm: the gradient is scaled down to this norm.
         precision: "fp32", or "bf16" for autocast around the models.
+        loss: how it is computed, "linear", "fused" or "eager"; see `wmtp.trainers.losses`.
         temperature, excess: of the head weights. discount: of the critic's rise in value.
         value_warmup_steps, value_lr, value_coefficient, gamma, gae_lambda: of the value head.
         eval_batches: validation batches, at start and end.
@@ -53,6 +55,7 @@ class TrainConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     precision: str = "fp32"
+    loss: str = "linear"
     temperature: float = 0.7
     excess: str = "abs"
     discount: float = 0.95
@@ -76,6 +79,7 @@ class TrainConfig:
         for name in ("lr", "value_lr", "max_grad_norm", "temperature"):
             self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
         self._require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
+        self._require("loss", self.loss in LOSSES, f"one of {LOSSES}")
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

@@ -6,7 +6,8 @@ from wmtp.data import Batch
 from wmtp.models import MTPOutput, ValueHead
 from wmtp.registry import trainer_registry
 from wmtp.scorers import CriticScorer
-from wmtp.trainers.base import BaseWmtpTrainer, LossArguments
+from wmtp.trainers.base import BaseWmtpTrainer
+from wmtp.trainers.losses import LossArguments
 from wmtp.trainers.returns import gae_returns, token_mask, token_rewards
 
 

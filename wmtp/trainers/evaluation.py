@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wmtp.data import Batch
 from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
-from wmtp.loss import mtp_cross_entropy
+from wmtp.linear import fused_linear_weighted_mtp_loss
 from wmtp.models import MTPTransformer
 
 
@@ -33,12 +33,13 @@ def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.devi
     tokens = 0
     for batch in batches:
         target_ids = batch["target_ids"].to(device)
-        logits = model(batch["input_ids"].to(device)).logits
-        targets = shift_to_heads(target_ids, horizon, IGNORE_INDEX)
-        ce += mtp_cross_entropy(logits, target_ids).double().sum((0, 1))
+        states = model(batch["input_ids"].to(device)).head_hidden_states
+        measured = fused_linear_weighted_mtp_loss(states, model.unembed.weight, target_ids)
+        ce += measured.ce_per_head.double().sum((0, 1))
         count += has_target(target_ids, horizon).sum((0, 1))
         # A padded position has target -100, which is no argmax.
-        correct += (logits[:, :, 0].argmax(-1) == targets[:, :, 0]).sum()
+        predicted = model.unembed(states[:, :, 0]).argmax(-1)
+        correct += (predicted == shift_to_heads(target_ids, 1, IGNORE_INDEX)[:, :, 0]).sum()
         tokens += target_ids.numel()
     model.train()
     count = count.clamp(min=1)

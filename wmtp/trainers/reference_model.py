@@ -1,50 +1,148 @@
-"""The reference model of rho1-wmtp: anything that maps input_ids to next-token logits."""
+"""The reference model of rho1-wmtp: anything that maps input_ids to next-token logits.
+
+An `MTPTransformer` of one head, and a Hugging Face causal language model whose logits are its
+output embeddings times its last hidden state and nothing else, come apart into `LinearReference`.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from wmtp.linear import linear_next_token_cross_entropy
 from wmtp.loss import next_token_cross_entropy
+from wmtp.models import MTPTransformer
 from wmtp.models.storage import is_model_folder, load_model_folder
 from wmtp.trainers.config import ConfigError
+from wmtp.trainers.losses import logits_backend
 
 # input_ids [B, S] -> logits [B, S, V], or [B, S, 1, V], or an object with such `.logits`.
 Reference = Callable[[Tensor], Any]
 
 
-def reference_ce(reference: Reference, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class LinearReference:
+    """A reference in two parts: logits = lm_head(hidden_states(input_ids))."""
+
+    hidden_states: Callable[[Tensor], Tensor]  # input_ids [B, S] -> [B, S, D]
+    lm_head: nn.Linear
+
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """The logits [B, S, V]."""
+        return F.linear(self.hidden_states(input_ids), self.lm_head.weight, self.lm_head.bias)
+
+
+@torch.no_grad()
+def reference_ce(
+    reference: Reference, input_ids: Tensor, target_ids: Tensor, way: str = "linear"
+) -> Tensor:
     """Its cross entropy [B, S-1] in nats, without gradient: position t about target_ids[t + 1].
+
+    Args:
+        reference: from `prepare_reference`.
+        input_ids, target_ids: [B, S].
+        way: of `TrainConfig.loss`; "linear" makes no logits tensor of a `LinearReference`.
 
     Raises:
         ConfigError: what it returns is no logits.
     """
-    with torch.no_grad():
-        output = reference(input_ids)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
-            raise ConfigError(
-                f"the reference must return logits or an object with .logits, "
-                f"got {type(output).__name__}"
-            )
-        if logits.dim() == 4 and logits.shape[2] == 1:
-            logits = logits[:, :, 0]
-        if logits.dim() != 3:
-            raise ConfigError(
-                f"the reference must return logits [B, S, V], got {tuple(logits.shape)}: "
-                "of a model with several heads, pass the first one's logits"
-            )
-        return next_token_cross_entropy(logits, target_ids)
+    if way == "linear" and isinstance(reference, LinearReference):
+        return linear_next_token_cross_entropy(
+            reference.hidden_states(input_ids),
+            reference.lm_head.weight,
+            target_ids,
+            lm_head_bias=reference.lm_head.bias,
+        )
+    logits = _logits(reference(input_ids))
+    return next_token_cross_entropy(logits, target_ids, backend=logits_backend(way))
 
 
-def prepare_reference(reference: Reference, device: torch.device) -> Reference:
-    """On the device, in evaluation mode, frozen; a plain callable stays as it is."""
-    if isinstance(reference, nn.Module):
-        reference.to(device).eval().requires_grad_(False)
-    return reference
+def _logits(output: Any) -> Tensor:
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ConfigError(
+            f"the reference must return logits or an object with .logits, "
+            f"got {type(output).__name__}"
+        )
+    if logits.dim() == 4 and logits.shape[2] == 1:
+        logits = logits[:, :, 0]
+    if logits.dim() != 3:
+        raise ConfigError(
+            f"the reference must return logits [B, S, V], got {tuple(logits.shape)}: "
+            "of a model with several heads, pass the first one's logits"
+        )
+    return logits
+
+
+def prepare_reference(reference: Reference, device: torch.device, way: str = "linear") -> Reference:
+    """On the device, in evaluation mode, frozen; a plain callable stays as it is.
+
+    Returns:
+        A `LinearReference` of a model of ours, and under way="linear" of a Hugging Face model that
+        is one; anything else as it was given.
+
+    Raises:
+        ConfigError: a model of ours with several heads.
+    """
+    if not isinstance(reference, nn.Module):
+        return reference
+    reference.to(device).eval().requires_grad_(False)
+    if isinstance(reference, MTPTransformer):
+        return _own_parts(reference)
+    parts = _hugging_face_parts(reference) if way == "linear" else None
+    return reference if parts is None else parts
+
+
+def _own_parts(model: MTPTransformer) -> LinearReference:
+    _check_one_head(model, "the reference")
+    return LinearReference(lambda ids: model(ids).head_hidden_states[:, :, 0], model.unembed)
+
+
+def _hugging_face_parts(model: Any) -> LinearReference | None:
+    """None where there is more between the last hidden state and the logits, or it is not seen."""
+    if not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")):
+        return None
+    base, head = model.base_model, model.get_output_embeddings()
+    if type(head) is not nn.Linear or not _is_linear(model, base, head):  # not a quantised one
+        return None
+    return LinearReference(lambda ids: base(input_ids=ids).last_hidden_state, head)
+
+
+@torch.no_grad()
+def _is_linear(model: Any, base: Any, head: nn.Linear) -> bool:
+    """Whether the model's logits are its last hidden state times the head: tried on a few ids.
+
+    The logits of these may be so small that a soft cap hardly moves them. So the head is made to
+    say large whole numbers, too, which must come out as they are.
+    """
+    vocab_size, device = head.weight.shape[0], head.weight.device
+    ids = torch.arange(min(8, vocab_size), device=device)[None]
+    hidden = getattr(base(input_ids=ids), "last_hidden_state", None)
+    if hidden is None or (hidden.shape[-1], hidden.dtype) != (head.in_features, head.weight.dtype):
+        return False
+    product = F.linear(hidden, head.weight, head.bias).float()
+    logits = _logits(model(input_ids=ids)).float()
+    large = torch.arange(vocab_size, device=device) % 257 - 128  # exact in bfloat16
+    with head.register_forward_hook(
+        lambda _head, _inputs, output: large.to(output.dtype).expand_as(output), prepend=True
+    ):
+        untouched = _logits(model(input_ids=ids)).float()
+    if logits.shape != product.shape or not (untouched == large).all():
+        return False
+    return bool((logits - product).abs().max() <= 1e-3 * logits.abs().max())
+
+
+def _check_one_head(model: MTPTransformer, name: str) -> None:
+    if model.config.horizon != 1:
+        raise ConfigError(
+            f"{name} predicts {model.config.horizon} tokens ahead: a reference is trained with "
+            "--horizon 1"
+        )
 
 
 def load_reference(folder: Path, tokenizer: Tokenizer) -> nn.Module:
@@ -61,11 +159,7 @@ def load_reference(folder: Path, tokenizer: Tokenizer) -> nn.Module:
     if is_model_folder(final):
         _check_same_vocabulary(final, tokenizer)
         own = load_model_folder(final)
-        if own.config.horizon != 1:
-            raise ConfigError(
-                f"{folder} predicts {own.config.horizon} tokens ahead: a reference is "
-                "trained with --horizon 1"
-            )
+        _check_one_head(own, str(folder))
         return own
     if not (folder / "config.json").is_file():
         raise ConfigError(

@@ -6,7 +6,8 @@ from wmtp.data import Batch
 from wmtp.models import MTPOutput
 from wmtp.registry import trainer_registry
 from wmtp.scorers import Rho1ExcessScorer
-from wmtp.trainers.base import BaseWmtpTrainer, LossArguments
+from wmtp.trainers.base import BaseWmtpTrainer
+from wmtp.trainers.losses import LossArguments
 from wmtp.trainers.reference_model import reference_ce
 
 
@@ -14,16 +15,18 @@ from wmtp.trainers.reference_model import reference_ce
 class Rho1WmtpTrainer(BaseWmtpTrainer):
     """w[b, t, k] = softmax over k of |ce[b, t, k] - ref_ce[b, t + k]| / temperature.
 
-    The weights are formed inside the fused loss; the scorer forms them again from the [B, S, H]
-    cross entropies for the record. Needs `reference`: anything from input_ids [B, S] to logits.
+    The weights are formed inside the loss; the scorer forms them again from the [B, S, H] cross
+    entropies for the record. Needs `reference`, see `reference_model.py`.
     """
 
     needs_reference = True
 
     def loss_arguments(self, batch: Batch, output: MTPOutput) -> LossArguments:
-        with self.autocast():
-            ref_ce = reference_ce(self.reference, batch["input_ids"], batch["target_ids"])
         settings = self.config
+        with self.autocast():
+            ref_ce = reference_ce(
+                self.reference, batch["input_ids"], batch["target_ids"], settings.loss
+            )
         return {
             "ref_ce": ref_ce,
             "temperature": settings.temperature,

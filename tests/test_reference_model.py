@@ -1,0 +1,163 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tiny_runs import largest_allocation, make_trainer, prepare, small_model, write_corpus
+from wmtp import chunks, next_token_cross_entropy
+from wmtp.registry import trainer_registry
+from wmtp.trainers import ConfigError, RunFolder, TrainConfig
+from wmtp.trainers.config import LOSSES
+from wmtp.trainers.reference_model import (
+    LinearReference,
+    load_reference,
+    prepare_reference,
+    reference_ce,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_every_kind_of_reference(data):
+    ids = torch.randint(0, 20, (2, 5))
+    logits = torch.randn(2, 5, 20, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, 20), ids[:, 1:].reshape(-1), reduction="none"
+    ).reshape(2, 4)
+    for reference in (
+        lambda _: logits,
+        lambda _: logits[:, :, None],
+        lambda _: SimpleNamespace(logits=logits),
+    ):
+        for way in LOSSES:
+            found = reference_ce(prepare_reference(reference, CPU, way), ids, ids, way)
+            torch.testing.assert_close(found, expected)
+            assert not found.requires_grad
+    with pytest.raises(ConfigError, match=r"an object with \.logits, got dict"):
+        reference_ce(lambda _: {"logits": logits}, ids, ids)
+    with pytest.raises(ConfigError, match=r"must return logits \[B, S, V\], got \(2, 5, 3, 20\)"):
+        reference_ce(lambda _: logits[:, :, None].expand(-1, -1, 3, -1), ids, ids)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_reference_is_frozen_and_asked_once_a_step(loss, data, tmp_path):
+    model, calls = small_model(data.train.vocab_size), []
+    trainer = make_trainer("rho1-wmtp", data, tmp_path, model, loss=loss)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train_step(trainer._next_batch())
+    assert len(calls) == 1
+
+
+def test_rho1_without_a_reference(data, tmp_path):
+    config = TrainConfig(algo="rho1-wmtp")
+    with pytest.raises(ConfigError, match="needs a reference"):
+        trainer_registry.get("rho1-wmtp")(config, data, RunFolder(tmp_path))
+
+
+def test_a_hugging_face_folder_as_reference(data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    for vocab_size, name in ((data.train.vocab_size, "fits"), (100, "small")):
+        config = transformers.GPT2Config(vocab_size=vocab_size, **shape)
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+    model = load_reference(tmp_path / "fits", data.tokenizer)
+    ids = data.train.batch(0, batch_size=2, seq_len=16, seed=0)["input_ids"]
+    assert reference_ce(model, ids, ids).shape == (2, 15)
+    with pytest.raises(ConfigError, match=r"knows 100 tokens.*--tokenizer"):
+        load_reference(tmp_path / "small", data.tokenizer)
+    other = prepare(write_corpus(tmp_path / "text", files=2)).tokenizer
+    other.add_tokens(["new"])
+    other.save(str(tmp_path / "fits" / "tokenizer.json"))
+    with pytest.raises(ConfigError, match="another vocabulary"):
+        load_reference(tmp_path / "fits", data.tokenizer)
+    with pytest.raises(ConfigError, match="no model in"):
+        load_reference(tmp_path / "nothing", data.tokenizer)
+    for config in ("{}", "[]", "{oops"):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / "config.json").write_text(config)
+        with pytest.raises(ConfigError, match="transformers cannot load a model"):
+            load_reference(tmp_path / "broken", data.tokenizer)
+
+
+# ---- a reference in two parts ----
+
+HEADS = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+HEADS |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
+
+
+def hugging_face(name, **settings):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")(**HEADS, **settings)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
+
+
+def louder(model):
+    """With logits so large that a soft cap or a scale is seen in the cross entropies."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=4.0)
+    return model
+
+
+def agree(model):
+    """Prepared for each of the three ways, it has the cross entropies of its own logits."""
+    ids = torch.randint(0, 300, (2, 16))
+    expected = next_token_cross_entropy(model.eval()(ids).logits, ids, backend="eager")
+    prepared = {way: prepare_reference(model, CPU, way) for way in LOSSES}
+    assert prepared["fused"] is prepared["eager"] is model
+    for way, reference in prepared.items():
+        found = reference_ce(reference, ids, ids, way)
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
+        assert not found.requires_grad
+    return prepared["linear"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Llama", {}),
+        ("Llama", {"tie_word_embeddings": True}),
+        ("Gemma2", {"final_logit_softcapping": None}),
+        ("Granite", {"logits_scaling": 1.0}),
+    ],
+)
+def test_logits_that_are_a_product_are_never_made(name, settings, dtype, monkeypatch):
+    monkeypatch.setattr(chunks, "default_chunk_bytes", lambda row_bytes: 8 * row_bytes)
+    model = louder(hugging_face(name, **settings)).to(dtype)
+    reference = agree(model)
+    assert isinstance(reference, LinearReference)
+    ids = torch.randint(0, 300, (2, 16))
+    logits_bytes = ids.numel() * 300 * dtype.itemsize
+    assert largest_allocation(lambda: reference_ce(reference, ids, ids)) < logits_bytes
+    assert largest_allocation(lambda: reference_ce(model, ids, ids)) >= logits_bytes
+
+
+@pytest.mark.parametrize("loud", [True, False])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("Gemma2", {"final_logit_softcapping": 30.0}), ("Granite", {"logits_scaling": 8.0})],
+)
+def test_what_is_more_than_a_product_is_read_as_logits(name, settings, loud):
+    model = hugging_face(name, **settings)
+    assert agree(louder(model) if loud else model) is model
+
+
+def test_a_head_that_is_not_all_between_states_and_logits():
+    before = louder(hugging_face("Llama"))
+    before.lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 2,))
+    after = hugging_face("Llama")  # whose logits are below what cuts them
+    after.lm_head.register_forward_hook(lambda _, inputs, output: output.clamp(max=9.0))
+    for model in (before, after):
+        assert agree(model) is model
+
+
+def test_our_own_model_of_one_head():
+    model, ids = small_model(300), torch.randint(0, 300, (2, 16))
+    expected = next_token_cross_entropy(model.unembed(model(ids).head_hidden_states[:, :, 0]), ids)
+    for way in LOSSES:
+        reference = prepare_reference(model, CPU, way)
+        torch.testing.assert_close(reference_ce(reference, ids, ids, way), expected.detach())
+    with pytest.raises(ConfigError, match="the reference predicts 3 tokens ahead"):
+        prepare_reference(small_model(300, horizon=3), CPU)

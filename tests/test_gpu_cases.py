@@ -1,0 +1,83 @@
+"""The cases of the GPU suite: which there are, in which order, and what is predicted of them."""
+
+import pytest
+import torch
+
+from gpu_jobs import MAIN, job
+from wmtp.benchmarks.gpu_cases import (
+    PREDICTED_CARD,
+    SIZES,
+    importance,
+    predicted_ms,
+    predicted_tier,
+    speed_jobs,
+    tier_jobs,
+)
+
+
+def test_most_important_cases_first():
+    jobs = speed_jobs(absent=["liger"])
+    places = [importance(job) for job in jobs]
+    assert places == sorted(places)
+    assert SIZES[0] == (4096, 4)
+    assert jobs[0].case.shape == MAIN
+    assert jobs[0].case.provider == "fused"
+    first_compiled = next(i for i, job in enumerate(jobs) if job.case.provider == "compiled")
+    first_smaller = next(i for i, job in enumerate(jobs) if job.case.shape[:3] != (1, 1024, 4))
+    assert 0 < first_compiled < first_smaller
+    assert len(set(jobs)) == len(jobs)
+    assert "liger" not in {job.case.provider for job in jobs}
+    assert {job.case.provider for job in jobs} >= {"fused", "fused_inplace", "copy", "quack"}
+    assert {job.case.provider for job in jobs if job.case.weighting == "none"} == {
+        *("quack", "flash_attn", "cce_kernel", "linear_cross_entropy")
+    }
+
+
+def test_every_shape_dtype_and_direction_is_there():
+    jobs = speed_jobs()
+    assert {job.case.shape[-1] for job in jobs} == {32000, 50257, 128256, 256000}
+    assert {(j.case.shape[1] * j.case.shape[2], j.case.shape[2]) for j in jobs} == {
+        (rows, heads) for rows in (2**10, 2**12, 2**15) for heads in (1, 4)
+    }
+    copies = [job for job in jobs if job.case.provider == "copy"]
+    assert len(copies) == 4 * 6 * 2  # once a problem
+
+
+def test_tiers_are_forced_wherever_they_can_serve():
+    forced = {(job.tier, job.case.weighting) for job in tier_jobs()}
+    assert forced == {
+        ("token", "given"),
+        ("row", "given"),
+        ("online", "given"),
+        ("token", "ref_ce"),
+        ("online", "ref_ce"),
+    }
+
+
+# 1024 x 4 x 32000 bf16 are 262.144 MB, at 0.9 x 3.35 TB/s 86.95 us.
+@pytest.mark.parametrize(
+    ("case", "tier", "units"),
+    [
+        (job(direction="forward"), "online", 1),
+        (job(), "row", 2),
+        (job("fused_inplace", "inplace"), "row", 2),
+        (job(weights="ref_ce"), "token", 2),
+        (job(tier="online"), "online", 3),  # 132 SMs x 8 programs x 64 KB: 67 MB, the L2 is 52
+        (job(provider="copy"), "", 2),
+        # H = 4 of 256000 exceed the registers of 16 CTAs; one row does not.
+        (job(weights="ref_ce", shape=(1, 128, 4, 256000)), "online", 3),
+        (job(shape=(1, 128, 4, 256000)), "row", 2),
+        # 16 tokens x 4 x 64 KB lie in the L2 when they are read again.
+        (job(weights="ref_ce", tier="online", shape=(1, 16, 4, 32000)), "online", 2),
+    ],
+)
+def test_prediction_by_hand(case, tier, units):
+    assert predicted_tier(case) == tier
+    elements = torch.Size(case.case.shape).numel()
+    assert predicted_ms(case) == pytest.approx(units * 0.0869465 * elements / 131_072_000, rel=1e-5)
+
+
+def test_no_prediction_for_other_peoples_code_or_an_impossible_tier():
+    assert predicted_ms(job(provider="eager")) is None
+    assert predicted_ms(job(weights="ref_ce", shape=(1, 8, 4, 256000), tier="token")) is None
+    assert PREDICTED_CARD.bytes_a_second == 3.35e12

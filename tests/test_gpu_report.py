@@ -1,0 +1,99 @@
+"""What the GPU suite writes: JSON, tables, a picture."""
+
+import json
+import sys
+
+import pytest
+
+from gpu_jobs import job
+from wmtp.benchmarks.gpu_report import compared, markdown, plot, predicted_records, write
+from wmtp.benchmarks.gpu_timing import Times
+from wmtp.benchmarks.gpu_worker import new_record
+
+
+def timed(case, milliseconds, peak=0, tier=""):
+    times = Times(10, milliseconds, 0.9 * milliseconds, 1.1 * milliseconds, 0.05)
+    return {**new_record(case, "ok"), **times._asdict(), "peak_bytes": peak, "tier": tier}
+
+
+def made_up():
+    return compared(
+        [
+            timed(job("fused", "forward"), 0.1, tier="online"),
+            timed(job("fused"), 0.25, 262_144_000, "row"),
+            timed(job("copy"), 0.2),
+            timed(job("eager"), 2.0, 3 * 262_144_000),
+            timed(job("liger"), 1.0),
+            timed(job("fused_inplace", "inplace"), 0.2, 262_144, "row"),
+            new_record(job("compiled"), "not run", "out of time"),
+            new_record(job(shape=(1, 8192, 4, 256000), dtype="float32"), "does not fit"),
+        ]
+    )
+
+
+def test_bandwidth_is_compared_with_the_copys():
+    forward, both, copy, *_ = made_up()
+    assert copy["gb_s"] == 2621.4  # 2 x 262.144 MB in 0.2 ms
+    assert both["of_copy"] == 0.8
+    assert forward["gb_s"] == 2621.4  # one read in half of the time
+    assert forward["of_copy"] == 1.0
+    assert both["peak"] == 1.0
+    assert both["predicted_ms"] == pytest.approx(0.173893, rel=1e-5)
+    assert made_up()[3]["predicted_ms"] is None
+
+
+def page():
+    steps = [{"name": "tests", "outcome": "failed", "why": "cut off", "seconds": 120.0}]
+    environment = {"gpu": "NVIDIA H100", "driver": "580", "torch": "2.11", "cuda-bindings": None}
+    results = {"command": "python -m benchmarks.gpu --out D", "environment": environment}
+    return {**results, "absent": {"quack": "not here"}, "steps": steps, "cases": made_up()}
+
+
+def test_markdown_by_hand():
+    text = markdown(page())
+    assert "gpu NVIDIA H100, driver 580, torch 2.11\n" in text
+    assert "| tests | failed (120 s) | cut off |" in text
+    assert "- absent: quack, not here" in text
+    assert "| 32000 | bfloat16 | 100 % | 80 % | 100 % | 0.0010 | 8.0x |  | 4.0x |  |" in text
+    row = (
+        "| 1x1024x4x32000 | bfloat16 | fused | given | row | 0.2500 | 0.2250-0.2750 | 2097 | 80 % "
+    )
+    assert row + "| 1.000 | 0.1739 *predicted* |" in text
+    assert "fused-given" in text.split("## Without a time")[1]
+    assert "not run (out of time)" in text
+    assert "does not fit\n" in text
+
+
+def test_every_row_of_a_table_has_its_columns():
+    table = []
+    for line in [*markdown(page()).splitlines(), ""]:
+        if line.startswith("| "):
+            table.append(line.count(" | "))
+        elif table:
+            assert set(table) == {table[0]}
+            table = []
+
+
+def test_json_holds_everything(tmp_path):
+    write(page(), tmp_path / "new", "gpu")
+    assert json.loads((tmp_path / "new" / "gpu.json").read_text()) == json.loads(json.dumps(page()))
+
+
+def test_predictions_have_no_measured_number():
+    found = predicted_records([job(), job("eager"), job("copy")])
+    assert [record["provider"] for record in found] == ["fused", "copy"]
+    assert [record["tier"] for record in found] == ["row", ""]
+
+
+def test_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    assert plot(made_up(), tmp_path / "gpu.png") is None
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert plot([], tmp_path / "none.png") == "no picture: nothing was timed at the main size"
+
+
+def test_no_picture_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot(made_up(), tmp_path / "gpu.png").startswith("no picture: ")
+    assert not list(tmp_path.iterdir())

@@ -21,9 +21,12 @@ SMALL = ["--tiny", "--steps=6", "--batch-size=2", "--seq-len=16", "--horizon=3"]
 SMALL += ["--vocab-size=290", "--value-warmup-steps=2", "--lr=0.01"]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # models this small gain nothing from two
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for processes of their own
 
 
 def wmtp(*arguments: object):
@@ -94,12 +97,13 @@ def test_rho1_trains_its_reference_first_and_says_so(corpus, tmp_path):
 
 
 def test_a_killed_command_resumes_to_the_same_numbers(corpus, tmp_path):
-    def command(out: Path) -> list[str]:
+    def arguments(out: Path) -> list[str]:
         small = [*SMALL, "--data", str(corpus), "--save-every", "5", "--steps", "30"]
-        return [sys.executable, "-m", "wmtp", "train", "--algo=critic-wmtp", *small, f"--out={out}"]
+        return ["train", "--algo=critic-wmtp", *small, f"--out={out}"]
 
     out = tmp_path / "killed"
-    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "wmtp", *arguments(out)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / "checkpoints" / "step-5").exists():
         assert process.poll() is None
@@ -109,8 +113,8 @@ def test_a_killed_command_resumes_to_the_same_numbers(corpus, tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert not (out / "result.json").exists()
 
-    subprocess.run([*command(out), "--resume"], check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(command(tmp_path / "whole"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert wmtp(*arguments(tmp_path / "whole")).exit_code == 0
     assert read_metrics(out) == read_metrics(tmp_path / "whole")
     assert len(read_metrics(out)) == 32
 

@@ -41,6 +41,7 @@ def fall_of_head_0(result: dict) -> float:
     return result["start"]["ce_per_head"][0] - result["end"]["ce_per_head"][0]
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("algo", trainer_registry.names())
 def test_pipeline(algo, tmp_path, monkeypatch):
     monkeypatch.setenv("WMTP_CACHE", str(tmp_path / "cache"))

@@ -11,6 +11,8 @@ import tiny_runs
 from tiny_runs import make_trainer, read_metrics
 from wmtp.trainers import RunError, RunFolder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_a_run_leaves_what_it_promises(data, tmp_path):
     trainer = make_trainer("critic-wmtp", data, tmp_path, keep_last=2)

@@ -15,6 +15,9 @@ from wmtp.trainers import ConfigError, NonFiniteError, TrainConfig
 from wmtp.trainers.evaluation import evaluate, step_statistics
 from wmtp.trainers.returns import gae_returns, token_mask, token_rewards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 # ---- the shape of the code ----
 
 

@@ -22,6 +22,15 @@ LOSS_TOLERANCE = {torch.float64: 1e-13}  # others: 2e-5, for they accumulate in 
 WEIGHTINGS = ("uniform", "given", "critic", "ref_ce", "ref_logits", "signed")
 
 
+def every_pair(first, second, third) -> list[tuple]:
+    """Triples in which any two values of different arguments meet; the third is the shortest."""
+    return [
+        (a, b, third[(i + j) % len(third)])
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
+
+
 @dataclass
 class Case:
     """Arguments of one call, and a random upstream gradient for each differentiable output."""

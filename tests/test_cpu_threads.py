@@ -12,6 +12,7 @@ from agreement import (
     assert_agrees,
     assert_identical,
     cpu_loss,
+    every_pair,
     largest,
     loss_and_gradients,
     make_case,
@@ -63,9 +64,9 @@ def test_few_tokens_are_split_by_columns(shape):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("threads", [2, 5])
-@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
-@pytest.mark.parametrize("shape", FEW_TOKENS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "weighting", "threads"), every_pair(FEW_TOKENS, ["given", "ref_ce"], [2, 5]), ids=str
+)
 def test_teams_agree_with_the_truth_and_with_one_thread(shape, weighting, threads):
     case = make_case(shape, weighting=weighting, ignored=0)
     if weighting == "given":

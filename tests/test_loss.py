@@ -8,16 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import wmtp
-from agreement import WEIGHTINGS, assert_agrees, loss_and_gradients, make_case, relative_error
+from agreement import (
+    WEIGHTINGS,
+    assert_agrees,
+    every_pair,
+    loss_and_gradients,
+    make_case,
+    relative_error,
+)
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
+from wmtp.checks import REDUCTIONS
 from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, next_token_ce
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("reduction", ["token_mean", "weight_mean", "sum"])
+@pytest.mark.parametrize(
+    ("weighting", "reduction", "dtype"), every_pair(WEIGHTINGS, REDUCTIONS, DTYPES), ids=str
+)
 def test_agrees_with_the_truth(target, dtype, weighting, reduction):
     backend, device = target
     case = make_case((2, 6, 3, 133), dtype, weighting, device, reduction=reduction)
@@ -89,9 +97,11 @@ def test_any_strides(target, layout, dtype):
     assert_agrees(strided, case)
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("unit_stride", [True, False])
+@pytest.mark.parametrize(
+    ("weighting", "dtype", "unit_stride"),
+    every_pair(["uniform", "given", "ref_ce"], DTYPES, [True, False]),
+    ids=str,
+)
 def test_heads_that_share_one_set_of_logits(target, weighting, dtype, unit_stride):
     backend, device = target
     case = make_case((2, 6, 3, 50), dtype, weighting, device)
@@ -151,9 +161,14 @@ def test_no_valid_token_means_zero(target, shape, weighting):
         assert torch.count_nonzero(gradient) == 0
 
 
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("where", ["target", "elsewhere", "all"])
+@pytest.mark.parametrize(
+    ("weighting", "poison", "where"),
+    every_pair(
+        WEIGHTINGS,
+        [float("nan"), float("inf"), float("-inf")],
+        ["target", "elsewhere", "all"],
+    ),
+)
 def test_non_finite_logits_behave_as_in_eager(target, weighting, poison, where):
     backend, device = target
     case = make_case((1, 5, 2, 37), torch.float32, weighting, device, ignored=0)

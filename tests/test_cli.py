@@ -155,7 +155,7 @@ def test_the_picture_takes_a_run_of_any_size(tmp_path):
     assert (tmp_path / "one.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("missing", ["typer", "tokenizers", "accelerate"])
+@pytest.mark.parametrize("missing", ["typer", "accelerate"])
 def test_missing_packages_have_a_remedy_and_no_traceback(missing, corpus, tmp_path):
     program = (
         f"import sys; sys.modules[{missing!r}] = None\n"

@@ -39,15 +39,6 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture
-def one_thread():
-    """Models of the tests' size gain nothing from more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of a few small text files."""

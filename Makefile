@@ -11,7 +11,7 @@ demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
 
 test: $(READY)  ## the whole suite, doctests included; GPU tests run where there is a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

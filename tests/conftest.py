@@ -55,6 +55,12 @@ def data(corpus):
     return tiny_runs.prepare(corpus)
 
 
+@pytest.fixture(autouse=True)
+def _no_worker(monkeypatch):
+    """A suite that a test starts is not one of this suite's processes, and may be timed."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+
+
 @pytest.fixture
 def one_thread():
     """For small tensors: a second thread costs more than it does, most of all on a busy machine."""

@@ -70,9 +70,9 @@ def test_nothing_to_do():
     assert len(plan.rows) == 0
 
 
-def test_the_default_is_2048_rows_and_at_most_512_mib():
+def test_the_default_is_2048_rows_and_at_most_1_gib():
     assert default_chunk_bytes(1000) == 2_048_000
-    assert default_chunk_bytes(10 * MIB) == 512 * MIB
+    assert default_chunk_bytes(10 * MIB) == 1024 * MIB
 
 
 def test_never_less_than_a_token():

@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from wmtp import cpu, kernels
 from wmtp.checks import check_choice
 
-# Each module offers weighted_loss, row_gradient, multiply_, next_token_ce, rows_ce_, unavailable;
-# importing one loads neither a library nor Triton.
+# Each module offers weighted_loss, row_gradient, multiply_, next_token_ce, new_rows, rows_ce_ and
+# unavailable; importing one loads neither a library nor Triton.
 KERNELS = {"cpu": cpu, "triton": kernels}
 BACKENDS = ("auto", *KERNELS, "eager")
 DEFAULT_FOR_DEVICE = {

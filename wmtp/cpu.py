@@ -222,6 +222,11 @@ def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> T
     return outputs[_CE].flatten()
 
 
+def new_rows(count: int, weight: Tensor) -> Tensor:
+    """[count, V] of weight's dtype, for a chunk's logits: the last call's memory, if it fits."""
+    return new_gradient((count, len(weight)), weight.dtype, _ask_for_huge_pages)
+
+
 def _run(
     logits: Tensor,
     target_ids: Tensor,

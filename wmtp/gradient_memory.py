@@ -1,7 +1,7 @@
-"""Memory for new CPU gradients: the last one's again, as soon as nobody uses it any more.
+"""Memory for new CPU gradients, and for the linear op's logits: the last one's again, if it is free.
 
 torch hands large blocks back to the operating system, which clears them, page by page, when the
-next one is asked for: that costs as much as the whole loss. So one gradient's memory is kept, from
+next one is asked for: that costs as much as the whole loss. So one block is kept, from
 32 MiB on (smaller blocks `malloc` keeps by itself), until a gradient of another size is wanted or
 `release_memory` is called. `WMTP_KEEP_GRADIENT=0` keeps none.
 """

@@ -53,7 +53,7 @@ def fused_linear_weighted_mtp_loss(
             horizon: as in `fused_weighted_mtp_loss`.
         lm_head_bias: [V], likewise.
         chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
-            one token is computed at a time. Default: 2048 rows' worth, but at most 512 MiB.
+            one token is computed at a time. Default: 2048 rows' worth, but at most 1 GiB.
         grad_accum_dtype: in which the chunks' parts of a 16-bit weight's gradient are added up.
             Default: float32; the weight's own dtype saves that memory.
         backend: "auto", "cpu", "triton" or "eager"; the last makes all logits at once.

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from wmtp.kernels.gradient_kernel import row_gradient
     from wmtp.kernels.loss import weighted_loss
     from wmtp.kernels.next_token_kernel import next_token_ce
-    from wmtp.kernels.rows_ce import rows_ce_
+    from wmtp.kernels.rows_ce import new_rows, rows_ce_
     from wmtp.kernels.scale_kernel import multiply_
 
 __all__ = [
     "interpreted",
     "multiply_",
+    "new_rows",
     "next_token_ce",
     "row_gradient",
     "rows_ce_",
@@ -30,6 +31,7 @@ __all__ = [
 _MODULES = {
     "multiply_": "wmtp.kernels.scale_kernel",
     "row_gradient": "wmtp.kernels.gradient_kernel",
+    "new_rows": "wmtp.kernels.rows_ce",
     "next_token_ce": "wmtp.kernels.next_token_kernel",
     "rows_ce_": "wmtp.kernels.rows_ce",
     "weighted_loss": "wmtp.kernels.loss",

@@ -46,3 +46,8 @@ def rows_ce_(
     with torch.cuda.device_of(logits):
         launch(case)
     return ce
+
+
+def new_rows(count: int, weight: torch.Tensor) -> torch.Tensor:
+    """[count, V] of weight's dtype, for a chunk's logits."""
+    return weight.new_empty((count, len(weight)))

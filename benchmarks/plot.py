@@ -1,18 +1,29 @@
-"""The pictures: milliseconds per provider against the copy of the logits; peak bytes over V."""
+"""The pictures: milliseconds per provider against what bounds it; peak bytes over V and over S."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.problem import Shape
 from wmtp.benchmarks.providers import PROVIDERS
 from wmtp.benchmarks.report import cases_by_key, spread
 
-Medians = dict[Case, tuple[float, float, float]]
-INK, MUTED, GRID = "#22262b", "#6c7480", "#e6e8eb"
+INK, MUTED, GRID, RED = "#22262b", "#6c7480", "#e6e8eb", "#d23f3f"
 COLOURS = ("#c3c9d0", MUTED, "#e0a23c", "#8457c9", "#2a78d6", "#15966a")
+LINEAR_COLOURS = {
+    "eager": "#c3c9d0",
+    "compiled": "#e0a23c",
+    "linear_cross_entropy": "#b5651d",
+    "liger": "#d98cb3",
+    "cce": "#8457c9",
+    "fused": "#2a78d6",
+    "fused, given": "#6ba3e5",
+    "fused, ref_ce": "#a9c9f0",
+    "fused, frozen": "#15966a",
+    "two_products": MUTED,
+}
 STYLE: dict[Any, Any] = {
     "text.color": INK,
     "axes.edgecolor": GRID,
@@ -31,6 +42,14 @@ STYLE: dict[Any, Any] = {
 GROUP = 0.84  # the width of a group of bars
 
 
+class Panel(NamedTuple):
+    """A group of bars for each shape, one for each name, and a line across each group."""
+
+    title: str
+    bars: dict[str, dict[Shape, tuple[float, float, float]]]  # milliseconds: median, least, most
+    line: dict[Shape, float]
+
+
 def plot_loss(results: dict[str, Any], file: Path) -> None:
     """Write loss + gradient as PNG: a panel for each dtype, a group of bars for each shape.
 
@@ -38,27 +57,38 @@ def plot_loss(results: dict[str, Any], file: Path) -> None:
         results: of `report.gather`, of the suite "loss".
         file: where.
     """
-    mpl.use("Agg")
-    medians = {
-        case: spread(row["median_ms"])
-        for case, row in cases_by_key(results).items()
-        if case.study == "loss" and case.direction != "forward"
-    }
-    dtypes = list(dict.fromkeys(case.dtype for case in medians))
-    groups = len({case.shape for case in medians})
-    size = (4 + 1.2 * groups, 3.6 * len(dtypes))
-    with mpl.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            len(dtypes), figsize=size, layout="constrained", squeeze=False
-        )
-        for axes, dtype in zip(panels.flat, dtypes, strict=True):
-            _plot_panel(axes, {case: ms for case, ms in medians.items() if case.dtype == dtype})
-            axes.set_title(f"Loss and gradient, {dtype}")
-        figure.legend(
-            *panels.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
-        )
-        figure.savefig(file, dpi=150)
-        plt.close(figure)
+    panels: dict[str, Panel] = {}
+    for case, row in cases_by_key(results).items():
+        if case.study != "loss" or case.direction == "forward":
+            continue
+        panel = panels.setdefault(case.dtype, Panel(f"Loss and gradient, {case.dtype}", {}, {}))
+        if case.provider != "copy":
+            panel.bars.setdefault(case.provider, {})[case.shape] = spread(row["median_ms"])
+        elif case.direction == "forward+backward":
+            panel.line[case.shape], *_ = spread(row["median_ms"])
+    colours = dict(zip(PROVIDERS, COLOURS, strict=True))
+    _draw(list(panels.values()), colours, "copy of the logits", file)
+
+
+def plot_linear(results: dict[str, Any], file: Path) -> None:
+    """Write the linear loss and its gradients as PNG, as `plot_loss` does.
+
+    Args:
+        results: of `report.gather`, of the suite "linear".
+        file: where.
+    """
+    panels: dict[str, Panel] = {}
+    for case, row in cases_by_key(results).items():
+        title = f"Linear loss and gradients, {case.dtype}"
+        panel = panels.setdefault(case.dtype, Panel(title, {}, {}))
+        if case.provider == "three_products":
+            panel.line[case.shape], *_ = spread(row["median_ms"])
+            continue
+        frozen = case.provider == "fused" and case.direction == "frozen"
+        told = "frozen" if frozen else case.weighting if case.weighting != "uniform" else ""
+        name = f"{case.provider}, {told}" if told else case.provider
+        panel.bars.setdefault(name, {})[case.shape] = spread(row["median_ms"])
+    _draw(list(panels.values()), LINEAR_COLOURS, "three products", file)
 
 
 def plot_profile(results: dict[str, Any], file: Path) -> None:
@@ -76,9 +106,7 @@ def plot_profile(results: dict[str, Any], file: Path) -> None:
     with mpl.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         sizes = {case["vocabulary"]: case["logits_bytes"] / 2**20 for case in cases}
-        axes.plot(
-            *zip(*sizes.items(), strict=True), "--", color="#d23f3f", lw=1, label="the logits"
-        )
+        axes.plot(*zip(*sizes.items(), strict=True), "--", color=RED, lw=1, label="the logits")
         for place, (provider, colour) in enumerate(zip(PROVIDERS, COLOURS, strict=True)):
             mine = [case for case in cases if case["provider"] == provider]
             if mine:
@@ -114,31 +142,45 @@ def _label(cases: list[dict[str, Any]]) -> str:
     return f"{name}, does not fit:\n{', '.join(unfit)}" if unfit else name
 
 
-def _plot_panel(axes: Any, medians: Medians) -> None:
-    shapes = list(dict.fromkeys(case.shape for case in medians))
-    providers = [name for name in PROVIDERS if name in {case.provider for case in medians}]
-    width = GROUP / len(providers)
-    for provider, colour in zip(PROVIDERS, COLOURS, strict=True):
-        bars = [(case, ms) for case, ms in medians.items() if case.provider == provider]
-        if not bars:
-            continue
-        left = providers.index(provider) * width - GROUP / 2
-        middle, least, most = zip(*(ms for _, ms in bars), strict=True)
+def _draw(panels: list[Panel], colours: dict[str, str], line_name: str, file: Path) -> None:
+    mpl.use("Agg")
+    bars = [bars for panel in panels for bars in panel.bars.values()]
+    groups = len({shape for shapes in bars for shape in shapes})
+    names = {name for panel in panels for name in panel.bars}
+    size = (4 + 0.2 * len(names) * groups, 3.6 * len(panels))
+    with mpl.rc_context(STYLE):
+        figure, grid = plt.subplots(len(panels), figsize=size, layout="constrained", squeeze=False)
+        for axes, panel in zip(grid.flat, panels, strict=True):
+            _draw_panel(axes, panel, colours, line_name)
+        figure.legend(
+            *grid.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
+        )
+        figure.savefig(file, dpi=150)
+        plt.close(figure)
+
+
+def _draw_panel(axes: Any, panel: Panel, colours: dict[str, str], line_name: str) -> None:
+    shapes = list(dict.fromkeys(shape for bars in panel.bars.values() for shape in bars))
+    names = [name for name in colours if name in panel.bars]
+    width = GROUP / len(names)
+    for place, name in enumerate(names):
+        bars = panel.bars[name]
+        middle, least, most = zip(*bars.values(), strict=True)
         axes.bar(
-            [shapes.index(case.shape) + left for case, _ in bars],
+            [shapes.index(shape) + place * width - GROUP / 2 for shape in bars],
             middle,
             width,
             align="edge",
-            color=colour,
-            label=provider,
+            color=colours[name],
+            label=name,
             yerr=[_difference(middle, least), _difference(most, middle)],
             ecolor=INK,
         )
-    for case, (copy, _, _) in medians.items():
-        if (case.provider, case.direction) == ("copy", "forward+backward"):
-            place = shapes.index(case.shape)
-            label = "copy of the logits" if place == 0 else None
-            axes.hlines(copy, place - 0.48, place + 0.48, color="#d23f3f", linewidth=2, label=label)
+    for shape, height in panel.line.items():
+        place = shapes.index(shape)
+        label = line_name if place == 0 else None
+        axes.hlines(height, place - 0.48, place + 0.48, color=RED, linewidth=2, label=label)
+    axes.set_title(panel.title)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(axis="y")

@@ -27,26 +27,25 @@ class Case(NamedTuple):
     provider: str
     weighting: str = "given"
     threads: int = THREADS
+    dim: int = 0  # D, where the loss is given hidden states; else it is given the logits
 
     def __str__(self) -> str:
-        study, shape, *rest = self
-        return "-".join([study, "x".join(map(str, shape)), *map(str, rest)])
+        study, shape, *rest, dim = self
+        last = [f"D{dim}"] if dim else []
+        return "-".join([study, "x".join(map(str, shape)), *map(str, rest), *last])
 
 
 class Problem:
     """Random logits, targets and weights; the logits can be had afresh after an in-place call."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype, weighting: str, device: str = "cpu"):
-        batch, length, heads, vocabulary = shape
+        batch, length, _, vocabulary = shape
         torch.manual_seed(0)
         self.device = device
         self.pristine = torch.randn(shape, device=device, dtype=dtype)
         self.logits = self.pristine.clone().requires_grad_()
         self.target_ids = torch.randint(vocabulary, (batch, length), device=device)
-        given = torch.rand(batch, length, heads, device=device) + 0.1
-        # A cross entropy of these logits is log V + 0.5, give or take 1.
-        ref_ce = torch.rand(batch, length - 1, device=device) + math.log(vocabulary)
-        self.weights = {"given": (given, None), "uniform": (), "ref_ce": (None, ref_ce)}[weighting]
+        self.weights = random_weights(shape, device)[weighting]
 
     def restore(self) -> None:
         """Undo what an in-place call did to the logits."""
@@ -63,25 +62,27 @@ class Problem:
         return without_gradient(loss) if direction == "forward" else with_gradient(loss, inputs)
 
     def check(self, provider: str, direction: str) -> None:
-        """Compare loss and gradient with eager torch in float32.
+        """Call and compare.
 
         Raises:
             AssertionError: they disagree.
         """
         self.restore()
-        found = self.call(provider, direction)()
+        self.compare(provider, self.call(provider, direction)())
+
+    def compare(self, provider: str, found: tuple[Tensor, ...]) -> None:
+        """Compare the loss and the gradient that a call returned with eager torch in float32.
+
+        Raises:
+            AssertionError: they disagree.
+        """
         wanted: tuple[Tensor, ...] = self._truth
         if provider == "copy":
             wanted = (self.pristine,)
         elif provider == "cce":  # the gradients of its factors are no gradient of the logits
             found, wanted = found[:1], (self._truth_of_cce(),)
-        tolerance = TOLERANCE[self.pristine.dtype]
         for name, got, want in zip(("loss", "gradient"), found, wanted, strict=False):
-            error = ((got.detach().float() - want).norm() / want.norm()).item()
-            assert error <= tolerance, (
-                f"{provider} disagrees with eager torch in float32: relative error {error:.1e} "
-                f"of the {name}, {tolerance:.0e} allowed"
-            )
+            assert_close(name, provider, got, want, TOLERANCE[self.pristine.dtype])
 
     @functools.cached_property
     def _truth(self) -> tuple[Tensor, ...]:
@@ -93,6 +94,28 @@ class Problem:
         hidden, classifier = leaves("cce", self.pristine)
         with torch.no_grad():
             return PROVIDERS["eager_float"](hidden @ classifier.T, self.target_ids, *self.weights)
+
+
+def random_weights(shape: Shape, device: str) -> dict[str, tuple[Tensor | None, ...]]:
+    """(head_weights, ref_ce) of each weighting, for logits whose variance is 1."""
+    batch, length, heads, vocabulary = shape
+    given = torch.rand(batch, length, heads, device=device) + 0.1
+    # A cross entropy of these logits is log V + 0.5, give or take 1.
+    ref_ce = torch.rand(batch, length - 1, device=device) + math.log(vocabulary)
+    return {"given": (given, None), "uniform": (), "ref_ce": (None, ref_ce)}
+
+
+def assert_close(name: str, provider: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """The relative error, by the Euclidean norm.
+
+    Raises:
+        AssertionError: it is larger than the tolerance.
+    """
+    error = ((got.detach().float() - want).norm() / want.norm()).item()
+    assert error <= tolerance, (
+        f"{provider} disagrees with eager torch in float32: relative error {error:.1e} "
+        f"of the {name}, {tolerance:.0e} allowed"
+    )
 
 
 def without_gradient(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:

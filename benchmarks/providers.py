@@ -29,9 +29,7 @@ def eager(
     ref_ce: Tensor | None = None,
 ) -> Tensor:
     """What one writes in a trainer: torch's own cross entropy in the logits' dtype."""
-    targets = shift_to_heads(target_ids, logits.shape[2], IGNORE_INDEX)
-    ce = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
-    return _weighted_mean(ce.view(targets.shape), target_ids, head_weights, ref_ce)
+    return _weighted_mean(cross_entropies(logits, target_ids), target_ids, head_weights, ref_ce)
 
 
 def eager_float(logits: Tensor, target_ids: Tensor, *weights: Tensor | None) -> Tensor:
@@ -113,14 +111,27 @@ def leaves(provider: str, logits: Tensor) -> tuple[Tensor, ...]:
     return tuple(factor.detach().clone().requires_grad_() for factor in factors)
 
 
+def cross_entropies(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """[B, S, H], by torch's own in the logits' dtype."""
+    targets = shift_to_heads(target_ids, logits.shape[2], IGNORE_INDEX)
+    ce = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
+    return ce.view(targets.shape)
+
+
+def weights_of(
+    ce: Tensor, target_ids: Tensor, head_weights: Tensor | None, ref_ce: Tensor | None
+) -> Tensor:
+    """[B, S, H]: the weights given, or those of a reference, or 1; 0 without a target."""
+    if ref_ce is not None:
+        return excess_head_weights(ce, ref_ce, target_ids)
+    weights = has_target(target_ids, ce.shape[2]).to(torch.float32)
+    return weights if head_weights is None else head_weights * weights
+
+
 def _weighted_mean(
     ce: Tensor, target_ids: Tensor, head_weights: Tensor | None, ref_ce: Tensor | None
 ) -> Tensor:
-    weights = has_target(target_ids, ce.shape[2]).to(torch.float32)
-    if ref_ce is not None:
-        weights = excess_head_weights(ce, ref_ce, target_ids)
-    elif head_weights is not None:
-        weights = head_weights * weights
+    weights = weights_of(ce, target_ids, head_weights, ref_ce)
     weight_sum = weights.sum(-1)
     token_loss = (weights * ce).sum(-1) / weight_sum.clamp(min=1e-8)
     return token_loss.sum() / (weight_sum > 1e-8).sum()

@@ -16,12 +16,14 @@ import torch
 
 import wmtp
 import wmtp.cpu
+from wmtp.benchmarks import linear_providers, providers
 from wmtp.benchmarks.problem import Case
-from wmtp.benchmarks.providers import absent
 
-SUITES = {"loss": "bench_loss.py", "scaling": "bench_scaling.py"}
+SUITES = {"loss": "bench_loss.py", "scaling": "bench_scaling.py", "linear": "bench_linear.py"}
+OF_LOGITS = ("loss", "scaling")
 # Measured anew in each run, so one value a run.
-SERIES = ("rounds", "median_ms", "q1_ms", "q3_ms")
+TIMES = ("median_ms", "q1_ms", "q3_ms")
+SERIES = ("rounds", *TIMES)
 
 
 def run_suites(suites: Iterable[str], size: str) -> dict[str, Any]:
@@ -57,11 +59,13 @@ def run_suites(suites: Iterable[str], size: str) -> dict[str, Any]:
 
 def gather(command: str, size: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Environment and the results of all runs, ready for JSON."""
+    cases = _merge([_case(benchmark) for benchmark in run["benchmarks"]] for run in runs)
+    contest = linear_providers if any(case["dim"] for case in cases) else providers
     return {
         "command": command,
         "environment": environment(runs[0]["machine_info"]["cpu"].get("brand_raw", "")),
-        "absent": absent(compiling=size == "full"),
-        "cases": _merge([_case(benchmark) for benchmark in run["benchmarks"]] for run in runs),
+        "absent": contest.absent(compiling=size == "full"),
+        "cases": cases,
     }
 
 
@@ -98,6 +102,19 @@ def peer_of(case: Case, provider: str) -> Case:
     return case._replace(provider=provider)
 
 
+def floor_of(case: Case) -> Case:
+    """The matrix products that a linear case cannot do without."""
+    floor = linear_providers.DIRECTIONS[case.direction]
+    return case._replace(provider=floor, weighting="uniform")
+
+
+def scratch_bytes(case: Case, peak_bytes: int) -> int:
+    """Of a linear case: its peak beyond the gradients that it hands out."""
+    rows, vocabulary = torch.Size(case.shape[:3]).numel(), case.shape[3]
+    whose = rows if case.direction == "frozen" else rows + vocabulary
+    return peak_bytes - whose * case.dim * getattr(torch, case.dtype).itemsize
+
+
 def logits_bytes(case: Case) -> int:
     return torch.Size(case.shape).numel() * getattr(torch, case.dtype).itemsize
 
@@ -114,17 +131,22 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def _key(case: dict[str, Any]) -> Case:
-    fields = {name: case[name] for name in Case._fields}
+    fields = {name: case[name] for name in Case._fields if name in case}
     return Case(**{**fields, "shape": tuple(case["shape"])})
 
 
 def _merge(runs: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A case that a run has timed in several passes has the median over them."""
     merged: dict[Case, dict[str, Any]] = {}
     for run in runs:
+        passes: dict[Case, list[dict[str, Any]]] = {}
         for case in run:
-            known = merged.setdefault(_key(case), {**case, **{name: [] for name in SERIES}})
-            for name in SERIES:
-                known[name].append(case[name])
+            passes.setdefault(_key(case), []).append(case)
+        for key, timed in passes.items():
+            known = merged.setdefault(key, {**timed[0], **{name: [] for name in SERIES}})
+            known["rounds"].append(sum(case["rounds"] for case in timed))
+            for name in TIMES:
+                known[name].append(statistics.median(case[name] for case in timed))
     return list(merged.values())
 
 

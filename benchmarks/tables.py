@@ -7,18 +7,22 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
+from wmtp.benchmarks import linear_providers
 from wmtp.benchmarks.problem import Case
 from wmtp.benchmarks.providers import DIRECTIONS
 from wmtp.benchmarks.report import (
     cases_by_key,
+    floor_of,
     gigabytes_per_second,
     in_units_of,
     logits_bytes,
     peer_of,
+    scratch_bytes,
     spread,
 )
 
 Cases = dict[Case, dict[str, Any]]
+MEBI = 2**20
 SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -63,6 +67,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     cases = cases_by_key(results)
     found = [_loss_table(cases, direction) for direction in DIRECTIONS]
     found += [_study_table(cases, name) for name in STUDIES]
+    found += [_linear_table(cases, direction) for direction in linear_providers.DIRECTIONS]
     found = [table for table in found if table.row_count]
     found[-1].caption = _caption(results)
     return found
@@ -106,6 +111,25 @@ def _study_table(cases: Cases, name: str) -> Table:
     return _table(study.title, names, ("median", study.ratio), chosen, cells)
 
 
+def _linear_table(cases: Cases, direction: str) -> Table:
+    def cells(case: Case) -> tuple[str, ...]:
+        row = cases[case]
+        median, _, _ = spread(row["median_ms"])
+        ours = case._replace(provider="fused", weighting="uniform")
+        return (
+            case.weighting,
+            _time(median),
+            _ratio(cases, case, floor_of(case)),
+            _ratio(cases, case, ours),
+            f"{scratch_bytes(case, row['peak_bytes']) / MEBI:.1f}",
+        )
+
+    floor = linear_providers.DIRECTIONS[direction].replace("_", " ")
+    numbers = ("median", "/ products", "/ fused", "MiB")
+    chosen = [case for case in cases if (case.study, case.direction) == ("linear", direction)]
+    return _table(f"linear, {direction}: / {floor}", ("weights",), numbers, chosen, cells)
+
+
 def _table(
     title: str,
     names: tuple[str, ...],
@@ -119,8 +143,9 @@ def _table(
         table.add_column(name, no_wrap=True)
     for number in numbers:
         table.add_column(number, justify="right", no_wrap=True)
-    for (shape, dtype), section in groupby(cases, lambda case: (case.shape, case.dtype)):
-        table.add_row(f"{'x'.join(map(str, shape))} {SHORT.get(dtype, dtype)}")
+    for (shape, dim, dtype), section in groupby(cases, lambda c: (c.shape, c.dim, c.dtype)):
+        hidden = f" D={dim}" if dim else ""
+        table.add_row(f"{'x'.join(map(str, shape))} {SHORT.get(dtype, dtype)}{hidden}")
         for case in section:
             table.add_row(f"  {case.provider}", *cells(case))
         table.add_section()
@@ -142,4 +167,6 @@ def _number(value: float) -> str:
 
 
 def _time(milliseconds: float) -> str:
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.2f} s"
     return f"{milliseconds:.2f} ms" if milliseconds >= 1 else f"{1e3 * milliseconds:.1f} us"

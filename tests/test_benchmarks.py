@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+from made_up import columns_of, made_up
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -81,11 +82,14 @@ def test_suites_run_and_report_every_case():
     measured = report.run_suites(report.SUITES, size)
     results = json.loads(json.dumps(report.gather("wmtp bench", size, [measured, measured])))
     cases = report.cases_by_key(results)
-    assert {case.study for case in cases} == {"loss", *STUDIES}
+    assert {case.study for case in cases} == {"loss", "linear", *STUDIES}
     assert {case.provider for case in cases if case.study == "loss"} == {
         *("eager", "eager_float", "fused", "fused_inplace", "copy")
     }
-    assert set(results["absent"]) == {"compiled", "cce"}
+    assert {case.provider for case in cases if case.study == "linear"} == {
+        *("eager", "fused", "three_products", "two_products")
+    }
+    assert set(results["absent"]) == {"compiled", "cce", "linear_cross_entropy", "liger"}
     assert all(len(case["median_ms"]) == 2 for case in results["cases"])
     assert sum(table.row_count for table in tables(results)) > len(cases)
 
@@ -104,7 +108,7 @@ def test_a_provider_that_disagrees_fails_the_suite(monkeypatch, tmp_path):
 def test_suites_collect_without_the_packages_of_the_command_line():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib']))\n"
-        "import wmtp.benchmarks.bench_loss, wmtp.benchmarks.bench_scaling"
+        "from wmtp.benchmarks import bench_linear, bench_loss, bench_scaling"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -164,20 +168,6 @@ def test_available_memory_is_the_least_of_system_and_cgroups(monkeypatch, tmp_pa
     assert available_bytes() == 40000 - 5000 + 3000
 
 
-def made_up(*cases):
-    """Results of (study, shape, provider, direction, medians, other fields of the case)."""
-    rows = [
-        {
-            **Case(study, shape, "float32", direction, provider, **others)._asdict(),
-            "peak_bytes": 160,
-            "rounds": [5] * len(medians),
-            **{name: medians for name in ("median_ms", "q1_ms", "q3_ms")},
-        }
-        for study, shape, provider, direction, medians, others in cases
-    ]
-    return {"environment": {"cpu": "x", "gpu": None}, "absent": {"cce": "not here"}, "cases": rows}
-
-
 def loss_results(shape, scale, runs=1):
     def case(provider, direction, *medians):
         return "loss", shape, provider, direction, [scale * ms for ms in medians[:runs]], {}
@@ -192,10 +182,6 @@ def loss_results(shape, scale, runs=1):
         case("fused", "forward", 0.5, 0.5),
         case("copy", "forward", 1.0, 1.0),
     )
-
-
-def columns_of(table):
-    return {column.header: list(column.cells)[1:] for column in table.columns}
 
 
 def test_times_stand_beside_eager_and_compiled_and_the_copy():

@@ -21,6 +21,7 @@ class Suite(StrEnum):
 
     LOSS = "loss"
     SCALING = "scaling"
+    LINEAR = "linear"
 
 
 def bench(
@@ -35,21 +36,33 @@ def bench(
         Path | None, typer.Option("--json", help="Write environment and results here.")
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw loss + gradient as PNG here.")
+        Path | None, typer.Option("--plot", help="Draw loss + gradients as PNG here.")
     ] = None,
     only: Annotated[
         Suite | None,
         typer.Option(
-            help="loss: against the peers; scaling: from tiny to large, threads, weights."
+            help="loss: against the peers; scaling: from tiny to large, threads, weights; "
+            "linear: --linear."
         ),
     ] = None,
+    linear: Annotated[
+        bool,
+        typer.Option(
+            "--linear",
+            help="The loss of hidden states and unembedding instead, against its peers and the "
+            "bare matrix products: also some ten minutes.",
+        ),
+    ] = False,
 ) -> None:
     """Time the loss with and without gradient, count peak bytes, and print both beside the peers'.
 
     Outputs are compared before anything is timed. The whole suite takes some ten minutes a run.
     """
-    from wmtp.benchmarks.report import SUITES, gather, run_suites
+    from wmtp.benchmarks.report import OF_LOGITS, gather, run_suites
 
+    if linear and only not in (None, Suite.LINEAR):
+        raise typer.BadParameter(f"--linear is a suite by itself: leave out --only {only}")
+    only = Suite.LINEAR if linear else only
     if importlib.util.find_spec("pytest_benchmark") is None:
         sys.exit("wmtp: bench needs pytest-benchmark: pip install 'wmtp[bench]'")
     if plot_file is not None and only == Suite.SCALING:
@@ -63,33 +76,33 @@ def bench(
     try:
         for run in range(runs):
             console.print(f"run {run + 1} of {runs}", highlight=False)
-            measured.append(run_suites([only] if only else SUITES, size))
+            measured.append(run_suites([only] if only else OF_LOGITS, size))
     except RuntimeError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from error
     results = gather(_command(quick, runs, only), size, measured)
-    _show(results, json_file, plot_file)
+    _show(results, json_file, plot_file, linear=only == Suite.LINEAR)
 
 
 def _command(quick: bool, runs: int, only: Suite | None) -> str:
     options = (
         *(["--quick"] if quick else []),
         *([f"--runs {runs}"] if runs > 1 else []),
-        *([f"--only {only}"] if only else []),
+        *(["--linear"] if only == Suite.LINEAR else [f"--only {only}"] if only else []),
     )
     chosen = {name: os.environ[name] for name in SETTINGS if name in os.environ}
     settings = (f"{name}={value}" for name, value in chosen.items())
     return " ".join((*settings, "wmtp bench", *options))
 
 
-def _show(results: dict, json_file: Path | None, plot_file: Path | None) -> None:
+def _show(results: dict, json_file: Path | None, plot_file: Path | None, linear: bool) -> None:
     from wmtp.benchmarks.tables import tables
 
     if json_file is not None:
         json_file.write_text(json.dumps(results, indent=1) + "\n")
     if plot_file is not None:
-        from wmtp.benchmarks.plot import plot_loss
+        from wmtp.benchmarks.plot import plot_linear, plot_loss
 
-        plot_loss(results, plot_file)
+        (plot_linear if linear else plot_loss)(results, plot_file)
     for table in tables(results):
         console.print(table)

@@ -37,9 +37,9 @@ class LinearProblem:
     ):
         batch, length, _, vocabulary = shape
         torch.manual_seed(0)
-        self.hidden = torch.randn(*shape[:3], dim, device=device).to(dtype).requires_grad_()
-        weight = torch.randn(vocabulary, dim, device=device) * dim**-0.5
-        self.weight = weight.to(dtype).requires_grad_()
+        self.hidden = torch.randn(*shape[:3], dim, device=device, dtype=dtype).requires_grad_()
+        weight = torch.randn(vocabulary, dim, device=device, dtype=dtype)
+        self.weight = weight.mul_(dim**-0.5).requires_grad_()
         self.target_ids = torch.randint(vocabulary, (batch, length), device=device)
         self.weighting = weighting
         self._weights = random_weights(shape, device)

@@ -46,6 +46,14 @@ def eager(hidden: Tensor, weight: Tensor, target_ids: Tensor, *weights: Tensor |
     return _weight_mean(cross_entropies(F.linear(hidden, weight), target_ids), target_ids, *weights)
 
 
+def eager_float(
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, *weights: Tensor | None
+) -> Tensor:
+    """The same after `.float()`, as Hugging Face's losses and `wmtp.reference` do."""
+    ce = cross_entropies(F.linear(hidden, weight).float(), target_ids)
+    return _weight_mean(ce, target_ids, *weights)
+
+
 def compiled(*arguments: Tensor | None) -> Tensor:
     return _compiled_eager()(*arguments)
 
@@ -98,6 +106,7 @@ def two_products(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
 PROVIDERS: dict[str, Loss] = {
     "fused": fused,
     "eager": eager,
+    "eager_float": eager_float,
     "compiled": compiled,
     "linear_cross_entropy": linear_cross_entropy,
     "liger": liger,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 import wmtp
+from wmtp.benchmarks.linear_problem import LinearProblem
 from wmtp.benchmarks.problem import Problem, Shape
 from wmtp.benchmarks.providers import COMPILED
 
@@ -81,6 +83,31 @@ def loss_peak_bytes(
         tiny = Problem((1, 2, 1, 2), dtype, "given", device)
         _step(tiny, provider, direction, backend)()  # one-time allocations
     return peak_bytes(call, device)
+
+
+def linear_peak_bytes(
+    provider: str,
+    direction: str,
+    shape: Shape,
+    dim: int,
+    dtype: torch.dtype,
+    device: str,
+    **options: Any,
+) -> int:
+    """Peak bytes of the linear loss and its gradients beyond hidden states and weight.
+
+    Args:
+        provider, direction: of linear_providers, nothing that compiles.
+        shape: of the logits.
+        dim: D.
+        dtype: of hidden states and weight.
+        device: "cpu" or "cuda".
+        options: of the fused loss.
+    """
+    tiny = LinearProblem((1, 2, 1, 2), dim, dtype, device)
+    tiny.call(provider, direction, **options)()  # one-time allocations
+    problem = LinearProblem(shape, dim, dtype, device)
+    return peak_bytes(problem.call(provider, direction, **options), device)
 
 
 def _step(problem: Problem, provider: str, direction: str, backend: str) -> Callable[[], object]:

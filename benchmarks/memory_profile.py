@@ -6,7 +6,9 @@ by the system, so there it is decided beforehand, from the same case at a few el
 
 from __future__ import annotations
 
+import functools
 import gc
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -100,10 +102,17 @@ def profile_table(results: dict[str, Any]) -> Table:
 
 def write_snapshot(file: Path, vocabulary: int, setting: Setting) -> None:
     """CUDA's memory history of an eager and a fused step, for pytorch.org/memory_viz."""
+    shape = setting.shape(vocabulary)
+    steps = [functools.partial(_peak, *contest, shape, setting) for contest in SNAPSHOT]
+    record_history(file, steps, setting.device)
+
+
+def record_history(file: Path, steps: Iterable[Callable[[], int]], device: str) -> None:
+    """What CUDA's allocator did in these steps; one that does not fit is cut short."""
     torch.cuda.memory._record_memory_history()
     try:
-        for contest in SNAPSHOT:
-            _peak_if_it_fits(contest, setting.shape(vocabulary), setting)
+        for step in steps:
+            if_it_fits(step, device)
         torch.cuda.memory._dump_snapshot(str(file))
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
@@ -150,18 +159,21 @@ def _case(
         "logits_bytes": torch.Size(shape).numel() * setting.dtype.itemsize,
         "needed_bytes": needed,
         "run": run,
-        "peak_bytes": _peak_if_it_fits(contest, shape, setting) if run else None,
+        "peak_bytes": if_it_fits(lambda: _peak(*contest, shape, setting), setting.device)
+        if run
+        else None,
     }
 
 
-def _peak_if_it_fits(contest: Contest, shape: Shape, setting: Setting) -> int | None:
+def if_it_fits(measure: Callable[[], int], device: str) -> int | None:
+    """The peak bytes measured; None where memory ran out."""
     try:
-        return _peak(*contest, shape, setting)
+        return measure()
     except RuntimeError as error:
         if not _ran_out_of_memory(error):
             raise
     gc.collect()  # only here are the frames gone that held its tensors
-    if setting.device == "cuda":
+    if device == "cuda":
         torch.cuda.empty_cache()
     return None
 

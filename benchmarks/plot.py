@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
+from wmtp.benchmarks.linear_profile import allowed_bytes, chunk_scratch_bytes, scratch_bytes
+from wmtp.benchmarks.memory_profile import MEBI
 from wmtp.benchmarks.problem import Shape
 from wmtp.benchmarks.providers import PROVIDERS
 from wmtp.benchmarks.report import cases_by_key, spread
@@ -23,6 +25,12 @@ LINEAR_COLOURS = {
     "fused, ref_ce": "#a9c9f0",
     "fused, frozen": "#15966a",
     "two_products": MUTED,
+}
+PROFILE_COLOURS = {
+    "eager": LINEAR_COLOURS["eager"],
+    "eager_float": MUTED,
+    "fused": LINEAR_COLOURS["fused"],
+    "fused, its chunk": LINEAR_COLOURS["fused, frozen"],
 }
 STYLE: dict[Any, Any] = {
     "text.color": INK,
@@ -117,18 +125,86 @@ def plot_profile(results: dict[str, Any], file: Path) -> None:
             f"Loss and gradient of [1, {results['length']}, {results['heads']}, V] logits, "
             f"{results['dtype']}, {results['device']}"
         )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(axis="y")
+        _log_axes(axes, list(sizes))
         axes.set_ylabel("peak MiB beyond the logits, log scale")
-        axes.set_xscale("log")
-        axes.set_xticks(list(sizes), list(map(str, sizes)))
-        axes.minorticks_off()
-        axes.tick_params(axis="x", labelrotation=15)
         axes.set_xlabel("V, log scale")
         figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(file, dpi=150)
         plt.close(figure)
+
+
+def plot_linear_profile(results: dict[str, Any], file: Path) -> None:
+    """Write the linear loss's memory as PNG: a panel over V, one over S, where these were varied.
+
+    Args:
+        results: of `linear_profile.profile_linear`.
+        file: where.
+    """
+    mpl.use("Agg")
+    both = [case for case in results["cases"] if case["direction"] == "forward+backward"]
+    length, vocabulary = both[0]["length"], both[0]["vocabulary"]
+    sweeps = {
+        f"V, at S = {length}": [case for case in both if case["length"] == length],
+        f"S, at V = {vocabulary}": [case for case in both if case["vocabulary"] == vocabulary],
+    }
+    varied = {axis: cases for axis, cases in sweeps.items() if len({*map(_size, cases)}) > 1}
+    varied = varied or dict(list(sweeps.items())[:1])
+    with mpl.rc_context(STYLE):
+        figure, grid = plt.subplots(
+            1, len(varied), figsize=(3 + 5 * len(varied), 4.5), layout="constrained", squeeze=False
+        )
+        for axes, (axis, cases) in zip(grid.flat, varied.items(), strict=True):
+            field = "vocabulary" if axis.startswith("V") else "length"
+            _draw_sweep(axes, sorted(cases, key=lambda case: case[field]), field)
+            axes.set_xlabel(f"{axis}, log scale")
+        grid.flat[0].set_ylabel("peak MiB beyond inputs and gradients, log scale")
+        figure.suptitle(
+            f"Linear loss and gradients, H = {results['heads']}, D = {results['dim']}, "
+            f"{results['dtype']}, {results['device']}"
+        )
+        figure.legend(
+            *grid.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False
+        )
+        figure.savefig(file, dpi=150)
+        plt.close(figure)
+
+
+def _draw_sweep(axes: Any, cases: list[dict[str, Any]], field: str) -> None:
+    """A line for each provider; what was not measured but derived is hollow."""
+    sizes = list(dict.fromkeys(case[field] for case in cases))
+    mine = [case for case in cases if case["provider"] == "fused"]
+    lines = {
+        name: [(case, scratch_bytes(case)) for case in cases if case["provider"] == name]
+        for name in dict.fromkeys(case["provider"] for case in cases)
+    }
+    lines["fused, its chunk"] = [(case, chunk_scratch_bytes(case)) for case in mine]
+    # What is drawn first is wider: lines that coincide can all be seen.
+    for width, (name, points) in zip((2, 2, 6, 2), lines.items(), strict=True):
+        known = [(case, peak / MEBI) for case, peak in points if peak is not None]
+        colour = PROFILE_COLOURS[name]
+        axes.plot(
+            [c[field] for c, _ in known], [y for _, y in known], color=colour, lw=width, label=name
+        )
+        for case, height in known:
+            inside = "white" if case["peak_bytes"] is None else colour
+            axes.plot(case[field], height, "o", color=colour, markerfacecolor=inside)
+    allowed = [allowed_bytes(case["chunk_bytes"]) / MEBI for case in mine]
+    axes.plot(sizes, allowed, "--", color=RED, lw=1, label="1.25 chunk_bytes + 8 MiB")
+    _log_axes(axes, sizes)
+
+
+def _log_axes(axes: Any, sizes: list[int]) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y")
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.minorticks_off()
+    axes.tick_params(axis="x", labelrotation=15)
+
+
+def _size(case: dict[str, Any]) -> tuple[int, int]:
+    return case["length"], case["vocabulary"]
 
 
 def _peaks(cases: list[dict[str, Any]]) -> tuple[list[int], list[float]]:

@@ -108,11 +108,11 @@ def floor_of(case: Case) -> Case:
     return case._replace(provider=floor, weighting="uniform")
 
 
-def scratch_bytes(case: Case, peak_bytes: int) -> int:
-    """Of a linear case: its peak beyond the gradients that it hands out."""
+def gradient_bytes(case: Case) -> int:
+    """Of what a linear case hands out: the hidden states' gradient, and the weight's."""
     rows, vocabulary = torch.Size(case.shape[:3]).numel(), case.shape[3]
     whose = rows if case.direction == "frozen" else rows + vocabulary
-    return peak_bytes - whose * case.dim * getattr(torch, case.dtype).itemsize
+    return whose * case.dim * getattr(torch, case.dtype).itemsize
 
 
 def logits_bytes(case: Case) -> int:

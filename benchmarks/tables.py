@@ -14,10 +14,10 @@ from wmtp.benchmarks.report import (
     cases_by_key,
     floor_of,
     gigabytes_per_second,
+    gradient_bytes,
     in_units_of,
     logits_bytes,
     peer_of,
-    scratch_bytes,
     spread,
 )
 
@@ -121,7 +121,7 @@ def _linear_table(cases: Cases, direction: str) -> Table:
             _time(median),
             _ratio(cases, case, floor_of(case)),
             _ratio(cases, case, ours),
-            f"{scratch_bytes(case, row['peak_bytes']) / MEBI:.1f}",
+            f"{(row['peak_bytes'] - gradient_bytes(case)) / MEBI:.1f}",
         )
 
     floor = linear_providers.DIRECTIONS[direction].replace("_", " ")

@@ -1,4 +1,4 @@
-"""`wmtp profile`: peak memory of the loss over the vocabulary, for long-vocabulary runs."""
+"""`wmtp profile`: peak memory of the losses over the vocabulary, for long-vocabulary runs."""
 
 import importlib
 import json
@@ -6,18 +6,29 @@ import os
 import platform
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from rich.table import Table
 
 from wmtp.backends import choose_backend
 from wmtp.cli.bench import SETTINGS
 from wmtp.cli.console import console
 
+DIM = 1024
+
+
+class Report(NamedTuple):
+    """What is shown."""
+
+    measured: dict[str, Any]
+    table: Table
+    plot: str  # which function of wmtp.benchmarks.plot draws it
+
 
 class Dtype(StrEnum):
-    """Of the logits."""
+    """Of the logits, or of hidden states and unembedding."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
@@ -28,12 +39,30 @@ def profile(
     vocab: Annotated[str, typer.Option(help="Vocabulary sizes, separated by commas.")] = (
         "32000,128256,256000"
     ),
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens.")] = 128,
+    seq_len: Annotated[
+        str, typer.Option(help="Tokens. With --linear: several, separated by commas.")
+    ] = "128",
     horizon: Annotated[int, typer.Option(min=1, help="Heads.")] = 4,
-    dtype: Annotated[Dtype, typer.Option(help="Of the logits.")] = Dtype.BFLOAT16,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Of the logits, or the hidden states.")
+    ] = Dtype.BFLOAT16,
     backend: Annotated[
         str, typer.Option(help="Of the fused loss: auto, cpu (runs all on the CPU), triton, eager.")
     ] = "auto",
+    linear: Annotated[
+        bool,
+        typer.Option(
+            "--linear",
+            help="The loss of hidden states and unembedding instead: over V at the first length, "
+            "over the lengths at the first V.",
+        ),
+    ] = False,
+    dim: Annotated[
+        int | None, typer.Option(min=1, help="With --linear: the hidden size. Default: 1024.")
+    ] = None,
+    chunk_bytes: Annotated[
+        int | None, typer.Option(min=1, help="With --linear: of the fused loss. Default: its own.")
+    ] = None,
     snapshot: Annotated[
         Path | None,
         typer.Option(
@@ -42,7 +71,7 @@ def profile(
         ),
     ] = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw peak bytes over V as PNG here.")
+        Path | None, typer.Option("--plot", help="Draw peak bytes over V (and S) as PNG here.")
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write environment and results here.")
@@ -52,10 +81,12 @@ def profile(
 
     Exact on the CPU (torch's every allocation is counted) and on CUDA (the allocator's statistics).
     A case that does not fit is said not to. torch.compile takes some seconds for each vocabulary.
+    With --linear: beyond hidden states, weight and their gradients; eager torch and fused.
     """
-    from wmtp.benchmarks.memory_profile import Setting, profile_losses, write_snapshot
-
-    vocabularies = _whole_numbers(vocab)
+    vocabularies = _whole_numbers("--vocab", vocab)
+    lengths = _whole_numbers("--seq-len", seq_len, least=2)
+    if not linear and (len(lengths) > 1 or dim or chunk_bytes):
+        raise typer.BadParameter("several --seq-len, --dim and --chunk-bytes go with --linear")
     device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
     if snapshot is not None and device == "cpu":
         raise typer.BadParameter(
@@ -66,27 +97,53 @@ def profile(
         file.parent.mkdir(parents=True, exist_ok=True)  # now, not after a minute
     if plot_file is not None:
         importlib.import_module("matplotlib")
-    setting = Setting(
-        seq_len, horizon, getattr(torch, dtype), device, _chosen(backend, device, dtype)
-    )
-    with console.status("measuring; torch.compile takes some seconds a vocabulary"):
-        measured = profile_losses(vocabularies, setting)
-    if snapshot is not None:
-        write_snapshot(snapshot, vocabularies[0], setting)
+    common = (horizon, getattr(torch, dtype), device, _chosen(backend, device, dtype))
     options = f"--vocab {vocab} --seq-len {seq_len} --horizon {horizon} --dtype {dtype}"
-    _show(measured, f"{options} --backend {backend}", json_file, plot_file)
+    options += f" --backend {backend}"
+    if linear:
+        dim = dim or DIM
+        options += f" --linear --dim {dim}" + (f" --chunk-bytes {chunk_bytes}" * bool(chunk_bytes))
+        report = _linear(vocabularies, lengths, (dim, *common, chunk_bytes), snapshot)
+    else:
+        report = _of_logits(vocabularies, (*lengths, *common), snapshot)
+    _show(report, options, json_file, plot_file)
 
 
-def _whole_numbers(vocab: str) -> list[int]:
+def _of_logits(vocabularies: list[int], setting: tuple[Any, ...], snapshot: Path | None) -> Report:
+    from wmtp.benchmarks import memory_profile as memory
+
+    common = memory.Setting(*setting)
+    with console.status("measuring; torch.compile takes some seconds a vocabulary"):
+        measured = memory.profile_losses(vocabularies, common)
+    if snapshot is not None:
+        memory.write_snapshot(snapshot, vocabularies[0], common)
+    return Report(measured, memory.profile_table(measured), "plot_profile")
+
+
+def _linear(
+    vocabularies: list[int], lengths: list[int], setting: tuple[Any, ...], snapshot: Path | None
+) -> Report:
+    from wmtp.benchmarks import linear_profile as memory
+
+    common = memory.LinearSetting(*setting)
+    with console.status("measuring; the products of large sizes take minutes"):
+        measured = memory.profile_linear(memory.sweep(vocabularies, lengths), common)
+    if snapshot is not None:
+        memory.write_linear_snapshot(snapshot, lengths[0], vocabularies[0], common)
+    return Report(measured, memory.linear_table(measured), "plot_linear_profile")
+
+
+def _whole_numbers(option: str, given: str, least: int = 1) -> list[int]:
     try:
-        vocabularies = [int(size) for size in vocab.split(",")]
-        if min(vocabularies) < 1:
+        numbers = [int(number) for number in given.split(",")]
+        if min(numbers) < least:
             raise ValueError
     except ValueError:
+        kind = "positive whole numbers" if least == 1 else f"whole numbers from {least} on"
         raise typer.BadParameter(
-            f"--vocab takes positive whole numbers separated by commas, got {vocab!r}"
+            f"{option} takes {kind} separated by commas, got {given!r}"
         ) from None
-    return vocabularies
+    return numbers
 
 
 def _chosen(backend: str, device: str, dtype: Dtype) -> str:
@@ -97,18 +154,14 @@ def _chosen(backend: str, device: str, dtype: Dtype) -> str:
         raise typer.Exit(1) from error
 
 
-def _show(
-    measured: dict[str, Any], options: str, json_file: Path | None, plot_file: Path | None
-) -> None:
-    from wmtp.benchmarks.memory_profile import profile_table
-
+def _show(report: Report, options: str, json_file: Path | None, plot_file: Path | None) -> None:
     if json_file is not None:
-        json_file.write_text(json.dumps(_with_environment(measured, options), indent=1) + "\n")
+        results = _with_environment(report.measured, options)
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
     if plot_file is not None:
-        from wmtp.benchmarks.plot import plot_profile
-
-        plot_profile(measured, plot_file)
-    console.print(profile_table(measured))
+        plot = importlib.import_module("wmtp.benchmarks.plot")
+        getattr(plot, report.plot)(report.measured, plot_file)
+    console.print(report.table)
 
 
 def _with_environment(measured: dict[str, Any], options: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the others, and the exit status is 1 then:
     tests       pytest -m gpu                                                     pytest.txt
     sanitizer   compute-sanitizer's memcheck and racecheck, a call of each tier   memcheck.txt ...
     speed       everyone at every shape, the most important first                 gpu.json .md .png
+    linear      hidden states to loss and gradients, against peers and bare products      likewise
     tiers       each tier forced; with --cubins also where Triton is too old      likewise
     snapshot    every allocation of an eager and of a fused step                  memory.pickle
 
@@ -33,13 +34,17 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wmtp.benchmarks import cubins, gpu_peers
+from wmtp.benchmarks import cubins, gpu_peers, linear_providers
 from wmtp.benchmarks.gpu_cases import Job, speed_jobs, tier_jobs
+from wmtp.benchmarks.gpu_linear import linear_jobs
 from wmtp.benchmarks.gpu_report import compared, gpu_environment, plot, predicted_records, write
 from wmtp.benchmarks.gpu_worker import AGAIN, new_record, one_call, run_jobs, snapshot
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMITS = {"tests": 120, "sanitizer": 80, "speed": 170, "tiers": 70, "snapshot": 20}  # seconds
+# Seconds.
+LIMITS = {
+    "tests": 120, "sanitizer": 60, "speed": 170, "linear": 60, "tiers": 50, "snapshot": 15
+}  # fmt: skip
 # What drivers and libraries try and do without is no error of a kernel's.
 SANITIZERS = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
 MOST_TEST_PROCESSES = 8  # each has a CUDA context of its own
@@ -68,6 +73,7 @@ class Suite:
             "tests": self.tests,
             "sanitizer": self.sanitizer,
             "speed": lambda seconds: self.jobs("speed", seconds),
+            "linear": lambda seconds: self.jobs("linear", seconds),
             "tiers": lambda seconds: self.jobs("tiers", seconds),
             "snapshot": self.snapshot,
         }
@@ -172,7 +178,11 @@ def run_in_processes(
 
 def all_jobs() -> dict[str, list[Job]]:
     """Of the steps that time something."""
-    return {"speed": speed_jobs(gpu_peers.absent()), "tiers": tier_jobs()}
+    return {
+        "speed": speed_jobs(gpu_peers.absent()),
+        "linear": linear_jobs(linear_providers.absent(compiling=True)),
+        "tiers": tier_jobs(),
+    }
 
 
 def plan() -> list[str]:
@@ -188,7 +198,7 @@ def plan() -> list[str]:
 
 def absent(folder: Path | None) -> dict[str, str]:
     """Who and what is not here, and why."""
-    missing = gpu_peers.absent()
+    missing = linear_providers.absent(compiling=True) | gpu_peers.absent()
     if reason := cubins.unavailable(folder):
         missing["cubins"] = reason
     return missing

@@ -20,8 +20,15 @@ from wmtp.benchmarks.gpu_cases import (
     predicted_ms,
     predicted_tier,
 )
+from wmtp.benchmarks.gpu_linear import COLUMNS as LINEAR_COLUMNS
+from wmtp.benchmarks.gpu_linear import (
+    NOTE,
+    case_of,
+    compared_linear,
+    linear_cells,
+    predicted_linear_ms,
+)
 from wmtp.benchmarks.gpu_peers import LINEAR, PEERS
-from wmtp.benchmarks.problem import Case
 from wmtp.benchmarks.report import environment, gigabytes_per_second, logits_bytes
 
 Record = dict[str, Any]
@@ -43,6 +50,7 @@ NOTES = (
     "overwrites the logits with their gradient.",
     f"*predicted* is a bound, not a measurement: the bytes that the tier moves, at "
     f"{100 * COPY_SHARE:.0f} % of the {PREDICTED_CARD.name}'s bandwidth.",
+    NOTE,
 )
 
 
@@ -62,9 +70,11 @@ def predicted_records(jobs: Iterable[Job]) -> list[Record]:
     """A record for each job that has a prediction, and nothing measured."""
     records = []
     for job in jobs:
-        if (milliseconds := predicted_ms(job)) is not None:
+        linear = bool(job.case.dim)
+        milliseconds = predicted_linear_ms(job.case) if linear else predicted_ms(job)
+        if milliseconds is not None:
             case = {key: value for key, value in job.case._asdict().items() if key != "threads"}
-            tier = job.tier or predicted_tier(job)
+            tier = "" if linear else job.tier or predicted_tier(job)
             records.append(
                 {**case, "tier": tier, "outcome": "predicted", "predicted_ms": milliseconds}
             )
@@ -74,11 +84,14 @@ def predicted_records(jobs: Iterable[Job]) -> list[Record]:
 def compared(records: list[Record]) -> list[Record]:
     """The records with what follows from them: GB/s, share of the copy, peak, prediction."""
     copies = {
-        _problem(record): gigabytes_per_second(_case(record), record["median_ms"])
+        _problem(record): gigabytes_per_second(case_of(record), record["median_ms"])
         for record in records
         if record["provider"] == "copy" and record["outcome"] == "ok"
     }
-    return [_compared(record, copies.get(_problem(record))) for record in records]
+    of_logits = [
+        _compared(record, copies.get(_problem(record))) for record in records if not record["dim"]
+    ]
+    return of_logits + compared_linear([record for record in records if record["dim"]])
 
 
 def write(results: dict[str, Any], folder: Path, name: str) -> None:
@@ -100,8 +113,9 @@ def markdown(results: dict[str, Any]) -> str:
         parts += [f"## [1, {SIZES[0][0] // SIZES[0][1]}, {SIZES[0][1]}, V]", _table(HEADLINE, rows)]
     told = [record for record in records if record["outcome"] in ("ok", "predicted")]
     for (study, direction), group in _groups(told):
-        cells = [_cells(record) for record in group]
-        parts += [f"## {study}, {direction}", _table(COLUMNS, cells)]
+        columns, cells = (LINEAR_COLUMNS, linear_cells) if study == "linear" else (COLUMNS, _cells)
+        table = _table(columns, [cells(record) for record in group])
+        parts += [f"## {study}, {direction}", table]
     others = [record for record in records if record["outcome"] not in ("ok", "predicted")]
     if others:
         parts += ["## Without a time", "\n".join(map(_without_time, others))]
@@ -166,7 +180,7 @@ def _plot_panel(axes: Any, records: list[Record]) -> None:
 
 
 def _compared(record: Record, copy: float | None) -> Record:
-    case = _case(record)
+    case = case_of(record)
     predicted = predicted_ms(Job(case, record["tier"]))
     if record["outcome"] != "ok":
         return {**record, "predicted_ms": predicted}
@@ -234,7 +248,7 @@ def _step_cells(step: Record) -> list[str]:
 def _without_time(record: Record) -> str:
     tier = f", tier {record['tier']}" if record["tier"] else ""
     why = f" ({record['why']})" if record["why"] else ""
-    return f"- {_case(record)}{tier}: {record['outcome']}{why}"
+    return f"- {case_of(record)}{tier}: {record['outcome']}{why}"
 
 
 def _groups(records: list[Record]) -> Iterable[tuple[tuple[str, str], list[Record]]]:
@@ -247,11 +261,6 @@ def _groups(records: list[Record]) -> Iterable[tuple[tuple[str, str], list[Recor
 def _table(columns: tuple[str, ...], rows: list[list[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _case(record: Record) -> Case:
-    fields = {name: record[name] for name in Case._fields if name in record}
-    return Case(**{**fields, "shape": tuple(record["shape"])})
 
 
 def _problem(record: Record) -> tuple[tuple[int, ...], str]:

@@ -21,6 +21,7 @@ import wmtp
 from wmtp.benchmarks.gpu_cases import OURS, Job, launch_of
 from wmtp.benchmarks.gpu_peers import PEERS, PeerProblem
 from wmtp.benchmarks.gpu_timing import Timer
+from wmtp.benchmarks.linear_problem import LinearProblem, new_problem
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.benchmarks.problem import Problem, Shape
 
@@ -77,7 +78,7 @@ class Bench:
     def __init__(self, timer: Timer, device: str = "cuda"):
         self._timer, self._device = timer, device
         self._checked: set[tuple[Any, ...]] = set()
-        self._problem: tuple[tuple[Any, ...], Problem] | None = None
+        self._problem: tuple[tuple[Any, ...], Problem | LinearProblem] | None = None
 
     def record(self, job: Job) -> dict[str, Any]:
         """Outcomes: ok, does not fit, refused (it says that it cannot), failed."""
@@ -103,34 +104,36 @@ class Bench:
         problem.restore()
         peak = 0 if case.provider == "copy" else peak_bytes(call, self._device)
         times = self._timer.time(call, problem.restore)
-        chosen = {"tier": self._tier(job)} if case.provider in OURS else {}
+        chosen = {"tier": self._tier(job)} if case.provider in OURS and not case.dim else {}
         return {**times._asdict(), "peak_bytes": peak, **chosen}
 
     def _check(self, job: Job) -> None:
         case = job.case
         batch, length, heads, vocabulary = case.shape
         shape = (batch, min(length, CHECKED_ROWS // heads), heads, vocabulary)
-        key = (shape, case.dtype, case.direction, case.provider, case.weighting, job.tier)
+        key = (shape, *case[2:], job.tier)
         if key not in self._checked:
             problem = self._problem_of(job, shape)
             problem.check(case.provider, case.direction)
-            vars(problem).pop("_truth", None)  # as large as the logits in fp32
+            problem.forget_truth()
             self._checked.add(key)
 
-    def _problem_of(self, job: Job, shape: Shape) -> Problem:
+    def _problem_of(self, job: Job, shape: Shape) -> Problem | LinearProblem:
         case = job.case
-        peer = case.provider if case.provider in PEERS else ""
-        key = (shape, case.dtype, case.weighting, peer)
+        peer = case.provider if case.provider in PEERS and not case.dim else ""
+        weighting = "uniform" if case.dim else case.weighting  # a linear problem has all of them
+        key = (shape, case.dtype, weighting, peer, case.dim)
         if self._problem is None or self._problem[0] != key:
             self._forget()  # before there are two
             torch._dynamo.reset()  # each shape is compiled for itself
-            dtype = getattr(torch, case.dtype)
             if peer:
-                problem: Problem = PeerProblem(peer, shape, dtype, self._device)
+                dtype = getattr(torch, case.dtype)
+                problem: Problem | LinearProblem = PeerProblem(peer, shape, dtype, self._device)
             else:
-                problem = Problem(shape, dtype, case.weighting, self._device)
+                problem = new_problem(*key[:3], case.dim, self._device)
             self._problem = key, problem
-        return self._problem[1]
+        problem = self._problem[1]
+        return problem if peer else problem.weighted(case.weighting)
 
     def _tier(self, job: Job) -> str:
         from wmtp.kernels import tiers
@@ -169,6 +172,8 @@ def one_call() -> int:
                     problem = Problem((1, 8, 4, vocabulary), torch.bfloat16, weighting, "cuda")
                     problem.check("fused", "forward+backward")
                     problem.check("fused_inplace", "inplace")
+                    linear = LinearProblem((1, 8, 4, vocabulary), 16, torch.bfloat16, "cuda")
+                    linear.check("fused", "forward+backward")
             except ValueError as error:
                 print(f"{tier}, V = {vocabulary}: {error}")
             else:

@@ -13,11 +13,13 @@ from torch import Tensor
 from wmtp.benchmarks.linear_providers import FLOORS, PROVIDERS, UNWEIGHTED, rows_and_targets
 from wmtp.benchmarks.problem import (
     TOLERANCE,
+    Problem,
     Shape,
     assert_close,
     random_weights,
     with_gradient,
 )
+from wmtp.chunks import Linear
 
 # torch's chunked one adds up the loss in the inputs' dtype, a few rows at a time: 0.066 off in
 # bfloat16 at V = 128256. Its gradients are held to what the others' are.
@@ -74,6 +76,10 @@ class LinearProblem:
         arguments = (self.hidden, weight, self.target_ids, *weights)
         return with_gradient(functools.partial(PROVIDERS[provider], *arguments, **options), inputs)
 
+    def forget_truth(self) -> None:
+        """It is as large as the weight in float32."""
+        self._truths.clear()
+
     def check(self, provider: str, direction: str) -> None:
         """Call and compare."""
         self.compare(provider, self.call(provider, direction)())
@@ -107,3 +113,20 @@ class LinearProblem:
             loss = PROVIDERS["eager"](*inputs, self.target_ids, *weights)
             self._truths[self.weighting] = loss.detach(), *torch.autograd.grad(loss, inputs)
         return self._truths[self.weighting]
+
+
+def new_problem(
+    shape: Shape, dtype: str, weighting: str, dim: int, device: str
+) -> Problem | LinearProblem:
+    """Given the logits, or hidden states of size `dim`."""
+    if dim:
+        return LinearProblem(shape, dim, getattr(torch, dtype), device, weighting)
+    return Problem(shape, getattr(torch, dtype), weighting, device)
+
+
+def plan_of(shape: Shape, dim: int, dtype: torch.dtype, chunk_bytes: int | None = None) -> Linear:
+    """How the library computes such a problem; its tensors have no memory."""
+    empty = functools.partial(torch.empty, dtype=dtype, device="meta")
+    hidden, weight = empty((*shape[:3], dim)), empty((shape[3], dim))
+    widest = torch.promote_types(dtype, torch.float32)
+    return Linear(hidden, weight, None, dtype, widest, chunk_bytes, "auto")

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from wmtp.benchmarks.linear_problem import plan_of
 from wmtp.benchmarks.linear_providers import DIRECTIONS
 from wmtp.benchmarks.memory import available_bytes, linear_peak_bytes
 from wmtp.benchmarks.memory_profile import GIBI, MARGIN, MEBI, SPARE, if_it_fits, record_history
 from wmtp.benchmarks.problem import Case, Shape
 from wmtp.benchmarks.report import gradient_bytes
-from wmtp.chunks import Linear, default_chunk_bytes
+from wmtp.chunks import default_chunk_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -124,7 +125,7 @@ def write_linear_snapshot(file: Path, length: int, vocabulary: int, setting: Lin
 
 
 def _case(direction: str, provider: str, shape: Shape, setting: LinearSetting) -> dict[str, Any]:
-    linear = _linear(shape, setting)
+    linear = plan_of(shape, setting.dim, setting.dtype, setting.chunk_bytes)
     dtype = str(setting.dtype).removeprefix("torch.")
     gradients = gradient_bytes(Case("", shape, dtype, direction, provider, dim=setting.dim))
     summed = direction == "forward+backward" and linear.sum_dtype != setting.dtype
@@ -174,15 +175,6 @@ def _at_most(vocabulary: int, shape: Shape, dim: int) -> int:
     """Three float32 copies of the logits and of the weight are all that eager torch has held."""
     rows = torch.Size(shape[:3]).numel()
     return 4 * torch.float32.itemsize * vocabulary * (rows + dim)
-
-
-def _linear(shape: Shape, setting: LinearSetting) -> Linear:
-    """How the library computes the case; tensors without memory."""
-    empty = functools.partial(torch.empty, dtype=setting.dtype, device="meta")
-    hidden, weight = empty((*shape[:3], setting.dim)), empty((shape[3], setting.dim))
-    widest = torch.promote_types(setting.dtype, torch.float32)
-    options = (setting.dtype, widest, setting.chunk_bytes, setting.backend)
-    return Linear(hidden, weight, None, *options)
 
 
 def _peak(direction: str, provider: str, shape: Shape, setting: LinearSetting) -> int:

@@ -42,10 +42,20 @@ class Problem:
         batch, length, _, vocabulary = shape
         torch.manual_seed(0)
         self.device = device
+        self.weighting = weighting
         self.pristine = torch.randn(shape, device=device, dtype=dtype)
         self.logits = self.pristine.clone().requires_grad_()
         self.target_ids = torch.randint(vocabulary, (batch, length), device=device)
         self.weights = random_weights(shape, device)[weighting]
+
+    def weighted(self, weighting: str) -> "Problem":
+        """Itself, whose weights are chosen once; a LinearProblem has all of them."""
+        assert weighting == self.weighting
+        return self
+
+    def forget_truth(self) -> None:
+        """It is as large as the logits in float32."""
+        vars(self).pop("_truth", None)
 
     def restore(self) -> None:
         """Undo what an in-place call did to the logits."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wmtp.benchmarks.linear_problem import LinearProblem
+from wmtp.benchmarks.linear_problem import LinearProblem, new_problem
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.benchmarks.problem import THREADS, Case, Problem, Shape
 from wmtp.benchmarks.providers import COMPILED, absent
@@ -83,7 +83,7 @@ def first_calls(case: Case) -> tuple[int, float]:
     problem = make_problem(case)
     call = problem.call(case.provider, case.direction)
     # What is compiled for the shape, or allocated once whatever the shape.
-    tiny = new_problem(TINY, case.dtype, case.weighting, case.dim)
+    tiny = new_problem(TINY, case.dtype, case.weighting, case.dim, DEVICE)
     first = call if case.provider in COMPILED else tiny.call(case.provider, case.direction)
     problem.restore()
     first()
@@ -98,20 +98,11 @@ def first_calls(case: Case) -> tuple[int, float]:
 
 def make_problem(case: Case) -> Problem | LinearProblem:
     """The case's inputs; cases of one problem follow each other."""
-    if case.dim:  # all weightings are one problem
-        problem = _kept_problem(case.shape, case.dtype, "uniform", case.dim)
-        assert isinstance(problem, LinearProblem)
-        return problem.weighted(case.weighting)
-    return _kept_problem(case.shape, case.dtype, case.weighting, 0)
+    weighting = "uniform" if case.dim else case.weighting  # a linear problem has all of them
+    return _kept_problem(case.shape, case.dtype, weighting, case.dim).weighted(case.weighting)
 
 
 @functools.lru_cache(maxsize=1)
 def _kept_problem(shape: Shape, dtype: str, weighting: str, dim: int) -> Problem | LinearProblem:
     torch._dynamo.reset()  # each shape is compiled for itself, within the limit of recompilations
-    return new_problem(shape, dtype, weighting, dim)
-
-
-def new_problem(shape: Shape, dtype: str, weighting: str, dim: int) -> Problem | LinearProblem:
-    if dim:
-        return LinearProblem(shape, dim, getattr(torch, dtype), DEVICE, weighting)
-    return Problem(shape, getattr(torch, dtype), weighting, DEVICE)
+    return new_problem(shape, dtype, weighting, dim, DEVICE)

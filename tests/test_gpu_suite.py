@@ -168,7 +168,7 @@ def test_a_failed_step_stops_no_other_and_makes_the_status_1(
     assert gpu.settle(results, tmp_path, None) == status
     written = json.loads((tmp_path / "gpu.json").read_text())
     steps = {step["name"]: step["outcome"] for step in written["steps"]}
-    expected = dict.fromkeys(("tests", "speed", "tiers", "snapshot"), "ok")
+    expected = dict.fromkeys(("tests", "speed", "linear", "tiers", "snapshot"), "ok")
     expected |= {"sanitizer": "absent", "picture": "absent"}
     assert steps == {**expected, **({failing: "failed"} if failing else {})}
-    assert len(written["cases"]) == 4
+    assert len(written["cases"]) == 6

@@ -77,11 +77,15 @@ BAD_CALLS = {
     ),
     "normalizer 0": (dict(normalizer=0), ValueError, "normalizer must be .*> 0, got 0"),
     "normalizer of rank 1": (dict(normalizer=torch.ones(2)), ValueError, "normalizer .*0-d"),
-    "another horizon": (dict(horizon=3), ValueError, "horizon must equal the logits' H = 4, got 3"),
+    "another horizon": (
+        dict(horizon=3),
+        ValueError,
+        "horizon must equal the number of heads H = 4, got 3",
+    ),
     "mixed devices": (
         dict(target_ids=IDS.to("meta")),
         ValueError,
-        "target_ids is on meta but the logits are on cpu: .*to",
+        "target_ids is on meta, and what it goes with on cpu: .*to",
     ),
     "weights elsewhere": (dict(head_weights=WEIGHTS.to("meta")), ValueError, "head_weights is on"),
 }
@@ -179,7 +183,7 @@ BAD_LINEAR_CALLS = {
         ValueError,
         r"lm_head_weight must be \[V, D\] = \(3, 3\), got \(3, 11\): pass lm_head.weight as",
     ),
-    "weight of rank 1": (dict(lm_head_weight=LM_HEAD[0]), ValueError, r"must be \[V, D\], got"),
+    "weight of rank 1": (dict(lm_head_weight=LM_HEAD[0]), ValueError, r"\[V, D\] = .*: pass lm"),
     "no vocabulary": (dict(lm_head_weight=LM_HEAD[:0]), ValueError, "at least one vocabulary"),
     "integer weight": (dict(lm_head_weight=LM_HEAD.long()), TypeError, "lm_head_weight must be fl"),
     "no channels": (

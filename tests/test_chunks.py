@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_linear import SOME, gradients, make_case
+from torch.utils.checkpoint import checkpoint
 
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
@@ -96,6 +97,18 @@ def test_peak_memory(weighting, dtype, chunk_bytes):
             lambda: gradients(fused_linear_weighted_mtp_loss, leaves, options, **how)  # noqa: B023
         )
         assert chunk_bytes / 4 <= peak - kept <= chunk_bytes + 3 * MIB
+
+
+def test_peak_memory_under_checkpointing():
+    """What is saved for backward is packed then: no gradient is held beside it."""
+    leaves, options = make_case(shape=(1, 64, 4, 64, 16000))
+    how = {"chunk_bytes": MIB, "use_reentrant": False}
+
+    def step():
+        result = checkpoint(fused_linear_weighted_mtp_loss, *leaves[:2], **options, **how)
+        return torch.autograd.grad(result.loss, leaves[:2])
+
+    assert peak_bytes(step) <= leaves[0].nbytes + leaves[1].nbytes + 4 * MIB
 
 
 def test_peak_memory_of_the_reference():

@@ -144,5 +144,5 @@ def test_errors():
         fused_weighted_mtp_loss([head, None], ids)
     with pytest.raises(ValueError, match="lie across each other"):
         fused_weighted_mtp_loss([head, head], ids, inplace=True)
-    with pytest.raises(ValueError, match="horizon must equal the logits' H = 2"):
+    with pytest.raises(ValueError, match="horizon must equal the number of heads H = 2"):
         fused_weighted_mtp_loss([head, head], ids, horizon=3)

@@ -168,13 +168,29 @@ def test_bf16_gradients_are_as_good_as_eager_ones(weighting, chunk_bytes):
         assert (ours.double() - wanted).norm() <= allowed
 
 
+def assert_close_by_norm(leaves, options, upstream, allowed, **more):
+    _, found = gradients(fused_linear_weighted_mtp_loss, leaves, options, upstream, **more)
+    _, true = gradients(truth, *cast(leaves, options), upstream)
+    for ours, wanted in zip(found, true, strict=True):
+        assert (ours.double() - wanted).norm() <= allowed * wanted.norm()
+
+
 def test_float16_keeps_gradients_for_the_loss_scale():
     leaves, options = make_case(torch.float16, "given", True, (1, 64, 4, 32, 5000))
     options["normalizer"] = 1e5
-    _, found = gradients(fused_linear_weighted_mtp_loss, leaves, options, (65536.0, None))
-    _, true = gradients(truth, *cast(leaves, options), (65536.0, None))
-    for ours, wanted in zip(found, true, strict=True):
-        assert (ours.double() - wanted).norm() <= 5e-3 * wanted.norm()
+    assert_close_by_norm(leaves, options, (65536.0, None), 5e-3)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "ref_ce"])
+@pytest.mark.parametrize("chunk_bytes", [20_000_000, 1_000_000])
+def test_float16_sums_of_many_rows_do_not_overflow(weighting, chunk_bytes):
+    """One word in seven, a channel that is always 10, weights of 100."""
+    leaves, options = make_case(torch.float16, weighting, True, (1, 1024, 2, 16, 500))
+    with torch.no_grad():
+        leaves[0][..., 0] = 10.0
+        leaves[1][:, 1] *= 100.0
+    options["target_ids"][torch.rand(1, 1024) < 0.15] = 5
+    assert_close_by_norm(leaves, options, (1.0, None), 1e-2, chunk_bytes=chunk_bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -95,13 +95,13 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}: "
-            f"pass unnormalised scores, not ids"
+            f"pass {'unnormalised scores' if axes.endswith('V]') else 'hidden states'}, not ids"
         )
     if not torch.compiler.is_compiling() and _has_storage(logits):
         _check_not_overwritten(name, logits)
     rank = axes.count(",") + 1
     if logits.dim() != rank:
-        remedy = "add the head axis with logits.unsqueeze(2)" if logits.dim() + 1 == rank else ""
+        remedy = f"add the head axis with {name}.unsqueeze(2)" if logits.dim() + 1 == rank else ""
         raise ValueError(_shape_message(name, axes, None, logits, remedy))
     if any(size == 0 for size in logits.shape[2:]):
         entry = "vocabulary entry" if axes.endswith("V]") else "channel"
@@ -113,9 +113,9 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
 def check_lm_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """lm_head_weight [V, D], and the bias [V] that goes with it."""
     dim = hidden.shape[-1]
-    vocab_size, *_ = check_scores("lm_head_weight", weight, "[V, D]")
     remedy = "pass lm_head.weight as torch.nn.Linear has it"
-    check_shape("lm_head_weight", weight, "[V, D]", (vocab_size, dim), remedy)
+    vocab_size = len(weight) if isinstance(weight, Tensor) and weight.dim() else 1
+    check_float_tensor("lm_head_weight", weight, "[V, D]", (vocab_size, dim), remedy)
     if vocab_size == 0:
         raise ValueError("lm_head_weight must have at least one vocabulary entry, got [0, D]")
     if bias is not None:
@@ -142,8 +142,8 @@ def check_accum_dtype(accum_dtype: torch.dtype | None, weight_dtype: torch.dtype
 
 
 def check_chunk_bytes(chunk_bytes: int | None) -> None:
-    whole = isinstance(chunk_bytes, int) and not isinstance(chunk_bytes, bool)
-    if chunk_bytes is not None and not (whole and chunk_bytes >= 1):
+    whole = isinstance(chunk_bytes, numbers.Integral) and not isinstance(chunk_bytes, bool)
+    if chunk_bytes is not None and not (whole and 1 <= chunk_bytes < 2**63):
         raise ValueError(
             f"chunk_bytes must be a whole number >= 1, got {chunk_bytes!r}: it bounds the memory "
             f"of the logits that exist at a time; pass None for the default"
@@ -231,8 +231,8 @@ def check_same_device(logits: Tensor, **others: Tensor | float | None) -> None:
         # A 0-d tensor on the CPU mixes with any device, as everywhere in torch.
         if isinstance(other, Tensor) and other.dim() > 0 and other.device != logits.device:
             raise ValueError(
-                f"{name} is on {other.device} but the logits are on {logits.device}: "
-                f"move it with {name}.to(logits.device)"
+                f"{name} is on {other.device}, and what it goes with on {logits.device}: "
+                f"move it with {name}.to({str(logits.device)!r})"
             )
 
 
@@ -247,8 +247,8 @@ def check_temperature(temperature: float) -> None:
 def check_horizon(horizon: int | None, heads: int) -> None:
     if horizon is not None and horizon != heads:
         raise ValueError(
-            f"horizon must equal the logits' H = {heads}, got {horizon}: pass horizon={heads} "
-            f"or logits with {horizon} heads"
+            f"horizon must equal the number of heads H = {heads}, got {horizon}: pass "
+            f"horizon={heads}, or {horizon} heads"
         )
 
 

@@ -27,9 +27,9 @@ from wmtp.reference import raise_on_bad_target
 MIB = 1 << 20
 # Parts of a 16-bit product on the CPU that are added up in float32 while they are in its caches.
 PART_BYTES = 2 * MIB
-# float16 keeps four digits only of what is above 6e-5: it holds g up to 256. Their product with a
-# row of weights stays in its range while those are below 128.
-FP16_SCALE = 256.0
+# float16 keeps three digits only of what is above 6e-5, and holds no more than 65504: g is written
+# times so much that it is at most this. Sums over rows are made in float32.
+FP16_LARGEST = 16.0
 
 
 class Chunk(NamedTuple):
@@ -87,14 +87,16 @@ class Linear(NamedTuple):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """Where there is one chunk there is no sum."""
+        """Where there is one chunk there is no sum, but in float16, which may not hold one."""
         batch, length = self.hidden.shape[:2]
-        whole = batch * max(length - 1, 0) <= self.chunk_tokens
-        return self.weight.dtype if whole else self.accum_dtype
+        whole = batch * max(length - 1, 0) <= self.chunk_tokens and self.dtype != torch.float16
+        dtype = self.weight.dtype if whole else self.accum_dtype
+        return dtype if dtype in (self.dtype, torch.float32) else torch.float32
 
     @property
     def scale(self) -> float:
-        return FP16_SCALE if self.dtype == torch.float16 else 1.0
+        """What g is written times where its row scalar is not known yet."""
+        return FP16_LARGEST if self.dtype == torch.float16 else 1.0
 
 
 def default_chunk_bytes(row_bytes: int) -> int:
@@ -144,21 +146,22 @@ def run_chunks(
     linear: Linear,
     plan: Plan,
     row_scalar: Tensor,
-    rest: Tensor,
-    settle: Callable[[Tensor, slice], None] | None,
+    unscale: Tensor,
+    weigh: Callable[[Tensor, slice], None] | None,
     wanted: Wanted,
 ) -> tuple[Tensor, Gradients]:
     """Cross entropies [B, S, H], and the gradients wanted, which `finish_gradients` finishes.
 
     Args:
         row_scalar: [B, S, H], dloss/dce.
-        rest: [], what the gradients are left to be multiplied with.
-        settle: called with all cross entropies [B S, H] and which tokens are new, to fill in the
+        unscale: [], what the gradients are left to be multiplied with.
+        weigh: called with all cross entropies [B S, H] and which tokens are new, to fill in the
             row_scalar of these.
     """
     hidden, dtype, kernels = linear.hidden, linear.dtype, KERNELS[linear.backend]
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
+    _, length, heads = row_scalar.shape
     ce = torch.zeros_like(row_scalar)
     scalars = row_scalar.view(-1)
     sums = _Sums(linear, wanted)
@@ -167,22 +170,22 @@ def run_chunks(
     for chunk in plan.chunks:
         rows = plan.rows[chunk.rows]
         targets = plan.targets[chunk.rows.start : chunk.rows.stop + 1]
-        x = hidden[torch.unravel_index(rows, ce.shape)].to(dtype)
+        x = hidden[rows // (length * heads), rows // heads % length, rows % heads].to(dtype)
         logits = buffer[: len(rows)]
         if bias is None:
             torch.mm(x, weight.T, out=logits)
         else:
             torch.addmm(bias, x, weight.T, out=logits)
-        scale, c = None, None
+        written = after = None  # what g is multiplied with: where it is written, and afterwards
         if any(wanted):
-            known = scalars[rows] / rest
-            scale = known if settle is None else torch.full_like(known, linear.scale)
-        ce.view(-1)[rows] = kernels.rows_ce_(logits, targets, scale)
-        if settle is not None:
-            settle(ce.flatten(0, 1), chunk.tokens)
-            c = scalars[rows] / (rest * linear.scale)
+            known = scalars[rows] / unscale
+            written = known if weigh is None else torch.full_like(known, linear.scale)
+        ce.view(-1)[rows] = kernels.rows_ce_(logits, targets, written)
+        if weigh is not None:
+            weigh(ce.flatten(0, 1), chunk.tokens)
+            after = scalars[rows] / (unscale * linear.scale)
         if any(wanted):
-            sums.add(logits, x, weight, rows, c)
+            sums.add(logits, x, weight, rows, after)
     return ce, sums.gradients()
 
 
@@ -195,10 +198,10 @@ class _Sums:
         hidden, weight, dtype = linear.hidden, linear.weight, linear.sum_dtype
         self.hidden = hidden.new_zeros(hidden.shape if wanted.hidden else 0)
         self.weight = weight.new_empty(weight.shape if wanted.weight else 0, dtype=dtype)
-        self.bias = weight.new_zeros(len(weight) if wanted.bias else 0, dtype=dtype)
+        self.bias = weight.new_empty(len(weight) if wanted.bias else 0, dtype=dtype)
 
     def add(self, g: Tensor, x: Tensor, weight: Tensor, rows: Tensor, c: Tensor | None) -> None:
-        """c [R]: what g is still to be multiplied with, row by row."""
+        """c [R]: what g is still to be multiplied with, row by row; None: nothing."""
         if self.wanted.hidden:
             gradient = torch.mm(g, weight)
             if c is not None:
@@ -206,27 +209,34 @@ class _Sums:
             gradient = gradient.to(self.hidden.dtype)
             self.hidden.view(-1, x.shape[1]).index_copy_(0, rows, gradient)
         if self.wanted.weight:
-            self._add_to_weight(g, x if c is None else x.mul_(c[:, None]))
+            self._add(self.weight, g, x if c is None else x.mul_(c[:, None]))
         if self.wanted.bias:
-            c = x.new_ones(len(x)) if c is None else c.to(x.dtype)
-            self.bias += torch.mm(c[None], g)[0]
+            ones = torch.ones_like(x[:, :1])
+            self._add(self.bias[:, None], g, ones if c is None else c[:, None].to(x.dtype))
         self.empty = False
 
-    def _add_to_weight(self, g: Tensor, x: Tensor) -> None:
-        beta, total = 0 if self.empty else 1, self.weight  # with 0 what is there is not read
+    def _add(self, total: Tensor, g: Tensor, x: Tensor) -> None:
+        """total [V, D] += g.T @ x."""
+        beta = 0 if self.empty else 1  # with 0 what is there is not read
         if total.dtype == g.dtype:
             torch.addmm(total, g.T, x, beta=beta, out=total)
         elif g.is_cuda:
             torch.addmm(total, g.T, x, beta=beta, out_dtype=total.dtype, out=total)
         else:  # no 16-bit product is handed out in another dtype here
-            step = max(PART_BYTES // (x.shape[1] * x.itemsize), 1)
-            for part, columns in zip(total.split(step), g.split(step, 1), strict=True):
-                product = torch.mm(columns.T, x)
-                part.copy_(product) if self.empty else part.add_(product)
+            self._add_parts(total, g, x)
+
+    def _add_parts(self, total: Tensor, g: Tensor, x: Tensor) -> None:
+        dtype = total.dtype if g.dtype == torch.float16 else g.dtype
+        x = x.to(dtype)
+        step = max(PART_BYTES // (max(x.shape) * dtype.itemsize), 1)
+        for part, columns in zip(total.split(step), g.split(step, 1), strict=True):
+            product = torch.mm(columns.T.to(dtype), x)
+            part.copy_(product) if self.empty else part.add_(product)
 
     def gradients(self) -> Gradients:
         if self.empty:
             self.weight.zero_()
+            self.bias.zero_()
         return Gradients(self.hidden, self.weight, self.bias)
 
 
@@ -246,9 +256,9 @@ def _multiply(total: Tensor, factor: Tensor, backend: str) -> Tensor:
     return multiply(rows, factor, backend).view(total.shape)
 
 
-def largest(row_scalar: Tensor, linear: Linear) -> Tensor:
-    """The `rest` that keeps float16 operands in their range, whatever the weights; else 1."""
-    if linear.dtype != torch.float16 or not row_scalar.numel():
-        return row_scalar.new_ones(())
-    most = row_scalar.abs().where(row_scalar.isfinite(), 0.0).amax()
+def find_unscale(largest: Tensor, linear: Linear) -> Tensor:
+    """[], from row scalars of which none is larger: 1, but for float16, whose range is small."""
+    if linear.dtype != torch.float16 or not largest.numel():
+        return largest.new_ones(())
+    most = largest.abs().where(largest.isfinite(), 0.0).amax()
     return torch.where(most == 0, 1.0, most) / linear.scale

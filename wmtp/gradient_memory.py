@@ -1,4 +1,4 @@
-"""Memory for new CPU gradients, and for the linear op's logits: the last one's again, if it is free.
+"""Memory for new CPU gradients and for the linear op's logits: the last one's again, if free.
 
 torch hands large blocks back to the operating system, which clears them, page by page, when the
 next one is asked for: that costs as much as the whole loss. So one block is kept, from

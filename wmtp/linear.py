@@ -40,8 +40,9 @@ def fused_linear_weighted_mtp_loss(
         dloss/dhidden = c (g @ lm_head_weight)      dloss/dlm_head_weight = g.T @ (c hidden)
         dloss/dlm_head_bias = c @ g
 
-    all of it in the forward call, so that backward has only its upstream gradient to multiply. They
-    are made anew for a second backward, and to differentiate `ce_per_head`. Positions without a
+    all of it in the forward call, so that backward has only its upstream gradient to multiply (in
+    backward, where saved tensors are packed, as by non-reentrant checkpointing). They are made anew
+    for a second backward, and to differentiate `ce_per_head`. Positions without a
     target cost nothing. On a GPU the call waits for the device once, to learn which these are.
 
     Args:
@@ -53,7 +54,8 @@ def fused_linear_weighted_mtp_loss(
             horizon: as in `fused_weighted_mtp_loss`.
         lm_head_bias: [V], likewise.
         chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
-            one token is computed at a time. Default: 2048 rows' worth, but at most 1 GiB.
+            one token is computed at a time. A weight that autocast converts is copied besides, once
+            a call. Default: 2048 rows' worth, but at most 1 GiB.
         grad_accum_dtype: in which the chunks' parts of a 16-bit weight's gradient are added up.
             Default: float32; the weight's own dtype saves that memory.
         backend: "auto", "cpu", "triton" or "eager"; the last makes all logits at once.
@@ -65,7 +67,7 @@ def fused_linear_weighted_mtp_loss(
     Raises:
         ValueError, TypeError, RuntimeError: as `fused_weighted_mtp_loss`; also lm_head_weight of
             other sizes than [V, D], two dtypes outside autocast, chunk_bytes < 1.
-        IndexError: a target outside [0, V), on every device.
+        IndexError: a target outside [0, V); by backend="eager" on a GPU the loss is NaN instead.
 
     Example: weights of zero predict uniformly over five tokens, which costs log 5 nats.
 
@@ -112,8 +114,8 @@ def fused_linear_weighted_mtp_loss(
     acc = accumulation_dtype(hidden)
     loss = linear_ops.linear_loss(
         *(hidden, weight, bias, dtype, grad_accum_dtype or _widest(weight)),
-        *(chunk_bytes, chosen),
-        *(target_ids.long(), ignore_index, _wanted(hidden, weight, bias)),
+        *(chunk_bytes and int(chunk_bytes), chosen),
+        *(target_ids.long(), ignore_index, _wanted(hidden, weight, bias), _ahead()),
         None if head_weights is None else head_weights.to(acc),
         None if ref_ce is None else ref_ce.detach().to(acc),
         reference.as_tensor(normalizer),
@@ -165,8 +167,8 @@ def linear_next_token_cross_entropy(
             return reference.next_token_ce(logits, target_ids, ignore_index)
         _, _, ce, *_ = linear_ops.linear_loss(
             *(hidden[:, :, None], weight, bias, dtype, _widest(weight)),
-            *(chunk_bytes, chosen),
-            *(target_ids.long(), ignore_index, [False] * 3),
+            *(chunk_bytes and int(chunk_bytes), chosen),
+            *(target_ids.long(), ignore_index, [False] * 3, False),
             *(None, None, None, 1.0, "abs", "sum"),
         )
         return ce[:, : max(hidden.shape[1] - 1, 0), 0]
@@ -185,10 +187,14 @@ def _check_product(
     checks.check_chunk_bytes(chunk_bytes)
     given = [hidden.dtype, lm_head_weight.dtype]
     given += [] if lm_head_bias is None else [lm_head_bias.dtype]
-    if torch.is_autocast_enabled(hidden.device.type) and torch.float64 not in given:
+    if _autocast(hidden.device.type) and torch.float64 not in given:
         return torch.get_autocast_dtype(hidden.device.type)
     checks.check_one_dtype(given)
     return hidden.dtype
+
+
+def _autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _gathered(weight: Tensor) -> Tensor:
@@ -203,6 +209,14 @@ def _gathered(weight: Tensor) -> Tensor:
 
 def _widest(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _ahead() -> bool:
+    """Whether gradients are made in the forward call. Where somebody packs what is saved for
+    backward, checkpointing for one, they would be held beside it, and checkpointed made twice."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
 def _wanted(*tensors: Tensor | None) -> list[bool]:

@@ -6,11 +6,12 @@ To autograd, torch.compile and the profiler each is one opaque operator.
     head_weights [B, S, H] or None, ref_ce [B, S-1] or None, normalizer [] or None  ->
         loss [], valid_mask [B, S], ce [B, S, H]
         row_scalar [B, S, H]    dloss/dce
-        rest []                 a factor of the gradients that is left to backward
+        unscale []              a factor of the gradients that is left to backward
         hidden_sum [B, S, H, D], weight_sum [V, D], bias_sum [V]    see `chunks.Gradients`
 
-The sums are made while the logits are there, so backward has only factors left to multiply. They
-are handed out once: a second backward, and whoever differentiates ce, has them made anew.
+The sums are made while the logits are there, if `ahead`, so backward has only factors left to
+multiply. They are handed out once: a second backward, and whoever differentiates ce, has them made
+anew.
 """
 
 from typing import Any
@@ -19,18 +20,29 @@ import torch
 from torch import Tensor
 
 from wmtp import ops, reference
-from wmtp.chunks import Gradients, Linear, Wanted, finish_gradients, largest, make_plan, run_chunks
+from wmtp.chunks import (
+    Gradients,
+    Linear,
+    Wanted,
+    find_unscale,
+    finish_gradients,
+    make_plan,
+    run_chunks,
+)
 from wmtp.labels import has_target
 from wmtp.reduction import accumulation_dtype, find_denominator, to_row_scalar
 
+PRODUCT = 10  # arguments that both operators begin with:
 _PRODUCT = (
     "Tensor hidden, Tensor weight, Tensor? bias, ScalarType dtype, ScalarType accum_dtype, "
     "int? chunk_bytes, str backend, Tensor target_ids, int ignore_index, bool[] wanted"
 )
+WEIGHTS = PRODUCT + 1  # the place of head_weights among linear_loss's
 ops.library.define(
-    f"linear_loss({_PRODUCT}, Tensor? head_weights, Tensor? ref_ce, Tensor? normalizer, "
+    f"linear_loss({_PRODUCT}, bool ahead, "
+    "Tensor? head_weights, Tensor? ref_ce, Tensor? normalizer, "
     "float temperature, str excess, str reduction) -> (Tensor loss, Tensor valid_mask, Tensor ce, "
-    "Tensor row_scalar, Tensor rest, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)"
+    "Tensor row_scalar, Tensor unscale, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)"
 )
 ops.library.define(
     f"linear_gradient({_PRODUCT}, Tensor row_scalar)"
@@ -40,61 +52,72 @@ ops.library.define(
 
 def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     linear, target_ids, ignore_index, wanted = _product(arguments)
-    head_weights, ref_ce, normalizer, temperature, excess, reduction = arguments[10:]
-    heads = linear.hidden.shape[2]
-    valid = has_target(target_ids, heads, ignore_index)
-    dtype, settle = accumulation_dtype(linear.hidden), None
+    ahead, head_weights, ref_ce, normalizer, temperature, excess, reduction = arguments[PRODUCT:]
+    valid = has_target(target_ids, linear.hidden.shape[2], ignore_index)
+    dtype = accumulation_dtype(linear.hidden)
     if head_weights is not None:
         reference.raise_on_bad_weight(head_weights, valid)
     if ref_ce is None:
         weights = reference.known_weights(valid, head_weights, dtype)
         weight_sum = weights.sum(-1)
-        denominator = find_denominator(weight_sum, reduction, normalizer)
-        row_scalar = (to_row_scalar(weights, weight_sum, reduction) / denominator).contiguous()
-        rest = largest(row_scalar, linear)
     else:  # weights that sum to 1 on each token with a target, and follow from its ce
-        denominator = find_denominator(valid.any(-1).to(dtype), reduction, normalizer)
+        weight_sum = valid.any(-1).to(dtype)
+    denominator = find_denominator(weight_sum, reduction, normalizer).to(valid.device)
+    if ref_ce is None:
+        row_scalar = (to_row_scalar(weights, weight_sum, reduction) / denominator).contiguous()
+        unscale, weigh = find_unscale(row_scalar, linear), None
+    else:
         row_scalar = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-        rest = largest(1 / denominator, linear)
-        aligned = reference.align_ref_ce(ref_ce, valid.shape[1], heads).reshape(-1, heads)
-        valid, scalars = valid.reshape(-1, heads), row_scalar.view(-1, heads)
-
-        def settle(ce: Tensor, tokens: slice) -> None:
-            score = reference.difference(ce[tokens], aligned[tokens], excess)
-            weights = reference.softmax_over_heads(score, valid[tokens], temperature)
-            scalars[tokens] = to_row_scalar(weights, weights.sum(-1), reduction) / denominator
-
+        unscale = find_unscale(1 / denominator, linear)
+        how = (temperature, excess, reduction)
+        weigh = _excess_weights(valid, ref_ce, denominator, row_scalar, *how)
     plan = make_plan(target_ids, linear, ignore_index)
-    ce, sums = run_chunks(linear, plan, row_scalar, rest, settle, wanted)
+    now = wanted if ahead else Wanted()
+    ce, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
     loss, valid_mask, _ = reference.loss_of_cross_entropies(
         *(ce, target_ids, head_weights, ref_ce, normalizer),
         *(temperature, excess, reduction, ignore_index),
     )
-    return loss, valid_mask, ce, row_scalar, rest, *sums
+    return loss, valid_mask, ce, row_scalar, unscale, *sums
+
+
+def _excess_weights(valid, ref_ce, denominator, row_scalar, temperature, excess, reduction):
+    """What fills in the row scalars of some tokens from the cross entropies."""
+    _, length, heads = valid.shape
+    aligned = reference.align_ref_ce(ref_ce, length, heads).reshape(-1, heads)
+    valid, scalars = valid.reshape(-1, heads), row_scalar.view(-1, heads)
+
+    def weigh(ce: Tensor, tokens: slice) -> None:
+        score = reference.difference(ce[tokens], aligned[tokens], excess)
+        weights = reference.softmax_over_heads(score, valid[tokens], temperature)
+        scalars[tokens] = to_row_scalar(weights, weights.sum(-1), reduction) / denominator
+
+    return weigh
 
 
 def _linear_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     linear, target_ids, ignore_index, wanted = _product(arguments)
-    row_scalar = arguments[10].contiguous()
-    plan, rest = make_plan(target_ids, linear, ignore_index), largest(row_scalar, linear)
-    _, sums = run_chunks(linear, plan, row_scalar, rest, None, wanted)
-    return finish_gradients(linear, sums, rest)
+    row_scalar = arguments[PRODUCT].contiguous()
+    plan, unscale = make_plan(target_ids, linear, ignore_index), find_unscale(row_scalar, linear)
+    _, sums = run_chunks(linear, plan, row_scalar, unscale, None, wanted)
+    return finish_gradients(linear, sums, unscale)
 
 
 def _product(arguments: tuple[Any, ...]) -> tuple[Linear, Tensor, int, Wanted]:
-    *product, target_ids, ignore_index, wanted = arguments[:10]
+    *product, target_ids, ignore_index, wanted = arguments[:PRODUCT]
     return Linear(*product), target_ids, ignore_index, Wanted(*wanted)
 
 
 def _fake_linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     linear, _, _, wanted = _product(arguments)
+    ahead = arguments[PRODUCT]
     hidden, dtype = linear.hidden, accumulation_dtype(linear.hidden)
     tokens, rows = hidden.shape[:2], hidden.shape[:3]
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(tokens, dtype=torch.bool),
         *(hidden.new_empty(shape, dtype=dtype) for shape in (rows, rows, ())),
-        *_fake_sums(linear, wanted, linear.sum_dtype),
+        *_fake_sums(linear, wanted if ahead else Wanted(), linear.sum_dtype),
     )
 
 
@@ -113,34 +136,34 @@ def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tens
 
 
 def _save_for_backward(ctx, inputs, output):
-    hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted = inputs[:10]
-    head_weights, _, normalizer, *ctx.settings = inputs[10:]
-    _loss, _mask, ce, row_scalar, rest, *sums = output
+    hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted = inputs[:PRODUCT]
+    ahead, head_weights, _, normalizer, *ctx.settings = inputs[PRODUCT:]
+    _loss, _mask, ce, row_scalar, unscale, *sums = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], *output[3:])
-    ctx.sums = Gradients(*sums) if any(ctx.wanted) else None
+    ctx.sums = Gradients(*sums) if ahead and any(ctx.wanted) else None
     # The caller may change his ce in place: a copy.
-    of_weights = (ce.clone(), head_weights, normalizer) if ctx.needs_input_grad[10] else ()
-    ctx.save_for_backward(hidden, weight, bias, target_ids, row_scalar, rest, *of_weights)
+    of_weights = (ce.clone(), head_weights, normalizer) if ctx.needs_input_grad[WEIGHTS] else ()
+    ctx.save_for_backward(hidden, weight, bias, target_ids, row_scalar, unscale, *of_weights)
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
     grads, grad_weights = [None, None, None], None
-    if ctx.needs_input_grad[10] and grad_loss is not None:
+    if ctx.needs_input_grad[WEIGHTS] and grad_loss is not None:
         grad_weights = _weights_gradient(ctx, grad_loss)
     if any(ctx.wanted) and not (grad_loss is None and grad_ce is None):
         made = _gradients(ctx, grad_loss, grad_ce)
         grads = [grad if wanted else None for grad, wanted in zip(made, ctx.wanted, strict=True)]
-    return *grads, *(None,) * 7, grad_weights, *(None,) * 5
+    return *grads, *(None,) * (WEIGHTS - 3), grad_weights, *(None,) * 5
 
 
 def _gradients(ctx, grad_loss, grad_ce):
-    hidden, weight, bias, target_ids, row_scalar, rest, *_ = ctx.saved_tensors
+    hidden, weight, bias, target_ids, row_scalar, unscale, *_ = ctx.saved_tensors
     # What was summed ahead belongs to whoever gets it.
     sums, ctx.sums = ctx.sums, None
     if grad_ce is None and sums is not None and not torch.is_grad_enabled():
         linear = Linear(hidden, weight, bias, *ctx.product)
-        return finish_gradients(linear, sums, rest * grad_loss)
+        return finish_gradients(linear, sums, unscale * grad_loss)
     del sums
     product = (hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted)
     return torch.ops.wmtp.linear_gradient(*product, ops.upstream(row_scalar, grad_loss, grad_ce))

@@ -49,7 +49,7 @@ def compute_weighted_mtp_loss(
     """The weighted multi-token-prediction loss, in eager torch.
 
     Same mathematics, arguments and errors as `wmtp.fused_weighted_mtp_loss`, which see; here
-    `horizon` keeps the default 4 and must equal the logits' H.
+    `horizon` keeps the default 4 and must equal the number of heads H.
 
         >>> logits = torch.zeros(1, 3, 2, 5)           # uniform predictions over five tokens
         >>> loss, valid_mask, ce = compute_weighted_mtp_loss(

@@ -6,7 +6,7 @@ To autograd, torch.compile and the profiler each is one opaque operator.
     head_weights [B, S, H] or None, ref_ce [B, S-1] or None, normalizer [] or None  ->
         loss [], valid_mask [B, S], ce [B, S, H]
         row_scalar [B, S, H]    dloss/dce
-        unscale []              a factor of the gradients that is left to backward
+        unscale []              a factor of the sums that is left to backward: 1 but for float16
         hidden_sum [B, S, H, D], weight_sum [V, D], bias_sum [V]    see `chunks.Gradients`
 
 The sums are made while the logits are there, if `ahead`, so backward has only factors left to

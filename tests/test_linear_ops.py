@@ -25,7 +25,6 @@ def test_opcheck_linear_loss(weighting, dtype, chunk_bytes):
         weights.requires_grad_()
     how = (weights, options.get("ref_ce"), None, 0.7, "abs", "token_mean")
     arguments = (*linear, options["target_ids"], -100, wanted, True, *how)
-    # A graph with every output's gradient would need ce's, which is computed from the logits anew.
     torch.library.opcheck(torch.ops.wmtp.linear_loss.default, arguments)
 
 

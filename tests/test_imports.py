@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from lower layers and its own package only.
 LAYERS = [
-    {"labels", "checks", "reduction", "registry", "gradient_memory"},
+    {"labels", "layout", "reduction", "registry", "gradient_memory"},
+    {"inplace"},
+    {"checks"},
     {"reference", "cpu", "kernels"},
     {"backends"},
     {"ops", "chunks"},

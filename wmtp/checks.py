@@ -3,10 +3,11 @@
 import math
 import numbers
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from wmtp.inplace import check_not_overwritten, has_storage
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("token_mean", "weight_mean", "sum")
@@ -97,8 +98,8 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
             f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}: "
             f"pass {'unnormalised scores' if axes.endswith('V]') else 'hidden states'}, not ids"
         )
-    if not torch.compiler.is_compiling() and _has_storage(logits):
-        _check_not_overwritten(name, logits)
+    if not torch.compiler.is_compiling() and has_storage(logits):
+        check_not_overwritten(name, logits)
     rank = axes.count(",") + 1
     if logits.dim() != rank:
         remedy = f"add the head axis with {name}.unsqueeze(2)" if logits.dim() + 1 == rank else ""
@@ -163,24 +164,6 @@ def check_head_list(heads: Sequence[Tensor]) -> None:
                 f"all heads' logits must have one {what}, got {' and '.join(sorted(found))}: "
                 f"pass H tensors [B, S, V] that are alike"
             )
-
-
-def check_inplace_heads(inplace: bool, heads: Sequence[Tensor]) -> None:
-    if not inplace:
-        return
-    for head in heads:
-        check_inplace(inplace, head)
-    if len({head.stride() for head in heads}) > 1:
-        raise ValueError(
-            "inplace=True needs heads of the same strides, got "
-            f"{sorted({head.stride() for head in heads})}: pass inplace=False"
-        )
-    extents = sorted(_extent(head) for head in heads)
-    if any(end > begin for (_, end), (begin, _) in pairwise(extents)):
-        raise ValueError(
-            "inplace=True needs heads of memory of their own, got some that lie across each other: "
-            "pass the tensor [B, S, H, V] that they are views of, or inplace=False"
-        )
 
 
 def check_target_ids(target_ids: Tensor, batch: int, length: int) -> None:
@@ -279,94 +262,6 @@ def check_normalizer(normalizer: Tensor | float | None) -> None:
             f"normalizer must be a finite number > 0, got {normalizer!r}: it replaces the "
             f"denominator, e.g. the number of valid tokens over all accumulated batches"
         )
-
-
-def check_inplace(inplace: bool, logits: Tensor) -> None:
-    if not inplace:
-        return
-    if isinstance(logits, torch.nn.Parameter):
-        raise ValueError(
-            "inplace=True would overwrite a Parameter with its gradient: pass inplace=False"
-        )
-    if logits.stride(-1) != 1 or _rows_overlap(logits):
-        raise ValueError(
-            f"inplace=True needs rows of their own whose last dimension is contiguous, got shape "
-            f"{tuple(logits.shape)} with strides {tuple(logits.stride())}: pass "
-            f"logits.contiguous() or inplace=False"
-        )
-    if _autograd_forbids_overwriting(logits):
-        raise ValueError(
-            "inplace=True would overwrite one of several views that an operation returned together "
-            "(chunk, split, unbind) or a view that autograd does not follow: pass a slice of your "
-            "own, logits[begin:end], or inplace=False"
-        )
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
-            "inplace=False inside compiled code"
-        )
-
-
-def _autograd_forbids_overwriting(logits: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not (logits._is_view() and logits.requires_grad):
-        return False
-    autograd = torch._C._autograd
-    return autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT
-
-
-def _has_storage(logits: Tensor) -> bool:
-    """Not so for subclasses and inside torch.func; inference tensors count no versions."""
-    plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_inference()
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(logits)
-
-
-def note_overwritten(logits: Tensor) -> None:
-    """These logits hold their gradient now. Whoever saved them for a backward gets autograd's
-    error, and whoever passes them in again gets ours, until they are changed."""
-    storage = logits.untyped_storage()
-    extents = _overwritten_parts(logits)
-    torch.autograd.graph.increment_version(logits)
-    storage._wmtp_gradients = (logits._version, [*extents, _extent(logits)])  # type: ignore[attr-defined]
-
-
-def _check_not_overwritten(name: str, logits: Tensor) -> None:
-    parts = _overwritten_parts(logits)
-    begin, end = _extent(logits) if parts else (0, 0)
-    if any(begin < last and first < end for first, last in parts):
-        raise ValueError(
-            f"{name} have been overwritten by their gradient: an earlier loss was computed from "
-            f"them with inplace=True; compute them again, or pass inplace=False there"
-        )
-
-
-def _overwritten_parts(logits: Tensor) -> list[tuple[int, int]]:
-    """Where the storage holds gradients; none any more once somebody else has written to it."""
-    version, parts = getattr(logits.untyped_storage(), "_wmtp_gradients", (None, []))
-    return parts if parts and version == logits._version else []
-
-
-def _extent(logits: Tensor) -> tuple[int, int]:
-    """The bytes between its first element and its last, as addresses."""
-    steps = zip(logits.shape, logits.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in steps)
-    return logits.data_ptr(), logits.data_ptr() + elements * logits.element_size()
-
-
-def heads_share_storage(logits: Tensor) -> bool:
-    """One row of logits per token, seen H times: `logits[:, :, None].expand(-1, -1, H, -1)`."""
-    return logits.shape[2] > 1 and logits.stride(2) == 0
-
-
-def _rows_overlap(logits: Tensor) -> bool:
-    """Whether two elements share memory; heads of stride 0 are one row by design."""
-    rows = logits[:, :, :1] if heads_share_storage(logits) else logits
-    extent = 1
-    for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):
-        if size > 1:
-            if stride < extent:
-                return True
-            extent += stride * (size - 1)
-    return False
 
 
 def target_error(position: str, target: int, vocabulary: int, ignore_index: int) -> IndexError:

@@ -21,8 +21,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wmtp.checks import heads_share_storage, target_error, weight_error
+from wmtp.checks import target_error, weight_error
 from wmtp.gradient_memory import new_gradient
+from wmtp.layout import heads_share_storage
 from wmtp.reduction import accumulation_dtype
 
 # The variable is for a build of another kind, `make sanitize` for one.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp import ops
 from wmtp.backends import KERNELS, multiply
-from wmtp.checks import note_overwritten
+from wmtp.inplace import note_overwritten
 
 
 def weighted_loss(

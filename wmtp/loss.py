@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wmtp import checks, head_list, ops, reference
 from wmtp.backends import choose_backend
+from wmtp.inplace import check_inplace, check_inplace_heads
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 
@@ -149,9 +150,9 @@ def fused_weighted_mtp_loss(
         "inplace": inplace,
     }
     if heads is not None:
-        checks.check_inplace_heads(inplace, heads)
+        check_inplace_heads(inplace, heads)
         return MTPLoss(*head_list.weighted_loss(heads, *arguments, **options))
-    checks.check_inplace(inplace, logits)
+    check_inplace(inplace, logits)
     return MTPLoss(*ops.weighted_loss(logits, *arguments, **options))
 
 

@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp.backends import KERNELS, multiply
-from wmtp.checks import heads_share_storage, note_overwritten
+from wmtp.inplace import note_overwritten
 from wmtp.labels import has_target
+from wmtp.layout import heads_share_storage
 from wmtp.reduction import accumulation_dtype, counted_tokens
 
 LOGITS_ARE_GONE = (

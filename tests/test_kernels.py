@@ -7,10 +7,10 @@ import sys
 import pytest
 import torch
 
-from agreement import GRADIENT_TOLERANCE, relative_error
+from agreement import GRADIENT_TOLERANCE, KernelOutput, relative_error
 from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import shift_to_heads
-from wmtp.reference import cross_entropy_per_head, excess_head_weights
+from wmtp.reference import cross_entropy_per_head, excess_head_weights, max_and_log_sum
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Less than a block and more, of any alignment: each dtype has an odd one and an even one.
@@ -46,17 +46,18 @@ def forward(logits, target_ids, weights=None, ref_ce=None, signed=False, normali
 def weighted_loss(
     logits, target_ids, weights=None, ref_ce=None, signed=False, normalize=True, gradient="new"
 ):
-    """(token_loss, row_scalar, weight_sum, ce, lse, gradient)."""
+    """(token_loss, row_scalar, weight_sum, ce, row_max, log_sum, gradient)."""
     one = torch.ones((), device=logits.device)
     reduction = "token_mean" if normalize else "sum"
-    loss, valid_mask, ce, token_loss, weight_sum, row_scalar, lse, factors, grad = (
-        kernels.weighted_loss(
+    out = KernelOutput(
+        *kernels.weighted_loss(
             logits, target_ids, weights, ref_ce, one, 0.7, signed, reduction, IGNORED, gradient
         )
     )
-    torch.testing.assert_close(loss, token_loss.sum(), equal_nan=True)
-    assert torch.equal(valid_mask, ~(weight_sum <= 1e-8))
-    return token_loss, row_scalar, weight_sum, ce, lse, (grad, factors[1])
+    torch.testing.assert_close(out.loss, out.token_loss.sum(), equal_nan=True)
+    assert torch.equal(out.valid_mask, ~(out.weight_sum <= 1e-8))
+    of_rows = (out.ce, out.row_max, out.log_sum)
+    return out.token_loss, out.row_scalar, out.weight_sum, *of_rows, (out.grad, out.factors[1])
 
 
 def truth(logits, target_ids, weights=None, ref_ce=None, signed=False, normalize=True):
@@ -64,7 +65,7 @@ def truth(logits, target_ids, weights=None, ref_ce=None, signed=False, normalize
     logits, target_ids = logits.double().cpu(), target_ids.cpu()
     ce = cross_entropy_per_head(logits, target_ids)
     valid = shift_to_heads(target_ids, ce.shape[2], IGNORED) != IGNORED
-    lse = torch.where(valid, logits.logsumexp(-1), 0.0)
+    of_rows = (torch.where(valid, value, 0.0) for value in max_and_log_sum(logits))
     w = valid.double()
     if weights is not None:
         w = torch.where(valid, weights.double().cpu(), 0.0)
@@ -75,7 +76,7 @@ def truth(logits, target_ids, weights=None, ref_ce=None, signed=False, normalize
     row_scalar = w
     if normalize:
         row_scalar = torch.where((weight_sum <= 1e-8)[..., None], 0.0, w / weight_sum[..., None])
-    return (row_scalar * ce).sum(-1), row_scalar, weight_sum, ce, lse
+    return (row_scalar * ce).sum(-1), row_scalar, weight_sum, ce, *of_rows
 
 
 def assert_close(found, wanted, rtol=2e-5, atol=2e-6):
@@ -97,13 +98,13 @@ def true_gradient(logits, target_ids, row_scalar, dtype=torch.float64):
 
 def assert_gradient(logits, target_ids, shared=False):
     """`row_gradient` for a random upstream gradient, no worse than eager torch in that dtype."""
-    *_, lse = forward(logits, target_ids)
+    *_, row_max, log_sum = forward(logits, target_ids)
     row_scalar = torch.randn(logits.shape[:3]).to(logits.device)
     wanted = true_gradient(logits, target_ids, row_scalar)
     eager = true_gradient(logits, target_ids, row_scalar, logits.dtype)
     if shared:
         wanted, eager = wanted.sum(2, keepdim=True), eager.sum(2, keepdim=True)
-    grad = kernels.row_gradient(logits, target_ids, lse, row_scalar, IGNORED)
+    grad = kernels.row_gradient(logits, target_ids, row_max, log_sum, row_scalar, IGNORED)
     assert grad.is_contiguous()
     assert grad.dtype == logits.dtype
     assert grad.shape == wanted.shape
@@ -205,14 +206,16 @@ def test_nonfinite_logits_behave_as_in_eager(device, dtype, vocabulary):
     logits[0, 5, 0, vocabulary // 2] = INF
     logits[0, 6, 0, 5] = INF
     logits[0, 7, 0, :] = NAN
-    token_loss, row_scalar, weight_sum, ce, lse = forward(logits, target_ids)
-    wanted = truth(logits, target_ids)
-    assert_close((token_loss, row_scalar, weight_sum, ce, lse), wanted)
+    *found, ce, row_max, log_sum = forward(logits, target_ids)
+    assert_close((*found, ce), truth(logits, target_ids)[:4])
+    lse = row_max + log_sum
+    assert_close([lse[:, :8]], [logits[:, :8].double().cpu().logsumexp(-1)])
     assert ce[0, :8, 0].isnan().tolist() == [True, True, False, True, False, False, True, True]
     assert ce[0, 4, 0] == ce[0, 5, 0] == lse[0, 5, 0] == INF
 
     ones = torch.ones_like(lse)
-    grad = kernels.row_gradient(logits, target_ids, lse, ones, IGNORED).cpu().double()
+    grad = kernels.row_gradient(logits, target_ids, row_max, log_sum, ones, IGNORED)
+    grad = grad.cpu().double()
     assert grad[0, [0, 1, 3, 7]].isnan().all()
     finite = true_gradient(logits, target_ids, ones)[0, [2, 4, 5]]
     torch.testing.assert_close(grad[0, [2, 4, 5]], finite, rtol=1e-2, atol=1e-6, equal_nan=True)
@@ -238,11 +241,11 @@ def test_target_out_of_range_gives_nan_and_only_there(device, bad, heads):
     found = forward(logits, target_ids)
     hit = torch.zeros(1, 6, 2, dtype=torch.bool)
     hit[0, 2, 0] = hit[0, 1, 1] = True  # the two that predict position 3
-    for output, wanted in zip(found[3:], good[3:], strict=True):
-        assert torch.equal(output.isnan().cpu(), hit)
-        assert_close([output.cpu()[~hit]], [wanted[~hit]])
+    for i in (3, 5):  # ce, log_sum
+        assert torch.equal(found[i].isnan().cpu(), hit)
+        assert_close([found[i].cpu()[~hit]], [good[i][~hit]])
     assert torch.equal(found[0].isnan().cpu(), hit.any(-1))
-    grad = kernels.row_gradient(logits, target_ids, found[4], found[1], IGNORED)
+    grad = kernels.row_gradient(logits, target_ids, *found[4:], found[1], IGNORED)
     rows = hit.any(-1, keepdim=True) if heads < 0 else hit
     assert torch.equal(grad.isnan().all(-1).cpu(), rows)
     assert torch.equal(grad.isnan().any(-1).cpu(), rows)
@@ -256,7 +259,7 @@ def test_rows_without_a_target_are_not_read(device):
     found, wanted = forward(spoiled, target_ids), forward(logits, target_ids)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     scalar = torch.where(valid, 1.0, NAN)
-    grad = kernels.row_gradient(spoiled, target_ids, found[4], scalar, IGNORED)
+    grad = kernels.row_gradient(spoiled, target_ids, *found[4:], scalar, IGNORED)
     assert (grad[~valid] == 0).all()
     assert grad.isfinite().all()
     ref_ce = kernels.next_token_ce(spoiled[:, :, 0], target_ids, IGNORED)
@@ -269,7 +272,7 @@ def test_short_and_empty_batches(device, shape):
     logits, target_ids = make(shape, torch.float32, device, ignored=0.0)
     found = forward(logits, target_ids)
     assert_close(found, truth(logits, target_ids))
-    grad = kernels.row_gradient(logits, target_ids, found[4], found[1], IGNORED)
+    grad = kernels.row_gradient(logits, target_ids, *found[4:], found[1], IGNORED)
     assert grad.shape == shape
     assert grad.isfinite().all()
     ref_ce = kernels.next_token_ce(logits[:, :, 0], target_ids, IGNORED)

@@ -92,10 +92,11 @@ def row_traffic(shape, vocabulary, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradient_of_cross_entropies_reads_once_and_writes_once(dtype, vocabulary):
     logits, target_ids, valid_bytes = row_traffic((2, 4, 2), vocabulary, dtype)
-    lse, row_scalar = torch.zeros(2, 4, 2), torch.rand(2, 4, 2)
-    traffic = Traffic(logits=logits, target_ids=target_ids, lse=lse, row_scalar=row_scalar)
+    small = {"row_max": torch.zeros(2, 4, 2), "log_sum": torch.zeros(2, 4, 2)}
+    small |= {"row_scalar": torch.rand(2, 4, 2)}
+    traffic = Traffic(logits=logits, target_ids=target_ids, **small)
     with traffic.counted():
-        kernels.row_gradient(logits, target_ids, lse, row_scalar, IGNORED)
+        kernels.row_gradient(logits, target_ids, *small.values(), IGNORED)
     assert traffic.loaded["logits"] == valid_bytes
     assert traffic.loaded["elsewhere"] == 0
     assert traffic.stored["elsewhere"] == traffic.stored.total() == logits.nbytes

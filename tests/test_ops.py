@@ -6,6 +6,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from agreement import make_case
 from wmtp import cpu, fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
+from wmtp.reference import max_and_log_sum
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted on GPUs")
 BACKENDS = ["cpu", pytest.param("triton", marks=INTERPRETED)]
@@ -50,8 +51,8 @@ def test_opcheck_shared_heads():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck_the_others(backend):
     case = make_case((2, 4, 2, 9))
-    lse = case.logits.logsumexp(-1)
-    rows = (case.logits, case.target_ids, lse, torch.rand(2, 4, 2), -100, backend)
+    of_rows = (*max_and_log_sum(case.logits), torch.rand(2, 4, 2))
+    rows = (case.logits, case.target_ids, *of_rows, -100, backend)
     torch.library.opcheck(torch.ops.wmtp.row_gradient.default, (*rows, False))
     torch.library.opcheck(
         torch.ops.wmtp.next_token_ce.default,

@@ -67,8 +67,8 @@ class _Output(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("loss", "valid_mask", "ce", "token_loss", "weight_sum", "row_scalar", "lse"),
-                *("factors", "grad", "scratch"),
+                *("loss", "valid_mask", "ce", "token_loss", "weight_sum", "row_scalar"),
+                *("row_max", "log_sum", "factors", "grad", "scratch"),
             )
         ),
         ("grad_scale", ctypes.c_double),
@@ -106,7 +106,8 @@ def weighted_loss(
 
     Returns:
         loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],
-        row_scalar [B, S, H] = dloss / dce, lse [B, S, H], factors [2], grad.
+        row_scalar [B, S, H] = dloss / dce, row_max and log_sum [B, S, H], factors [2], grad.
+        row_max + log_sum is the log-sum-exp; both are 0 where there is no target.
         grad is [B, S, H, V]; shared heads (H > 1, stride 0 along them): [B, S, 1, V], an H-th of
         their sum, for autograd adds it up over the expanded heads; "none": [0].
         factors: 1 / denominator, and what grad is still to be multiplied with. That is 1 but for
@@ -146,7 +147,8 @@ def weighted_loss(
 def row_gradient(
     logits: Tensor,
     target_ids: Tensor,
-    lse: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
     row_scalar: Tensor,
     ignore_index: int,
 ) -> Tensor:
@@ -155,7 +157,7 @@ def row_gradient(
     Args:
         logits: [B, S, H, V]. Shared heads (H > 1, stride 0 along them) are one row a token.
         target_ids: [B, S] int64, contiguous, unshifted.
-        lse: not needed: the pass that finds it again has the exponentials then, unrounded by it.
+        row_max, log_sum: not needed: the pass that finds them again has the exponentials then.
         row_scalar: [B, S, H] acc, contiguous, of any sign.
         ignore_index: a target of this id is no target; such rows get exactly 0, unread.
 
@@ -245,7 +247,7 @@ def _run(
     outputs = [
         _empty((), dtype),
         _empty(tokens, torch.bool),
-        *(_empty(shape, dtype) for shape in (rows, tokens, tokens, rows, rows, (2,))),
+        *(_empty(shape, dtype) for shape in (rows, tokens, tokens, rows, rows, rows, (2,))),
     ]
     data = _rows(logits, target_ids, ignore_index, head_offsets)
     scratch_bytes = library.wmtp_cpu_scratch_bytes(data, how, grad is not None)

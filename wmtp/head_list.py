@@ -87,7 +87,7 @@ def _as_one(heads):
 
 
 def _heads_gradients(ctx, grad_loss, grad_ce):
-    first, target_ids, row_scalar, lse, factors, *rest = ctx.saved_tensors
+    first, target_ids, row_scalar, row_max, log_sum, factors, *rest = ctx.saved_tensors
     heads = (first, *rest[: ctx.heads - 1])
     grad, ctx.grad = ctx.grad, None
     if grad_ce is None and not torch.is_grad_enabled():
@@ -102,6 +102,5 @@ def _heads_gradients(ctx, grad_loss, grad_ce):
         raise RuntimeError(ops.LOGITS_ARE_GONE)
     del grad
     scalar = ops.upstream(row_scalar, grad_loss, grad_ce).contiguous()
-    return torch.ops.wmtp.row_gradient(
-        torch.stack(heads, 2), target_ids, lse, scalar, ctx.ignore_index, ctx.backend, False
-    ).unbind(2)
+    arguments = (torch.stack(heads, 2), target_ids, row_max, log_sum, scalar, ctx.ignore_index)
+    return torch.ops.wmtp.row_gradient(*arguments, ctx.backend, False).unbind(2)

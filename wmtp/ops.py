@@ -7,10 +7,12 @@ To autograd, torch.compile and the profiler each is one opaque operator; which k
     ref_ce [B, S-1] or None, normalizer [] or None  ->
         loss []                 sum row_scalar ce
         valid_mask [B, S]       sum_k w > 1e-8
-        ce, lse [B, S, H]
+        ce [B, S, H]
         token_loss [B, S]       sum_k w ce, over sum_k w for token_mean
         weight_sum [B, S]       sum_k w
         row_scalar [B, S, H]    dloss/dce
+        row_max, log_sum [B, S, H]  whose sum is the row's log-sum-exp; added up they would lose
+                                the digits that the gradient needs
         factors [2]             1 / denominator, and what grad is still to be multiplied with
         grad                    dloss/dlogits[b, t, k, :] = row_scalar (softmax - onehot)
 
@@ -39,11 +41,11 @@ library.define(
     "Tensor? normalizer, float temperature, bool signed, str reduction, int ignore_index, "
     "str backend, bool shared_heads, bool ahead, bool inplace)"
     " -> (Tensor loss, Tensor valid_mask, Tensor ce, Tensor token_loss, Tensor weight_sum, "
-    "Tensor row_scalar, Tensor lse, Tensor factors, Tensor grad)"
+    "Tensor row_scalar, Tensor row_max, Tensor log_sum, Tensor factors, Tensor grad)"
 )
 library.define(
-    "row_gradient(Tensor logits, Tensor target_ids, Tensor lse, Tensor row_scalar, "
-    "int ignore_index, str backend, bool shared_heads) -> Tensor"
+    "row_gradient(Tensor logits, Tensor target_ids, Tensor row_max, Tensor log_sum, "
+    "Tensor row_scalar, int ignore_index, str backend, bool shared_heads) -> Tensor"
 )
 library.define(
     "next_token_ce(Tensor logits, Tensor target_ids, int ignore_index, str backend) -> Tensor"
@@ -105,9 +107,9 @@ def _weighted_loss(logits, *arguments):
     return KERNELS[backend].weighted_loss(_rows(logits, shared_heads), *options, gradient)
 
 
-def _row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, shared_heads):
-    logits = _rows(logits, shared_heads)
-    return KERNELS[backend].row_gradient(logits, target_ids, lse, row_scalar, ignore_index)
+def _row_gradient(logits, *arguments):
+    *options, backend, shared_heads = arguments
+    return KERNELS[backend].row_gradient(_rows(logits, shared_heads), *options)
 
 
 def _next_token_ce(logits, target_ids, ignore_index, backend):
@@ -118,7 +120,7 @@ def _fake_weighted_loss(logits, *arguments):
     *_, shared_heads, ahead, _inplace = arguments
     tokens, rows, dtype = logits.shape[:2], logits.shape[:3], accumulation_dtype(logits)
     loss, mask = logits.new_empty((), dtype=dtype), logits.new_empty(tokens, dtype=torch.bool)
-    shapes = (rows, tokens, tokens, rows, rows, (2,))
+    shapes = (rows, tokens, tokens, rows, rows, rows, (2,))
     others = (logits.new_empty(shape, dtype=dtype) for shape in shapes)
     grad = _fake_gradient(logits, shared_heads) if ahead else logits.new_empty(0)
     return loss, mask, *others, grad
@@ -129,8 +131,8 @@ def _fake_gradient(logits, shared_heads):
     return logits.new_empty(batch, length, 1 if shared_heads else heads, vocabulary)
 
 
-def _fake_row_gradient(logits, target_ids, lse, row_scalar, ignore_index, backend, shared_heads):
-    return _fake_gradient(logits, shared_heads)
+def _fake_row_gradient(logits, *arguments):
+    return _fake_gradient(logits, arguments[-1])
 
 
 def _fake_next_token_ce(logits, *_):
@@ -144,7 +146,7 @@ def save_for_backward(ctx, inputs, output, other_heads=()):
     ctx.constant_denominator = normalizer is not None or ctx.reduction != "weight_mean"
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], *output[3:])
-    loss, _, ce, token_loss, weight_sum, row_scalar, lse, factors, grad = output
+    loss, _, ce, token_loss, weight_sum, *of_rows, factors, grad = output
     ctx.overwritten = ahead and ctx.inplace
     ctx.grad = grad if ahead and not ctx.inplace else None
     if ctx.overwritten:
@@ -154,9 +156,7 @@ def save_for_backward(ctx, inputs, output, other_heads=()):
     of_weights = (
         (loss.clone(), ce.clone(), token_loss, weight_sum) if ctx.needs_input_grad[2] else ()
     )
-    ctx.save_for_backward(
-        *(logits, target_ids, row_scalar, lse, factors), *other_heads, *of_weights
-    )
+    ctx.save_for_backward(*(logits, target_ids, *of_rows, factors), *other_heads, *of_weights)
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
@@ -169,7 +169,7 @@ def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
 
 
 def weights_gradient(ctx, grad_loss):
-    _, target_ids, _, _, factors, *_, loss, ce, token_loss, weight_sum = ctx.saved_tensors
+    _, target_ids, _, _, _, factors, *_, loss, ce, token_loss, weight_sum = ctx.saved_tensors
     slope = ce
     if ctx.reduction == "token_mean":  # d/dw of sum w ce / sum w, token by token
         slope = (ce - token_loss[..., None]) / weight_sum[..., None]
@@ -181,7 +181,7 @@ def weights_gradient(ctx, grad_loss):
 
 
 def _logits_gradient(ctx, grad_loss, grad_ce):
-    logits, target_ids, row_scalar, lse, factors, *_ = ctx.saved_tensors
+    logits, target_ids, row_scalar, row_max, log_sum, factors, *_ = ctx.saved_tensors
     # What was written ahead belongs to whoever gets it; a second backward is computed anew.
     grad, ctx.grad = ctx.grad, None
     if grad_ce is None and not torch.is_grad_enabled():
@@ -200,8 +200,9 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
     if ctx.shared_heads:
         # Autograd sums the heads' gradients into the one row; each is handed an equal part.
         scalar = scalar / logits.shape[2]
-    arguments = (logits, target_ids, lse, scalar.contiguous(), ctx.ignore_index, ctx.backend)
-    return torch.ops.wmtp.row_gradient(*arguments, ctx.shared_heads).expand(logits.shape)
+    arguments = (logits, target_ids, row_max, log_sum, scalar.contiguous(), ctx.ignore_index)
+    grad = torch.ops.wmtp.row_gradient(*arguments, ctx.backend, ctx.shared_heads)
+    return grad.expand(logits.shape)
 
 
 def upstream(row_scalar, grad_loss, grad_ce):

@@ -149,8 +149,21 @@ def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int
     # Rows without a target must not be able to spoil anything, not even with NaN.
     rows = logits.to(accumulation_dtype(logits)).masked_fill(~valid[..., None], 0.0)
     picked = rows.gather(-1, targets.clamp(0, vocabulary - 1)[..., None])[..., 0]
-    ce = torch.where(in_range | ~valid, rows.logsumexp(-1) - picked, float("nan"))
+    # Never max + log sum, which would lose the digits of the second to a large first.
+    row_max, log_sum = max_and_log_sum(rows)
+    ce = torch.where(in_range | ~valid, (row_max - picked) + log_sum, float("nan"))
     return torch.where(valid, ce, 0.0)
+
+
+def max_and_log_sum(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """m = max x and log sum exp(x - m) of rows [..., V], which sum to the log-sum-exp.
+
+    m is a constant: the sum of both does not depend on it. It is kept finite, so that -inf is a
+    probability of 0 and +inf a log sum of inf.
+    """
+    limits = torch.finfo(rows.dtype)
+    row_max = rows.detach().amax(-1).clamp(limits.min, limits.max)
+    return row_max, (rows - row_max[..., None]).exp().sum(-1).log()
 
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:

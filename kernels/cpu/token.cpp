@@ -51,7 +51,7 @@ template <class E> Exponentials<Acc<E>> exponentials(const Team& team, int64_t s
 }
 
 // What is known of a token's rows once they are read: by row the statistics, by head the rest.
-template <class T> struct TokenState { LogSumExp<T>* stats; T *x_target, *ce, *lse, *w, *c; };
+template <class T> struct TokenState { LogSumExp<T>* stats; T *x_target, *ce, *w, *c; };
 
 // Rows [first, last) of a token -> statistics and cross entropies. All reading of x for them is done when
 // this returns, by every thread: in place, it may be overwritten then.
@@ -77,9 +77,7 @@ void read_rows(const Rows& r, const Output& out, const Token& token, Heads rows,
   for (int64_t row = rows.first; row < rows.last; ++row) {
     if (row_has_target(r, token, row)) state.stats[row] = combine(sums + row * team.size, team.size);
     for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k) {
-      const bool valid = target_of(r, token, k) >= 0;
-      state.ce[k] = valid ? state.stats[row].ce(state.x_target[k]) : T(0);
-      state.lse[k] = valid ? state.stats[row].lse() : T(0);
+      state.ce[k] = target_of(r, token, k) >= 0 ? state.stats[row].ce(state.x_target[k]) : T(0);
     }
   }
 }
@@ -129,9 +127,12 @@ void write_token(const Rows& r, const Output& out, const Token& token, T weight_
                  const TokenState<T>& state) {
   T loss = 0;
   for (int64_t k = 0; k < r.H; ++k) {
+    const bool valid = target_of(r, token, k) >= 0;
+    const LogSumExp<T>& stats = state.stats[shared_heads(r) ? 0 : k];
     loss += state.w[k] * state.ce[k];
     static_cast<T*>(out.ce)[token.index * r.H + k] = state.ce[k];
-    static_cast<T*>(out.lse)[token.index * r.H + k] = state.lse[k];
+    static_cast<T*>(out.row_max)[token.index * r.H + k] = valid ? stats.max : T(0);
+    static_cast<T*>(out.log_sum)[token.index * r.H + k] = valid ? stats.log_sum : T(0);
     static_cast<T*>(out.row_scalar)[token.index * r.H + k] = T(state.w[k] * inverse);
   }
   static_cast<T*>(out.token_loss)[token.index] = loss;
@@ -146,9 +147,9 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, const To
   using T = Acc<E>;
   const int64_t rows = shared_heads(r) ? 1 : r.H, step = waiting_rows(r, how);
   const int64_t ahead = step == rows ? r.stride_s : r.stride_h;
-  T* const numbers = reinterpret_cast<T*>(team.numbers);  // eight for each head
+  T* const numbers = reinterpret_cast<T*>(team.numbers);  // seven for each head
   const TokenState<T> state = {reinterpret_cast<LogSumExp<T>*>(numbers), numbers + 3 * r.H,
-                               numbers + 4 * r.H, numbers + 5 * r.H, numbers + 6 * r.H, numbers + 7 * r.H};
+                               numbers + 4 * r.H, numbers + 5 * r.H, numbers + 6 * r.H};
   T weight_sum = 0;
   if (!how.ref_ce) {
     for (int64_t k = 0; k < r.H; ++k) weight_sum += state.w[k] = known_weight<T>(r, how, token, k);

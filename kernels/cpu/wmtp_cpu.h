@@ -40,7 +40,8 @@ struct Output {
   void* token_loss;     // [B, S]
   void* weight_sum;     // [B, S]
   void* row_scalar;     // [B, S, H] d loss / d ce
-  void* lse;            // [B, S, H]
+  void* row_max;        // [B, S, H] and
+  void* log_sum;        // [B, S, H]: their sum is the log-sum-exp; 0 without a target
   void* factors;        // [2]: 1 / denominator, and what grad still has to be multiplied with
   void* grad;           // [B, S, H, V] of the logits' dtype, [B, S, 1, V] for shared heads; the logits
                         // themselves: in place, with their strides; null: not wanted
@@ -74,7 +75,7 @@ inline int64_t waiting_rows(const Rows& r, const Weighting& how) {
 }
 
 // Scratch of one thread, in bytes: `kept`, the exponentials of the rows whose gradient waits for the weights
-// (`row` each), with a shift for every block; `numbers`, eight for each head of a token; and 2 x H x threads
+// (`row` each), with a shift for every block; `numbers`, up to eight for each head of a token; and 2 x H x threads
 // partial sums of three numbers.
 struct ScratchBytes {
   int64_t row, kept, numbers, all;

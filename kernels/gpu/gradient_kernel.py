@@ -1,6 +1,6 @@
 """Gradient of the rows: one program a row, one read and one write, no probability tensor.
 
-    grad[b,t,k,v] = c (exp(logits[b,t,k,v] - lse) - [v == target]),  c = row_scalar[b,t,k]
+    grad[b,t,k,v] = c (exp(logits[b,t,k,v] - m - log s) - [v == target]),  c = row_scalar[b,t,k]
 
 Shared heads (one row of logits for all k) get the sum over k: (sum_k c) softmax - sum_k c onehot_k.
 A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
@@ -90,7 +90,8 @@ def gradient(x, column, shift, scale, targets, scalars):
 def row_gradient_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
-    lse_ptr,  # [B, S, H]
+    row_max_ptr,  # [B, S, H]
+    log_sum_ptr,  # [B, S, H]
     row_scalar_ptr,  # [B, S, H]
     grad_ptr,  # likewise aligned
     lead,
@@ -119,7 +120,8 @@ def row_gradient_kernel(
     targets = ()
     scalars = ()
     scalar = 0.0
-    lse = 0.0
+    m = 0.0
+    log_s = 0.0
     live = False
     for i in tl.static_range(TARGETS):
         head = row + i
@@ -127,26 +129,29 @@ def row_gradient_kernel(
             target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
         )
         c = tl.load(row_scalar_ptr + token * H + head, mask=valid, other=0.0)
-        row_lse = tl.load(lse_ptr + token * H + head, mask=valid, other=0.0)
+        row_m = tl.load(row_max_ptr + token * H + head, mask=valid, other=0.0)
+        row_log_s = tl.load(log_sum_ptr + token * H + head, mask=valid, other=0.0)
         targets += (tl.where(valid, target, -1).to(tl.int32),)
         scalars += (c,)
         scalar += c
-        # Shared heads share the lse too, but for the NaN of a target out of range: that stays.
-        lse = tl.where(valid & (lse == lse), row_lse, lse)
+        # Shared heads share both, but for the NaN of a target out of range: that stays.
+        m = tl.where(valid, row_m, m)
+        log_s = tl.where(valid & (log_s == log_s), row_log_s, log_s)
         live |= valid
 
     begin = lead + b * stride_b + t * stride_s + row * stride_h
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
     write_gradient(
-        logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, lse, scalar, targets, scalars,
-        IN_PHASE, BLOCK,
+        logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, m, scalar * tl.exp(-log_s),
+        targets, scalars, IN_PHASE, BLOCK,
     )  # fmt: skip
 
 
 def row_gradient(
     logits: torch.Tensor,
     target_ids: torch.Tensor,
-    lse: torch.Tensor,
+    row_max: torch.Tensor,
+    log_sum: torch.Tensor,
     row_scalar: torch.Tensor,
     ignore_index: int,
 ) -> torch.Tensor:
@@ -155,7 +160,7 @@ def row_gradient(
     Args:
         logits: [B, S, H, V] float32, bfloat16 or float16, last stride 1, other strides any.
         target_ids: [B, S] int64 contiguous, unshifted.
-        lse: [B, S, H] float32 contiguous, from `weighted_loss`.
+        row_max, log_sum: [B, S, H] float32 contiguous, from `weighted_loss`.
         row_scalar: [B, S, H] float32 contiguous, the upstream gradient folded in.
 
     Returns:
@@ -175,7 +180,8 @@ def row_gradient(
         row_gradient_kernel[(rows.shape[0] * rows.shape[1] * rows.shape[2],)](
             base,
             target_ids,
-            lse,
+            row_max,
+            log_sum,
             row_scalar,
             grad_base,
             lead,

@@ -28,8 +28,8 @@ def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
 
 @triton.jit
 def settle_heads(
-    ce, lse, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
-    row_scalar_ptr, weight_sum_ptr, ce_ptr, lse_ptr,
+    ce, m, log_s, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
+    row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
     H: tl.constexpr, EXCESS: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Finds excess weights, stores what is known of the heads, and returns what their rows'
@@ -46,7 +46,8 @@ def settle_heads(
     else:
         row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
     tl.store(ce_ptr + head_ptr, ce, mask=mine)
-    tl.store(lse_ptr + head_ptr, tl.where(valid, lse, 0.0), mask=mine)
+    tl.store(row_max_ptr + head_ptr, tl.where(valid, m, 0.0), mask=mine)
+    tl.store(log_sum_ptr + head_ptr, tl.where(valid, log_s, 0.0), mask=mine)
     c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
     return tl.where(valid, c, 0.0)
 

@@ -96,7 +96,7 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     machine = tiers.machine(rows.device)
     splits = tiers.splits(vocab_size, rows.element_size(), programs, machine)
     constants |= {"GRAD": case.grad is not None, "SPLITS": splits}
-    *inputs, offsets, ce, lse = case.pointers
+    *inputs, offsets, ce, row_max, log_sum = case.pointers
     scratch, calls = (offsets, offsets), []
     if splits > 1:
         all_rows = batch * seq_len * count
@@ -116,5 +116,6 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
         arguments = (base, case.target_ids, offsets, *scratch, *strides, *sizes)
         calls = [Call(partial_kernel, (all_rows, splits), arguments, of_parts)]
     inputs = (case.target_ids, *inputs)
-    arguments = (base, *inputs, offsets, *scratch, ce, lse, grad_base, *numbers)
+    outputs = (ce, row_max, log_sum, grad_base)
+    arguments = (base, *inputs, offsets, *scratch, *outputs, *numbers)
     return [*calls, Call(online_kernel, (programs, splits), arguments, constants)]

@@ -47,7 +47,8 @@ def weighted_loss(
 
     Returns:
         loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],
-        row_scalar [B, S, H] = dloss / dce, lse [B, S, H], factors [2], grad: as wmtp.cpu's.
+        row_scalar [B, S, H] = dloss / dce, row_max and log_sum [B, S, H], factors [2], grad: as
+        wmtp.cpu's.
     """
     batch, seq_len, heads, vocab_size = logits.shape
     tokens = batch * seq_len
@@ -57,7 +58,7 @@ def weighted_loss(
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return logits.new_empty(shape, dtype=dtype)
 
-    row_scalar, ce, lse = (new(batch, seq_len, heads) for _ in range(3))
+    row_scalar, ce, row_max, log_sum = (new(batch, seq_len, heads) for _ in range(4))
     weight_sum, token_loss = new(batch, seq_len), new(batch, seq_len)
     valid_mask = new(batch, seq_len, dtype=torch.bool)
     factors, loss = new(3), new()
@@ -102,7 +103,7 @@ def weighted_loss(
                 heads=heads,
                 grad=None if gradient == "none" else grad,
                 target_ids=target_ids,
-                pointers=(ref, factors, row_scalar, weight_sum, offsets, ce, lse),
+                pointers=(ref, factors, row_scalar, weight_sum, offsets, ce, row_max, log_sum),
                 ignore_index=ignore_index,
                 temperature=temperature,
                 excess=ref_ce is not None,
@@ -114,7 +115,8 @@ def weighted_loss(
             ce, row_scalar, factors, token_loss, loss, tokens,
             H=heads, TOKENS=tokens_a_step, num_warps=8,
         )  # fmt: skip
-    return loss, valid_mask, ce, token_loss, weight_sum, row_scalar, lse, factors[:2], grad
+    of_rows = (row_scalar, row_max, log_sum)
+    return loss, valid_mask, ce, token_loss, weight_sum, *of_rows, factors[:2], grad
 
 
 def _on_device(normalizer: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

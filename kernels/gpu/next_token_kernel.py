@@ -36,7 +36,7 @@ def next_token_ce_kernel(
         begin = lead + b * stride_b + t * stride_s
         x_target = tl.load(logits_ptr + begin + target, mask=in_range).to(tl.float32)
         m, s = row_max_sum(logits_ptr, begin, vocab_size, BLOCK, "evict_first")
-        ce, _lse = cross_entropy(m, s, x_target, in_range)
+        ce, _log_s = cross_entropy(m, s, x_target, in_range)
     tl.store(ref_ce_ptr + position, ce)
 
 

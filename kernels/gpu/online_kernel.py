@@ -36,7 +36,8 @@ def online_kernel(
     partial_ptr,  # [rows, SPLITS, 2] and
     x_target_ptr,  # [B, S, H], from partial_kernel.py; unused with SPLITS 1
     ce_ptr,  # [B, S, H]
-    lse_ptr,  # [B, S, H]
+    row_max_ptr,  # [B, S, H]
+    log_sum_ptr,  # [B, S, H]
     grad_ptr,  # aligned like the logits; in place: logits_ptr itself; unused without GRAD
     lead,
     stride_b,
@@ -99,11 +100,12 @@ def online_kernel(
                 row_m, row_s = row_max_sum(logits_ptr, row_begin, vocab_size, BLOCK, EVICT)
                 m = tl.where(of_row, row_m, m)
                 s = tl.where(of_row, row_s, s)
-    ce, lse = cross_entropy(m, s, x_target, in_range)
+    ce, log_s = cross_entropy(m, s, x_target, in_range)
 
     c = settle_heads(
-        ce, lse, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
-        row_scalar_ptr, weight_sum_ptr, ce_ptr, lse_ptr, H, EXCESS, SIGNED,
+        ce, m, log_s, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr,
+        factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
+        H, EXCESS, SIGNED,
     )  # fmt: skip
 
     if GRAD:

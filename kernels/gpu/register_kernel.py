@@ -31,6 +31,7 @@ from wmtp.kernels.rows import (
 # Two units of 16-bit logits; in float32 half of the lanes idle, since Triton 3.9 cannot spread
 # fewer over a cluster.
 EDGE_LANES = tl.constexpr(128)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 
 
 @triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
@@ -45,7 +46,8 @@ def register_kernel(
     weight_sum_ptr,  # [B, S]; written with excess weights
     offset_ptr,  # [H] int64, where the heads begin, or unused
     ce_ptr,  # [B, S, H]
-    lse_ptr,  # [B, S, H]
+    row_max_ptr,  # [B, S, H]
+    log_sum_ptr,  # [B, S, H]
     grad_ptr,  # aligned like the logits; in place: logits_ptr itself
     lead,
     stride_b,
@@ -108,17 +110,18 @@ def register_kernel(
 
     m = tl.maximum(tl.max(x, axis=1), tl.max(edge, axis=1))
     # Finite, so that -inf gives 0 and +inf gives inf, beside which all others are 0.
-    shift = tl.where(m == float("-inf"), 0.0, tl.minimum(m, 3e38))[:, None]
+    shift = tl.where(m == float("-inf"), 0.0, tl.minimum(m, LARGEST))[:, None]
     x, edge = tl.exp(x - shift), tl.exp(edge - shift)
     s = tl.sum(x, axis=1) + tl.sum(edge, axis=1)
     head_m, head_s = m, s
     if SHARED:
         head_m = m + tl.zeros((HEADS,), tl.float32)
         head_s = s + tl.zeros((HEADS,), tl.float32)
-    ce, lse = cross_entropy(head_m, head_s, x_target, in_range)
+    ce, log_s = cross_entropy(head_m, head_s, x_target, in_range)
     c = settle_heads(
-        ce, lse, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
-        row_scalar_ptr, weight_sum_ptr, ce_ptr, lse_ptr, H, EXCESS, SIGNED,
+        ce, head_m, log_s, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr,
+        factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
+        H, EXCESS, SIGNED,
     )  # fmt: skip
     target = tl.where(valid, target, -1).to(tl.int32)
     row_c = c

@@ -154,10 +154,10 @@ def row_max_sum(base_ptr, begin, vocab_size, BLOCK: tl.constexpr, EVICT: tl.cons
 
 @triton.jit
 def cross_entropy(m, s, x_target, in_range):
-    """(ce, lse) in nats from a row's maximum and sum and its target's logit; NaN out of range.
+    """(ce, log s) in nats from a row's maximum and sum and its target's logit; NaN out of range.
 
-    (m - x_target) + log s, and not lse - x_target, which would round a confident token's to lse.
+    (m - x_target) + log s: the log-sum-exp m + log s itself would lose the digits of log s to a
+    large m, so it is never formed.
     """
-    log_s = tl.log(s)
-    ce = tl.where(in_range, (m - x_target) + log_s, float("nan"))
-    return ce, tl.where(in_range, m + log_s, float("nan"))
+    log_s = tl.where(in_range, tl.log(s), float("nan"))
+    return (m - x_target) + log_s, log_s

@@ -28,7 +28,7 @@ def rows_ce_(
         [R] float32, nats.
     """
     rows = logits[None, :, None]
-    ce, lse = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    outputs = tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
     ones = logits.new_ones(max(len(logits), 3), dtype=torch.float32)
     scalars = ones if row_scalar is None else row_scalar
     case = Case(
@@ -36,7 +36,7 @@ def rows_ce_(
         heads=1,
         grad=None if row_scalar is None else rows,
         target_ids=target_ids[None],
-        pointers=(target_ids, ones, scalars, ones, target_ids, ce, lse),
+        pointers=(target_ids, ones, scalars, ones, target_ids, *outputs),
         ignore_index=NO_ID,
         temperature=1.0,
         excess=False,
@@ -45,7 +45,7 @@ def rows_ce_(
     )
     with torch.cuda.device_of(logits):
         launch(case)
-    return ce
+    return outputs[0]
 
 
 def new_rows(count: int, weight: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,7 @@ def cpu_loss(
 ) -> KernelOutput:  # fmt: skip
     """The C++ kernel's own outputs; unless told otherwise row_scalar is w / sum_k w."""
     divisor = None if normalizer is None else torch.tensor(normalizer)
-    how = (divisor, 0.7, signed, reduction, IGNORE_INDEX, gradient)
+    how = (divisor, torch.tensor(0.7), signed, reduction, IGNORE_INDEX, gradient)
     return KernelOutput(*cpu.weighted_loss(logits, target_ids, weights, ref_ce, *how))
 
 

@@ -23,7 +23,7 @@ def test_opcheck_linear_loss(weighting, dtype, chunk_bytes):
     weights = options.get("head_weights")
     if weights is not None:
         weights.requires_grad_()
-    how = (weights, options.get("ref_ce"), None, 0.7, "abs", "token_mean")
+    how = (weights, options.get("ref_ce"), None, torch.tensor(0.7), "abs", "token_mean")
     arguments = (*linear, options["target_ids"], -100, wanted, True, *how)
     torch.library.opcheck(torch.ops.wmtp.linear_loss.default, arguments)
 

@@ -16,7 +16,7 @@ def loss_arguments(weighting, backend, shape=(2, 4, 2, 9), reduction="token_mean
     """`weighted_loss`'s, but for shared_heads, ahead and inplace."""
     case = make_case(shape, weighting=weighting)
     options = [case.options.get(name) for name in ("head_weights", "ref_ce")]
-    how = (normalizer, 0.7, False, reduction, -100, backend)
+    how = (normalizer, torch.tensor(0.7), False, reduction, -100, backend)
     return (case.logits, case.target_ids, *options, *how)
 
 

@@ -241,15 +241,16 @@ class _Sums:
 
 
 def finish_gradients(
-    linear: Linear, sums: Gradients, factor: Tensor
+    linear: Linear, sums: Gradients, factor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of hidden, weight and bias: the sums, which are used up, times factor []."""
+    """The gradients of hidden, weight and bias: the sums, which are used up, times factor [], if
+    there is one."""
     hidden, weight, bias = (_multiply(total, factor, linear.backend) for total in sums)
     dtype = linear.weight.dtype
     return hidden.to(linear.hidden.dtype), weight.to(dtype), bias.to(dtype)
 
 
-def _multiply(total: Tensor, factor: Tensor, backend: str) -> Tensor:
+def _multiply(total: Tensor, factor: Tensor | None, backend: str) -> Tensor:
     if not total.numel():
         return total
     rows = total.view(1, 1, -1, total.shape[-1])

@@ -81,7 +81,7 @@ def weighted_loss(
     head_weights: Tensor | None,
     ref_ce: Tensor | None,
     normalizer: Tensor | None,
-    temperature: float,
+    temperature: Tensor | None,
     signed: bool,
     reduction: str,
     ignore_index: int,
@@ -96,7 +96,7 @@ def weighted_loss(
         head_weights: [B, S, H] acc, contiguous, or None.
         ref_ce: [B, S - 1] acc, contiguous, nats, or None; not with head_weights.
         normalizer: [], replaces the denominator, or None.
-        temperature: of the excess softmax, nats.
+        temperature: [], of the excess softmax, nats; None without ref_ce.
         signed: excess is ce - ref_ce instead of |ce - ref_ce|.
         reduction: "token_mean", "weight_mean" or "sum".
         ignore_index: a target of this id is no target.
@@ -121,7 +121,7 @@ def weighted_loss(
     how = _Weighting(
         _pointer(head_weights),
         _pointer(ref_ce),
-        temperature,
+        1.0 if temperature is None else temperature.item(),
         0.0 if normalizer is None else normalizer.item(),
         normalizer is not None,
         signed,

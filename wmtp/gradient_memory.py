@@ -28,9 +28,9 @@ def _references(storage: torch.UntypedStorage | None) -> tuple[int, int] | None:
     return count(storage._cdata), sys.getrefcount(storage)
 
 
-_kept = torch.empty(1, device="cpu").untyped_storage()
-_IDLE = _references(_kept)  # when nothing but `_kept` refers to it
-_kept = None
+# Nothing else refers to this one: what is found of it, here and now, is what idle memory has. A
+# constant would not do: in compiled code Python itself holds one more reference.
+_idle = torch.empty(1, device="cpu").untyped_storage()
 
 
 def new_gradient(shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable) -> Tensor:
@@ -45,7 +45,7 @@ def new_gradient(shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable) 
         if _is_free(nbytes):
             new = torch.empty(0, dtype=dtype, device="cpu")
             return new.set_(_kept, 0, shape)  # type: ignore[call-overload]
-        allowed = _IDLE is not None and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
+        allowed = _references(_idle) is not None and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
         is_kept = allowed and nbytes >= KEPT_FROM_BYTES
         if is_kept:
             _kept = None  # before the new one is allocated: never two
@@ -70,4 +70,4 @@ def _is_free(nbytes: int) -> bool:
     """Whether there is memory of this size that nobody uses, not in another process either."""
     if _kept is None or _kept.nbytes() != nbytes or _kept.is_shared():
         return False
-    return _references(_kept) == _IDLE
+    return _references(_kept) == _references(_idle)

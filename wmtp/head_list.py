@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp import ops
-from wmtp.backends import KERNELS, multiply
-from wmtp.inplace import note_overwritten
+from wmtp.backends import KERNELS
 
 
 def weighted_loss(
@@ -36,11 +35,12 @@ def weighted_loss(
             ignore_index=ignore_index,
             backend=backend,
         )
-    ahead = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
+    differentiated = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
+    ahead = differentiated and ops.gradients_ahead()
     first, *rest = heads
     return _LossOfHeads.apply(
         *(first, target_ids, *others, reduction, ignore_index, backend),
-        *(False, ahead, inplace and ahead, *rest),
+        *(False, ahead, inplace and differentiated, *rest),
     )[:3]
 
 
@@ -55,19 +55,14 @@ class _LossOfHeads(torch.autograd.Function):
         heads = _alike((first, *others))  # some may be copies: they must live until the launch
         rows, offsets = _as_one(heads)
         *output, grad = KERNELS[backend].weighted_loss(rows, *options, gradient, offsets)
-        output = (*output, grad.new_empty(0) if inplace else grad)
+        output = (*output, grad.new_empty(0) if ahead and inplace else grad)
         ops.save_for_backward(ctx, (first, *arguments), output, others)
-        ctx.heads = 1 + len(others)
         return output
 
     @staticmethod
     def backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
-        grad_weights, grads = None, [None] * ctx.heads
-        if ctx.needs_input_grad[2] and grad_loss is not None:
-            grad_weights = ops.weights_gradient(ctx, grad_loss)
-        if not (grad_loss is None and grad_ce is None):
-            grads = _heads_gradients(ctx, grad_loss, grad_ce)
-        return grads[0], None, grad_weights, *(None,) * 10, *grads[1:]
+        (grad_first, *grads), grad_weights = ops.gradients(ctx, grad_loss, grad_ce)
+        return grad_first, None, grad_weights, *(None,) * 10, *grads
 
 
 def _alike(heads):
@@ -84,23 +79,3 @@ def _as_one(heads):
     begin = lowest.data_ptr()
     offsets = tuple((head.data_ptr() - begin) // head.element_size() for head in heads)
     return lowest[:, :, None].expand(-1, -1, len(heads), -1), offsets
-
-
-def _heads_gradients(ctx, grad_loss, grad_ce):
-    first, target_ids, row_scalar, row_max, log_sum, factors, *rest = ctx.saved_tensors
-    heads = (first, *rest[: ctx.heads - 1])
-    grad, ctx.grad = ctx.grad, None
-    if grad_ce is None and not torch.is_grad_enabled():
-        if ctx.overwritten:
-            for head in heads:
-                KERNELS[ctx.backend].multiply_(head.detach(), grad_loss * factors[1])
-                note_overwritten(head)
-            return [head.detach() for head in heads]
-        if grad is not None:
-            return multiply(grad, grad_loss * factors[1], ctx.backend).unbind(2)
-    elif ctx.overwritten:
-        raise RuntimeError(ops.LOGITS_ARE_GONE)
-    del grad
-    scalar = ops.upstream(row_scalar, grad_loss, grad_ce).contiguous()
-    arguments = (torch.stack(heads, 2), target_ids, row_max, log_sum, scalar, ctx.ignore_index)
-    return torch.ops.wmtp.row_gradient(*arguments, ctx.backend, False).unbind(2)

@@ -72,6 +72,16 @@ def check_not_overwritten(name: str, logits: Tensor) -> None:
         )
 
 
+def check_gradient_stands(logits: Tensor) -> None:
+    """Backward hands out what forward has written here: nobody may have written since."""
+    if extent(logits) not in _overwritten_parts(logits):
+        raise RuntimeError(
+            "the logits, which inplace=True has overwritten with their gradient, have been "
+            "modified by an inplace operation since: change them after backward, or pass "
+            "inplace=False"
+        )
+
+
 def _overwritten_parts(logits: Tensor) -> list[tuple[int, int]]:
     """Where the storage holds gradients; none any more once somebody else has written to it."""
     version, parts = getattr(logits.untyped_storage(), "_wmtp_gradients", (None, []))

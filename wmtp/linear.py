@@ -6,6 +6,7 @@ from torch import Tensor
 
 from wmtp import checks, linear_ops, reference
 from wmtp.backends import choose_backend
+from wmtp.ops import gradients_ahead
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 
@@ -18,7 +19,7 @@ def fused_linear_weighted_mtp_loss(
     *,
     lm_head_bias: Tensor | None = None,
     ref_ce: Tensor | None = None,
-    temperature: float = 0.7,
+    temperature: Tensor | float = 0.7,
     excess: str = "abs",
     reduction: str = "token_mean",
     normalizer: Tensor | float | None = None,
@@ -115,11 +116,12 @@ def fused_linear_weighted_mtp_loss(
     loss = linear_ops.linear_loss(
         *(hidden, weight, bias, dtype, grad_accum_dtype or _widest(weight)),
         *(chunk_bytes and int(chunk_bytes), chosen),
-        *(target_ids.long(), ignore_index, _wanted(hidden, weight, bias), _ahead()),
+        *(target_ids.long(), ignore_index, _wanted(hidden, weight, bias), gradients_ahead()),
         None if head_weights is None else head_weights.to(acc),
         None if ref_ce is None else ref_ce.detach().to(acc),
         reference.as_tensor(normalizer),
-        *(temperature, excess, reduction),
+        None if ref_ce is None else reference.as_tensor(temperature),
+        *(excess, reduction),
     )
     return MTPLoss(*loss[:3])
 
@@ -169,7 +171,7 @@ def linear_next_token_cross_entropy(
             *(hidden[:, :, None], weight, bias, dtype, _widest(weight)),
             *(chunk_bytes and int(chunk_bytes), chosen),
             *(target_ids.long(), ignore_index, [False] * 3, False),
-            *(None, None, None, 1.0, "abs", "sum"),
+            *(None, None, None, None, "abs", "sum"),
         )
         return ce[:, : max(hidden.shape[1] - 1, 0), 0]
 
@@ -199,24 +201,17 @@ def _autocast(device_type: str) -> bool:
 
 def _gathered(weight: Tensor) -> Tensor:
     """A DTensor's whole; each process has a gradient of its own data, and theirs are averaged."""
-    if not hasattr(weight, "full_tensor"):
-        return weight
+    if type(weight) in (Tensor, torch.nn.Parameter):
+        return weight  # without the import, which takes a second
     from torch.distributed.tensor import DTensor, Partial
 
-    assert isinstance(weight, DTensor)
+    if not isinstance(weight, DTensor):
+        return weight
     return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def _widest(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def _ahead() -> bool:
-    """Whether gradients are made in the forward call. Where somebody packs what is saved for
-    backward, checkpointing for one, they would be held beside it, and checkpointed made twice."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
 def _wanted(*tensors: Tensor | None) -> list[bool]:

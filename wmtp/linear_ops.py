@@ -11,10 +11,12 @@ To autograd, torch.compile and the profiler each is one opaque operator.
 
 The sums are made while the logits are there, if `ahead`, so backward has only factors left to
 multiply. They are handed out once: a second backward, and whoever differentiates ce, has them made
-anew.
+anew. The products' dtype is an argument: no autocast around a call or its backward changes it.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,21 +37,49 @@ from wmtp.reduction import accumulation_dtype, find_denominator, to_row_scalar
 PRODUCT = 10  # arguments that both operators begin with:
 _PRODUCT = (
     "Tensor hidden, Tensor weight, Tensor? bias, ScalarType dtype, ScalarType accum_dtype, "
-    "int? chunk_bytes, str backend, Tensor target_ids, int ignore_index, bool[] wanted"
+    "SymInt? chunk_bytes, str backend, Tensor target_ids, int ignore_index, bool[] wanted"
 )
 WEIGHTS = PRODUCT + 1  # the place of head_weights among linear_loss's
 ops.library.define(
     f"linear_loss({_PRODUCT}, bool ahead, "
     "Tensor? head_weights, Tensor? ref_ce, Tensor? normalizer, "
-    "float temperature, str excess, str reduction) -> (Tensor loss, Tensor valid_mask, Tensor ce, "
-    "Tensor row_scalar, Tensor unscale, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)"
+    "Tensor? temperature, str excess, str reduction) -> (Tensor loss, Tensor valid_mask, Tensor ce, "
+    "Tensor row_scalar, Tensor unscale, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)",
+    tags=torch.Tag.cudagraph_unsafe,  # it waits for the device
 )
 ops.library.define(
     f"linear_gradient({_PRODUCT}, Tensor row_scalar)"
-    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 
 
+class Saved(NamedTuple):
+    """What backward reads, as in `ops.Saved`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target_ids: Tensor
+    row_scalar: Tensor
+    unscale: Tensor
+    ce: Tensor | None  # this and the next two: for the gradient of the weights
+    head_weights: Tensor | None
+    normalizer: Tensor | None
+
+
+def without_autocast(kernel: Callable) -> Callable:
+    @functools.wraps(kernel)
+    def isolated(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return kernel(hidden, *arguments)
+
+    return isolated
+
+
+
+
+@without_autocast
 def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
     linear, target_ids, ignore_index, wanted = _product(arguments)
     ahead, head_weights, ref_ce, normalizer, temperature, excess, reduction = arguments[PRODUCT:]
@@ -95,12 +125,13 @@ def _excess_weights(valid, ref_ce, denominator, row_scalar, temperature, excess,
     return weigh
 
 
+@without_autocast
 def _linear_gradient(*arguments: Any) -> tuple[Tensor, ...]:
     linear, target_ids, ignore_index, wanted = _product(arguments)
     row_scalar = arguments[PRODUCT].contiguous()
     plan, unscale = make_plan(target_ids, linear, ignore_index), find_unscale(row_scalar, linear)
     _, sums = run_chunks(linear, plan, row_scalar, unscale, None, wanted)
-    return finish_gradients(linear, sums, unscale)
+    return finish_gradients(linear, sums, _factor(linear.dtype, unscale, None))
 
 
 def _product(arguments: tuple[Any, ...]) -> tuple[Linear, Tensor, int, Wanted]:
@@ -137,47 +168,58 @@ def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tens
 
 def _save_for_backward(ctx, inputs, output):
     hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted = inputs[:PRODUCT]
-    ahead, head_weights, _, normalizer, *ctx.settings = inputs[PRODUCT:]
+    ahead, head_weights, _, normalizer, *_, ctx.reduction = inputs[PRODUCT:]
     _loss, _mask, ce, row_scalar, unscale, *sums = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], *output[3:])
     ctx.sums = Gradients(*sums) if ahead and any(ctx.wanted) else None
-    # The caller may change his ce in place: a copy.
-    of_weights = (ce.clone(), head_weights, normalizer) if ctx.needs_input_grad[WEIGHTS] else ()
+    of_weights = (None, None, None)
+    if ctx.needs_input_grad[WEIGHTS]:
+        of_weights = (ce.clone(), head_weights, normalizer)  # the caller may change his ce in place
     ctx.save_for_backward(hidden, weight, bias, target_ids, row_scalar, unscale, *of_weights)
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
-    grads, grad_weights = [None, None, None], None
-    if ctx.needs_input_grad[WEIGHTS] and grad_loss is not None:
-        grad_weights = _weights_gradient(ctx, grad_loss)
-    if any(ctx.wanted) and not (grad_loss is None and grad_ce is None):
-        made = _gradients(ctx, grad_loss, grad_ce)
-        grads = [grad if wanted else None for grad, wanted in zip(made, ctx.wanted, strict=True)]
-    return *grads, *(None,) * (WEIGHTS - 3), grad_weights, *(None,) * 5
+    grads, of_weights = [None, None, None], None
+    if not (grad_loss is None and grad_ce is None):
+        saved = Saved(*ctx.saved_tensors)
+        if ctx.needs_input_grad[WEIGHTS] and grad_loss is not None:
+            ce = _cross_entropies(ctx, saved) if torch.is_grad_enabled() else saved.ce
+            settings = (ctx.reduction, ctx.ignore_index)
+            of_weights = ops.weights_gradient(saved, ce, grad_loss, *settings)
+        if any(ctx.wanted):
+            made = _gradients(ctx, saved, grad_loss, grad_ce)
+            grads = [g if wanted else None for g, wanted in zip(made, ctx.wanted, strict=True)]
+    return *grads, *(None,) * (WEIGHTS - 3), of_weights, *(None,) * 5
 
 
-def _gradients(ctx, grad_loss, grad_ce):
-    hidden, weight, bias, target_ids, row_scalar, unscale, *_ = ctx.saved_tensors
+def _gradients(ctx, saved, grad_loss, grad_ce):
     # What was summed ahead belongs to whoever gets it.
     sums, ctx.sums = ctx.sums, None
     if grad_ce is None and sums is not None and not torch.is_grad_enabled():
-        linear = Linear(hidden, weight, bias, *ctx.product)
-        return finish_gradients(linear, sums, unscale * grad_loss)
+        linear = Linear(*saved[:3], *ctx.product)
+        return finish_gradients(linear, sums, _factor(linear.dtype, saved.unscale, grad_loss))
     del sums
-    product = (hidden, weight, bias, *ctx.product, target_ids, ctx.ignore_index, ctx.wanted)
-    return torch.ops.wmtp.linear_gradient(*product, ops.upstream(row_scalar, grad_loss, grad_ce))
+    row_scalar = ops.upstream(saved.row_scalar, grad_loss, grad_ce)
+    row_scalar = ops.constant_of(row_scalar, saved.head_weights)
+    return torch.ops.wmtp.linear_gradient(*_arguments(ctx, saved), row_scalar)
 
 
-def _weights_gradient(ctx, grad_loss):
-    target_ids, ce, head_weights, normalizer = (ctx.saved_tensors[i] for i in (3, 6, 7, 8))
-    with torch.enable_grad():
-        head_weights = head_weights.detach().requires_grad_()
-        loss, *_ = reference.loss_of_cross_entropies(
-            *(ce, target_ids, head_weights, None, normalizer),
-            *(*ctx.settings, ctx.ignore_index),
-        )
-        return torch.autograd.grad(loss, head_weights, grad_loss)[0]
+def _factor(dtype: torch.dtype, unscale: Tensor, grad_loss: Tensor | None) -> Tensor | None:
+    """What the sums are still to be multiplied with; None: nothing."""
+    if dtype != torch.float16:
+        return grad_loss  # unscale is 1
+    return unscale if grad_loss is None else unscale * grad_loss
+
+
+def _cross_entropies(ctx, saved):
+    """Those of forward once more, for they have to be differentiated there."""
+    how = (False, None, None, None, None, "abs", "sum")
+    return linear_loss(*_arguments(ctx, saved), *how)[2]
+
+
+def _arguments(ctx, saved):
+    return *saved[:3], *ctx.product, saved.target_ids, ctx.ignore_index, ctx.wanted
 
 
 ops.register("linear_loss", _linear_loss, _fake_linear_loss, _backward, _save_for_backward)

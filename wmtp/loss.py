@@ -20,7 +20,7 @@ def fused_weighted_mtp_loss(
     *,
     ref_logits: Tensor | None = None,
     ref_ce: Tensor | None = None,
-    temperature: float = 0.7,
+    temperature: Tensor | float = 0.7,
     excess: str = "abs",
     reduction: str = "token_mean",
     normalizer: Tensor | float | None = None,
@@ -140,7 +140,7 @@ def fused_weighted_mtp_loss(
         None if head_weights is None else head_weights.to(dtype).contiguous(),
         None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
         reference.as_tensor(normalizer),
-        temperature,
+        None if ref_ce is None else reference.as_tensor(temperature),
         excess == "signed",
     )
     options: dict[str, Any] = {

@@ -1,10 +1,11 @@
-"""The registered operators: `torch.ops.wmtp.weighted_loss`, `row_gradient`, `next_token_ce`.
+"""The registered operators: `torch.ops.wmtp.weighted_loss`, `row_gradient`, `next_token_ce`, and
+`multiply_`, which decides when it runs whether there is anything to multiply.
 
 To autograd, torch.compile and the profiler each is one opaque operator; which kernels run is its
 `backend` argument ("cpu" or "triton"). Shapes and mathematics of the loss:
 
     logits [B, S, H, V], target_ids [B, S] int64, head_weights [B, S, H] or None,
-    ref_ce [B, S-1] or None, normalizer [] or None  ->
+    ref_ce [B, S-1] or None, normalizer [] or None, temperature [] or None  ->
         loss []                 sum row_scalar ce
         valid_mask [B, S]       sum_k w > 1e-8
         ce [B, S, H]
@@ -17,28 +18,32 @@ To autograd, torch.compile and the profiler each is one opaque operator; which k
         grad                    dloss/dlogits[b, t, k, :] = row_scalar (softmax - onehot)
 
 `grad` is written in the pass that reads the logits, so backward has at most a factor left to
-multiply. Whoever wants no more than ce leaves it to backward: row_gradient.
+multiply. Whoever wants no more than ce leaves it to backward: row_gradient. So does whoever packs
+what is saved for backward, as checkpointing does: see `gradients_ahead`.
 """
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from wmtp import reference
 from wmtp.backends import KERNELS, multiply
-from wmtp.inplace import note_overwritten
-from wmtp.labels import has_target
+from wmtp.inplace import check_gradient_stands, note_overwritten
 from wmtp.layout import heads_share_storage
-from wmtp.reduction import accumulation_dtype, counted_tokens
+from wmtp.reduction import accumulation_dtype
 
 LOGITS_ARE_GONE = (
-    "inplace=True has put the gradient of the loss where the logits were: neither "
-    "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
+    "inplace=True has put the gradient of the loss where the logits were: neither ce_per_head nor "
+    "the gradient itself can be differentiated then, nor backward called twice; pass inplace=False"
 )
 
 library = torch.library.Library("wmtp", "DEF")
 library.define(
     "weighted_loss(Tensor logits, Tensor target_ids, Tensor? head_weights, Tensor? ref_ce, "
-    "Tensor? normalizer, float temperature, bool signed, str reduction, int ignore_index, "
+    "Tensor? normalizer, Tensor? temperature, bool signed, str reduction, int ignore_index, "
     "str backend, bool shared_heads, bool ahead, bool inplace)"
     " -> (Tensor loss, Tensor valid_mask, Tensor ce, Tensor token_loss, Tensor weight_sum, "
     "Tensor row_scalar, Tensor row_max, Tensor log_sum, Tensor factors, Tensor grad)"
@@ -50,6 +55,29 @@ library.define(
 library.define(
     "next_token_ce(Tensor logits, Tensor target_ids, int ignore_index, str backend) -> Tensor"
 )
+library.define("multiply_(Tensor(a!) grad, Tensor factor, str backend) -> ()")
+
+
+class Saved(NamedTuple):
+    """What backward reads. Checkpointing lets it be unpacked once a backward: here, by name."""
+
+    target_ids: Tensor
+    row_scalar: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    factors: Tensor
+    ce: Tensor | None  # this and the next two: for the gradient of the weights
+    head_weights: Tensor | None
+    normalizer: Tensor | None
+    logits: tuple[Tensor, ...]  # a tensor, or a list's; none where they are overwritten
+
+
+def gradients_ahead() -> bool:
+    """Whether gradients are made in the forward call. Where somebody packs what is saved for
+    backward, checkpointing for one, they would be held beside it, and checkpointed made twice."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
 def weighted_loss(
@@ -58,7 +86,7 @@ def weighted_loss(
     head_weights: Tensor | None = None,
     ref_ce: Tensor | None = None,
     normalizer: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Tensor | None = None,
     signed: bool = False,
     *,
     reduction: str,
@@ -75,7 +103,7 @@ def weighted_loss(
     # Of a leaf every head's own gradient is wanted; of a view only their sum is ever used.
     of_heads = differentiated and logits.is_leaf and not inplace
     shared = heads_share_storage(logits) and not of_heads
-    ahead = differentiated and loss_wanted
+    ahead = differentiated and loss_wanted and gradients_ahead()
     traced = (
         torch.compiler.is_compiling()
         or is_in_torch_dispatch_mode()
@@ -116,6 +144,10 @@ def _next_token_ce(logits, target_ids, ignore_index, backend):
     return KERNELS[backend].next_token_ce(unit_stride(logits), target_ids, ignore_index)
 
 
+def _multiply(grad, factor, backend):
+    KERNELS[backend].multiply_(grad, factor)
+
+
 def _fake_weighted_loss(logits, *arguments):
     *_, shared_heads, ahead, _inplace = arguments
     tokens, rows, dtype = logits.shape[:2], logits.shape[:3], accumulation_dtype(logits)
@@ -132,7 +164,7 @@ def _fake_gradient(logits, shared_heads):
 
 
 def _fake_row_gradient(logits, *arguments):
-    return _fake_gradient(logits, arguments[-1])
+    return _fake_gradient(logits, shared_heads=arguments[-1])
 
 
 def _fake_next_token_ce(logits, *_):
@@ -141,68 +173,130 @@ def _fake_next_token_ce(logits, *_):
 
 
 def save_for_backward(ctx, inputs, output, other_heads=()):
-    logits, target_ids, _weights, _ref_ce, normalizer, _temperature, _signed = inputs[:7]
+    logits, target_ids, head_weights, _ref_ce, normalizer, *_ = inputs[:7]
     ctx.reduction, ctx.ignore_index, ctx.backend, ctx.shared_heads, ahead, ctx.inplace = inputs[7:]
-    ctx.constant_denominator = normalizer is not None or ctx.reduction != "weight_mean"
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], *output[3:])
-    loss, _, ce, token_loss, weight_sum, *of_rows, factors, grad = output
-    ctx.overwritten = ahead and ctx.inplace
-    ctx.grad = grad if ahead and not ctx.inplace else None
-    if ctx.overwritten:
-        for overwritten in (logits, *other_heads):
-            note_overwritten(overwritten)
-    # The caller may change his loss in place, `loss /= n`: copies.
-    of_weights = (
-        (loss.clone(), ce.clone(), token_loss, weight_sum) if ctx.needs_input_grad[2] else ()
-    )
-    ctx.save_for_backward(*(logits, target_ids, *of_rows, factors), *other_heads, *of_weights)
+    _loss, _, ce, _, _, *statistics, factors, grad = output
+    heads = (logits, *other_heads)
+    ctx.heads, ctx.shape, ctx.dtype = len(heads), logits.shape, logits.dtype
+    ctx.listed = logits.dim() == 3
+    ctx.logits_wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[len(inputs) :])
+    ctx.spent = False  # in place, backward is called once
+    ctx.written = (grad,) if ahead else None  # belongs to whoever gets it: handed out once
+    if ahead and ctx.inplace:
+        for head in heads:
+            note_overwritten(head)
+        ctx.written = tuple(head.detach() for head in heads)
+        if ctx.shared_heads:
+            ctx.written = (logits.detach()[:, :, :1],)
+        heads = ()
+    of_weights = (None, None, None)
+    if ctx.needs_input_grad[2]:
+        of_weights = (ce.clone(), head_weights, normalizer)  # the caller may change his ce in place
+    ctx.save_for_backward(target_ids, *statistics, factors, *of_weights, *heads)
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
-    grad_logits = grad_weights = None
-    if ctx.needs_input_grad[2] and grad_loss is not None:
-        grad_weights = weights_gradient(ctx, grad_loss)
-    if ctx.needs_input_grad[0] and not (grad_loss is None and grad_ce is None):
-        grad_logits = _logits_gradient(ctx, grad_loss, grad_ce)
+    (grad_logits,), grad_weights = gradients(ctx, grad_loss, grad_ce)
     return grad_logits, None, grad_weights, *(None,) * 10
 
 
-def weights_gradient(ctx, grad_loss):
-    _, target_ids, _, _, _, factors, *_, loss, ce, token_loss, weight_sum = ctx.saved_tensors
-    slope = ce
-    if ctx.reduction == "token_mean":  # d/dw of sum w ce / sum w, token by token
-        slope = (ce - token_loss[..., None]) / weight_sum[..., None]
-        slope = torch.where(counted_tokens(weight_sum)[..., None], slope, 0.0)
-    elif not ctx.constant_denominator:  # and over the batch
-        slope = ce - loss
-    valid = has_target(target_ids, ce.shape[2], ctx.ignore_index)
-    return torch.where(valid, grad_loss * factors[0] * slope, 0.0)
+def gradients(ctx, grad_loss, grad_ce):
+    """Those of the logits, one or a list, and of head_weights; None where there is none."""
+    of_logits, of_weights = [None] * ctx.heads, None
+    if grad_loss is None and grad_ce is None:
+        return of_logits, of_weights
+    differentiable = torch.is_grad_enabled()
+    if ctx.inplace:
+        if ctx.spent or differentiable or grad_ce is not None:
+            raise RuntimeError(LOGITS_ARE_GONE)
+        ctx.spent = True
+    tensors = ctx.saved_tensors
+    saved = Saved(*tensors[:8], logits=tensors[8:])
+    if ctx.needs_input_grad[2] and grad_loss is not None:
+        ce = _cross_entropies(ctx, saved) if differentiable else saved.ce
+        of_weights = weights_gradient(saved, ce, grad_loss, ctx.reduction, ctx.ignore_index)
+    written, ctx.written = ctx.written, None
+    if not ctx.logits_wanted:
+        return of_logits, of_weights
+    if written is None or grad_ce is not None or differentiable:
+        del written  # before there is another
+        return _made_anew(ctx, saved, grad_loss, grad_ce), of_weights
+    # Of float16 something is left to multiply with; elsewhere that is 1.
+    factor = grad_loss * saved.factors[1] if ctx.dtype == torch.float16 else grad_loss
+    return _handed_out(ctx, written, factor), of_weights
 
 
-def _logits_gradient(ctx, grad_loss, grad_ce):
-    logits, target_ids, row_scalar, row_max, log_sum, factors, *_ = ctx.saved_tensors
-    # What was written ahead belongs to whoever gets it; a second backward is computed anew.
-    grad, ctx.grad = ctx.grad, None
-    if grad_ce is None and not torch.is_grad_enabled():
-        if ctx.overwritten:
-            rows = logits.detach()
-            written = rows[:, :, :1] if ctx.shared_heads else rows
-            KERNELS[ctx.backend].multiply_(written, grad_loss * factors[1])
-            note_overwritten(logits)
-            return rows
-        if grad is not None:
-            return multiply(grad, grad_loss * factors[1], ctx.backend).expand(logits.shape)
-    elif ctx.overwritten:
-        raise RuntimeError(LOGITS_ARE_GONE)
-    del grad
-    scalar = upstream(row_scalar, grad_loss, grad_ce)
+def _handed_out(ctx, written, factor):
+    if ctx.inplace:
+        for part in written:
+            check_gradient_stands(part)
+    for part in written:
+        multiply(part, factor, ctx.backend)
+        if ctx.inplace:
+            note_overwritten(part)
+    if not ctx.listed:
+        return [written[0].expand(ctx.shape)]
+    return written if ctx.inplace else written[0].unbind(2)
+
+
+def _made_anew(ctx, saved, grad_loss, grad_ce):
+    logits = _one_tensor(saved.logits)
+    row_scalar = upstream(saved.row_scalar, grad_loss, grad_ce)
     if ctx.shared_heads:
         # Autograd sums the heads' gradients into the one row; each is handed an equal part.
-        scalar = scalar / logits.shape[2]
-    arguments = (logits, target_ids, row_max, log_sum, scalar.contiguous(), ctx.ignore_index)
-    grad = torch.ops.wmtp.row_gradient(*arguments, ctx.backend, ctx.shared_heads)
-    return grad.expand(logits.shape)
+        row_scalar = row_scalar / logits.shape[2]
+    row_scalar = constant_of(row_scalar, saved.head_weights)
+    grad = torch.ops.wmtp.row_gradient(
+        *(logits, saved.target_ids, saved.row_max, saved.log_sum, row_scalar.contiguous()),
+        *(ctx.ignore_index, ctx.backend, ctx.shared_heads),
+    ).expand(logits.shape)
+    return grad.unbind(2) if ctx.listed else [grad]
+
+
+def _one_tensor(logits: Sequence[Tensor]) -> Tensor:
+    return logits[0] if logits[0].dim() == 4 else torch.stack(tuple(logits), 2)
+
+
+def _cross_entropies(ctx, saved):
+    """Those of forward once more, for they have to be differentiated there."""
+    how = {"ignore_index": ctx.ignore_index, "backend": ctx.backend}
+    logits = _one_tensor(saved.logits)
+    return weighted_loss(logits, saved.target_ids, reduction="sum", loss_wanted=False, **how)[2]
+
+
+def weights_gradient(saved, ce, grad_loss, reduction, ignore_index):
+    """Of head_weights, by the definition; differentiable in all that it is made of where grad mode
+    says so."""
+    differentiable = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        weights = saved.head_weights
+        if not differentiable:
+            weights = weights.detach().requires_grad_()
+        loss, *_ = reference.loss_of_cross_entropies(
+            *(ce, saved.target_ids, weights, None, saved.normalizer),
+            *(None, "abs", reduction, ignore_index),
+        )
+        return torch.autograd.grad(loss, weights, grad_loss, create_graph=differentiable)[0]
+
+
+class _ConstantOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, _source):
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, *_):
+        no_second_derivative(ctx)
+
+
+def constant_of(row_scalar, head_weights):
+    """The row scalars that weights with a gradient have led to: differentiating them again raises,
+    where as constants they would be passed over in silence."""
+    if torch.is_grad_enabled() and head_weights is not None:
+        return _ConstantOf.apply(row_scalar, head_weights)
+    return row_scalar
 
 
 def upstream(row_scalar, grad_loss, grad_ce):
@@ -244,5 +338,6 @@ def register(name, kernel, fake, backward=None, setup_context=None):
 register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, save_for_backward)
 register("row_gradient", _row_gradient, _fake_row_gradient, no_second_derivative)
 register("next_token_ce", _next_token_ce, _fake_next_token_ce)
+register("multiply_", _multiply, lambda grad, factor, backend: None)
 
 next_token_ce = torch.ops.wmtp.next_token_ce

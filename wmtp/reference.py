@@ -41,7 +41,7 @@ def compute_weighted_mtp_loss(
     *,
     ref_logits: Tensor | None = None,
     ref_ce: Tensor | None = None,
-    temperature: float = 0.7,
+    temperature: Tensor | float = 0.7,
     excess: str = "abs",
     reduction: str = "token_mean",
     normalizer: Tensor | float | None = None,
@@ -82,7 +82,7 @@ def compute_weighted_mtp_loss(
         head_weights,
         ref_ce,
         as_tensor(normalizer),
-        temperature,
+        as_tensor(temperature),
         excess,
         reduction,
         ignore_index,
@@ -95,16 +95,17 @@ def loss_of_cross_entropies(
     head_weights: Tensor | None,
     ref_ce: Tensor | None,
     normalizer: Tensor | None,
-    temperature: float,
+    temperature: Tensor | None,
     excess: str,
     reduction: str,
     ignore_index: int,
 ) -> MTPLoss:
     """Everything after the cross entropies [B, S, H]; differentiable in them and the weights."""
+    valid = has_target(target_ids, ce.shape[2], ignore_index)
     if ref_ce is not None:
-        weights = excess_head_weights(ce, ref_ce, target_ids, temperature, excess, ignore_index)
+        score = aligned_difference(ce, ref_ce, excess)
+        weights = softmax_over_heads(score, valid, temperature)
     else:
-        valid = has_target(target_ids, ce.shape[2], ignore_index)
         weights = known_weights(valid, head_weights, ce.dtype)
     weight_sum = weights.sum(-1)
     row_scalar = to_row_scalar(weights, weight_sum, reduction)
@@ -120,11 +121,13 @@ def known_weights(valid: Tensor, head_weights: Tensor | None, dtype: torch.dtype
     return torch.where(valid, head_weights.to(dtype), 0.0)
 
 
-def as_tensor(normalizer: Tensor | float | None) -> Tensor | None:
+def as_tensor(number: Tensor | float | None) -> Tensor | None:
     """A constant, whatever it was."""
-    if normalizer is None or isinstance(normalizer, Tensor):
-        return None if normalizer is None else normalizer.detach()
-    return torch.tensor(normalizer, dtype=torch.float64, device="cpu")
+    if number is None or isinstance(number, Tensor):
+        return None if number is None else number.detach()
+    if torch.compiler.is_compiling():  # a product can be traced for any number, a fill for this one
+        return torch.ones((), dtype=torch.float64, device="cpu") * number
+    return torch.tensor(number, dtype=torch.float64, device="cpu")
 
 
 def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
@@ -175,7 +178,7 @@ def excess_head_weights(
     ce_per_head: Tensor,
     ref_ce: Tensor,
     target_ids: Tensor,
-    temperature: float = 0.7,
+    temperature: Tensor | float = 0.7,
     excess: str = "abs",
     ignore_index: int = -100,
 ) -> Tensor:
@@ -214,17 +217,22 @@ def excess_head_weights(
     checks.check_same_device(ce_per_head, target_ids=target_ids)
     checks.check_temperature(temperature)
     valid = has_target(target_ids, score.shape[2], ignore_index)
-    return softmax_over_heads(score, valid, temperature)
+    return softmax_over_heads(score, valid, as_tensor(temperature))
 
 
 def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
     """[B, S, H], detached: ce[b, t, k] - ref_ce[b, t + k], or its absolute value."""
-    batch, length, heads = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
+    batch, length, _ = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
     checks.check_ref_ce(ref_ce, batch, length)
     checks.check_same_device(ce_per_head, ref_ce=ref_ce)
     checks.check_choice("excess", excess, checks.EXCESSES)
-    aligned = align_ref_ce(ref_ce.detach().to(ce_per_head.dtype), length, heads)
-    return difference(ce_per_head.detach(), aligned, excess)
+    return aligned_difference(ce_per_head, ref_ce, excess)
+
+
+def aligned_difference(ce: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
+    """`excess_loss` of arguments as checked."""
+    aligned = align_ref_ce(ref_ce.detach().to(ce.dtype), *ce.shape[1:])
+    return difference(ce.detach(), aligned, excess)
 
 
 def align_ref_ce(ref_ce: Tensor, length: int, horizon: int) -> Tensor:
@@ -245,7 +253,7 @@ def td_head_weights(
     target_ids: Tensor,
     horizon: int,
     discount: float = 0.95,
-    temperature: float = 0.7,
+    temperature: Tensor | float = 0.7,
     ignore_index: int = -100,
 ) -> Tensor:
     """Weights of the critic-wmtp algorithm: more for heads whose token raises the value.
@@ -289,10 +297,11 @@ def td_head_weights(
     values = values.detach()
     previous = F.pad(values, (1, 0))[:, :length]
     score = shift_to_heads(values - discount * previous, horizon, 0.0)
-    return softmax_over_heads(score, has_target(target_ids, horizon, ignore_index), temperature)
+    valid = has_target(target_ids, horizon, ignore_index)
+    return softmax_over_heads(score, valid, as_tensor(temperature))
 
 
-def softmax_over_heads(score: Tensor, valid: Tensor, temperature: float) -> Tensor:
+def softmax_over_heads(score: Tensor, valid: Tensor, temperature: Tensor) -> Tensor:
     """softmax of score [..., H] / temperature over the valid heads of each token; 0 elsewhere."""
     weights = (score / temperature).masked_fill(~valid, float("-inf")).softmax(-1)
     return torch.where(valid, weights, 0.0)

@@ -13,6 +13,7 @@ from wmtp.checks import FLOAT_DTYPES
 from wmtp.reference import compute_weighted_mtp_loss
 
 MODIFIED = "modified by an inplace operation"
+TAKEN = "an earlier backward has it: pass inplace=False to go backward twice"
 OVERWRITTEN = "overwritten by their gradient"
 NOT_TWICE = r"inplace=True .* pass inplace=False"
 cpu_loss = partial(fused_weighted_mtp_loss, backend="cpu")
@@ -43,7 +44,7 @@ def test_inplace_gradient_takes_the_logits_storage(target, shared):
     torch.testing.assert_close(gradient, expected)
     scale = 3 if shared else 1  # autograd sums three equal parts
     torch.testing.assert_close(logits.detach() * scale, expected)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=TAKEN):
         loss.backward()
 
 
@@ -95,7 +96,7 @@ def test_a_view_of_a_layers_output(heads_differ):
     for again in (view, output.view(B, S, -1, V), output[..., :V][:, :, None]):
         with pytest.raises(ValueError, match=OVERWRITTEN):
             cpu_loss(again, target_ids)
-    with pytest.raises(RuntimeError, match=MODIFIED):
+    with pytest.raises(RuntimeError, match=TAKEN):
         loss.backward()
 
 
@@ -151,6 +152,74 @@ def test_each_of_two_chunks_is_remembered():
             cpu_loss(logits[chunk : chunk + 1], ids[chunk : chunk + 1])
 
 
+def slices(cut):
+    """[3, 4, 2, 30] logits, not a leaf's, and its parts, with their targets, as `cut` says."""
+    z, ids = new_logits(3, 4, 2, 30), torch.randint(30, (3, 4))
+    return z, cut(z, ids)
+
+
+DISJOINT = {
+    "heads": lambda z, ids: [(z[:, :, k : k + 1], ids) for k in range(2)],
+    "batch": lambda z, ids: [(z[b : b + 1], ids[b : b + 1]) for b in range(3)],
+    "sequence": lambda z, ids: [(z[:, :2], ids[:, :2]), (z[:, 2:], ids[:, 2:])],
+    "every other": lambda z, ids: [(z[:, i::2], ids[:, i::2]) for i in range(2)],
+    "sequence first": lambda z, ids: [
+        (z.view(4, 3, 2, 30).transpose(0, 1)[b : b + 1], ids[b : b + 1]) for b in range(3)
+    ],
+    "columns": lambda z, ids: [(z[..., v : v + 15], ids % 15) for v in (0, 15)],
+    "a list": lambda z, ids: [([z[:, :, k] for k in range(2)], ids)],
+    "two lists": lambda z, ids: [
+        ([z[b : b + 1, :, k] for k in range(2)], ids[b : b + 1]) for b in range(3)
+    ],
+}
+
+
+@pytest.mark.parametrize("cut", DISJOINT.values(), ids=DISJOINT)
+def test_slices_that_share_nothing_may_be_summed(target, cut):
+    backend, device = target
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        with torch.device(device):
+            z, parts = slices(cut)
+        losses = [
+            fused_weighted_mtp_loss(logits, ids, inplace=inplace, backend=backend).loss
+            for logits, ids in parts
+        ]
+        total = sum((k + 1) * loss for k, loss in enumerate(losses))
+        gradients.append(torch.autograd.grad(total, z)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    for logits, ids in parts:
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            fused_weighted_mtp_loss(logits, ids, backend=backend)
+
+
+def test_a_gradient_that_was_written_over_is_missed():
+    logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
+    loss = cpu_loss(logits, ids, inplace=True).loss
+    with torch.no_grad():
+        logits[:, :1] = 0
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        loss.backward()
+
+
+@pytest.mark.parametrize("hooks", ["identity", "copy", "save_on_cpu"])
+def test_under_saved_tensor_hooks(hooks):
+    leaf, ids = torch.randn(1, 6, 2, 40, requires_grad=True), torch.randint(40, (1, 6))
+    (expected,) = torch.autograd.grad(3 * cpu_loss(leaf, ids).loss, leaf)
+    saved = {
+        "identity": torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        "copy": torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone),
+        "save_on_cpu": torch.autograd.graph.save_on_cpu(),
+    }
+    with saved[hooks]:
+        loss = 3 * cpu_loss(leaf * 1, ids, inplace=True).loss
+    (found,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match=TAKEN):
+        loss.backward()
+
+
 def test_a_parameter_is_not_overwritten():
     logits, ids = torch.nn.Parameter(torch.randn(1, 6, 2, 40)), torch.randint(40, (1, 6))
     values = logits.detach().clone()
@@ -174,7 +243,7 @@ def test_a_second_backward_is_an_error(keep_graph):
     logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
     loss = cpu_loss(logits, ids, inplace=True).loss
     loss.backward(retain_graph=keep_graph)
-    with pytest.raises(RuntimeError, match=MODIFIED if keep_graph else "second time"):
+    with pytest.raises(RuntimeError, match=TAKEN if keep_graph else "second time"):
         loss.backward()
 
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp import ops
 from wmtp.backends import KERNELS, multiply
-from wmtp.inplace import note_overwritten
 
 
 def weighted_loss(
@@ -92,10 +91,7 @@ def _heads_gradients(ctx, grad_loss, grad_ce):
     grad, ctx.grad = ctx.grad, None
     if grad_ce is None and not torch.is_grad_enabled():
         if ctx.overwritten:
-            for head in heads:
-                KERNELS[ctx.backend].multiply_(head.detach(), grad_loss * factors[1])
-                note_overwritten(head)
-            return [head.detach() for head in heads]
+            return ops.take_overwritten(ctx, grad_loss * factors[1])
         if grad is not None:
             return multiply(grad, grad_loss * factors[1], ctx.backend).unbind(2)
     elif ctx.overwritten:

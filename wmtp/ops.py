@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp.backends import KERNELS, multiply
-from wmtp.inplace import note_overwritten
+from wmtp.inplace import Overwritten, note_overwritten
 from wmtp.labels import has_target
 from wmtp.layout import heads_share_storage
 from wmtp.reduction import accumulation_dtype, counted_tokens
@@ -147,16 +147,16 @@ def save_for_backward(ctx, inputs, output, other_heads=()):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], *output[3:])
     loss, _, ce, token_loss, weight_sum, *of_rows, factors, grad = output
-    ctx.overwritten = ahead and ctx.inplace
+    heads = (logits, *other_heads)
+    ctx.overwritten = Overwritten(heads) if ahead and ctx.inplace else None
     ctx.grad = grad if ahead and not ctx.inplace else None
-    if ctx.overwritten:
-        for overwritten in (logits, *other_heads):
-            note_overwritten(overwritten)
+    if ctx.overwritten:  # which looks after them itself
+        heads = (None,) * len(heads)
     # The caller may change his loss in place, `loss /= n`: copies.
     of_weights = (
         (loss.clone(), ce.clone(), token_loss, weight_sum) if ctx.needs_input_grad[2] else ()
     )
-    ctx.save_for_backward(*(logits, target_ids, *of_rows, factors), *other_heads, *of_weights)
+    ctx.save_for_backward(heads[0], target_ids, *of_rows, factors, *heads[1:], *of_weights)
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
@@ -186,11 +186,7 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
     grad, ctx.grad = ctx.grad, None
     if grad_ce is None and not torch.is_grad_enabled():
         if ctx.overwritten:
-            rows = logits.detach()
-            written = rows[:, :, :1] if ctx.shared_heads else rows
-            KERNELS[ctx.backend].multiply_(written, grad_loss * factors[1])
-            note_overwritten(logits)
-            return rows
+            return take_overwritten(ctx, grad_loss * factors[1])[0]
         if grad is not None:
             return multiply(grad, grad_loss * factors[1], ctx.backend).expand(logits.shape)
     elif ctx.overwritten:
@@ -203,6 +199,17 @@ def _logits_gradient(ctx, grad_loss, grad_ce):
     arguments = (logits, target_ids, row_max, log_sum, scalar.contiguous(), ctx.ignore_index)
     grad = torch.ops.wmtp.row_gradient(*arguments, ctx.backend, ctx.shared_heads)
     return grad.expand(logits.shape)
+
+
+def take_overwritten(ctx, factor):
+    """The gradients that stand where the logits were, times what came from above []."""
+    gradients = ctx.overwritten.take()
+    for gradient in gradients:
+        # `.data`: our own write, which note_overwritten counts, and not somebody else's.
+        rows = gradient.data[:, :, :1] if ctx.shared_heads else gradient.data
+        KERNELS[ctx.backend].multiply_(rows, factor)
+        note_overwritten(gradient)
+    return gradients
 
 
 def upstream(row_scalar, grad_loss, grad_ce):

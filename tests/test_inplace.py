@@ -10,6 +10,7 @@ from agreement import GRADIENT_TOLERANCE, largest, make_case
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.checks import FLOAT_DTYPES
+from wmtp.inplace import _notes
 from wmtp.reference import compute_weighted_mtp_loss
 
 MODIFIED = "modified by an inplace operation"
@@ -194,6 +195,51 @@ def test_slices_that_share_nothing_may_be_summed(target, cut):
             fused_weighted_mtp_loss(logits, ids, backend=backend)
 
 
+FILLS = {
+    "copy_": lambda z, new: z.detach().copy_(new),
+    ".data.copy_": lambda z, new: z.data.copy_(new),
+    "numpy": lambda z, new: z.detach().numpy().__setitem__(slice(None), new.numpy()),
+    "out=": lambda z, new: torch.mul(new, 1, out=z.data),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS.values(), ids=FILLS)
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_buffer_may_be_filled_again(fill, backward):
+    """Whoever fills it, and only what was filled."""
+    buffer, ids = torch.empty(4, 6, 2, 40), torch.randint(40, (4, 6))
+    for step in range(3):
+        new = torch.randn_like(buffer)
+        fill(buffer, new)
+        logits = buffer.detach().requires_grad_()
+        (expected,) = torch.autograd.grad(cpu_loss(new.requires_grad_(), ids).loss, new)
+        loss = cpu_loss(logits, ids, inplace=True).loss
+        if backward or step == 2:
+            torch.testing.assert_close(torch.autograd.grad(loss * 3, logits)[0], 3 * expected)
+    fill(buffer[:2], new[:2].detach())
+    cpu_loss(buffer[:2], ids[:2])
+    for still in (buffer, buffer[2:], buffer[1:3], buffer[2:, :, 1:]):
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            cpu_loss(still, ids[: len(still)])
+
+
+def test_a_gradient_of_zeros_is_known_by_the_version():
+    logits, ids = new_logits(1, 6, 2, 40), torch.full((1, 6), -100)
+    cpu_loss(logits, ids, inplace=True)
+    with pytest.raises(ValueError, match=OVERWRITTEN):
+        cpu_loss(logits, ids)
+    logits.detach().zero_()
+    cpu_loss(logits, ids, inplace=True)
+
+
+def test_notes_do_not_pile_up():
+    buffer, ids = torch.empty(1, 64, 2, 40), torch.randint(40, (1, 64))
+    for length in torch.randint(1, 64, (60,)).tolist():
+        buffer.data[:, :length].normal_()
+        cpu_loss(buffer[:, :length].detach().requires_grad_(), ids[:, :length], inplace=True)
+    assert len(_notes(buffer)) < 12
+
+
 def test_a_gradient_that_was_written_over_is_missed():
     logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
     loss = cpu_loss(logits, ids, inplace=True).loss
@@ -201,6 +247,16 @@ def test_a_gradient_that_was_written_over_is_missed():
         logits[:, :1] = 0
     with pytest.raises(RuntimeError, match=MODIFIED):
         loss.backward()
+
+
+def test_a_gradient_that_was_filled_over_in_part_is_missed():
+    buffer, ids = torch.randn(4, 6, 2, 40).requires_grad_(), torch.randint(40, (4, 6))
+    whole = cpu_loss(buffer, ids, inplace=True).loss
+    buffer.data[:1].normal_()
+    part = cpu_loss(buffer[:1], ids[:1], inplace=True).loss
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        whole.backward()
+    part.backward()
 
 
 @pytest.mark.parametrize("hooks", ["identity", "copy", "save_on_cpu"])

@@ -154,6 +154,7 @@ def check_not_overwritten(name: str, logits: Tensor) -> None:
                 f"{name} have been overwritten by their gradient: an earlier loss was computed "
                 f"from them with inplace=True; compute them again, or pass inplace=False there"
             )
+        note.written_since = True
         if not note.stands(storage, note.layout):
             notes.remove(note)
 

@@ -12,13 +12,20 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from wmtp.layout import Layout, overlap, rows_overlap
+from wmtp.layout import Layout, is_aligned, overlap, rows_overlap
 
 SAMPLES = (4, 8, 4, 2)  # how many values a note keeps along B, S, H and V
 
 
 def check_inplace(inplace: bool, logits: Tensor) -> None:
     if not inplace:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
+            "inplace=False inside compiled code"
+        )
+    if not has_storage(logits):  # then nothing is overwritten
         return
     if isinstance(logits, torch.nn.Parameter):
         raise ValueError(
@@ -30,16 +37,16 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
             f"{tuple(logits.shape)} with strides {tuple(logits.stride())}: pass "
             f"logits.contiguous() or inplace=False"
         )
+    if not is_aligned(logits):
+        raise ValueError(
+            f"inplace=True needs logits at a multiple of their {logits.element_size()} bytes, got "
+            f"them at address {logits.data_ptr()}: pass logits.clone() or inplace=False"
+        )
     if _autograd_forbids_overwriting(logits):
         raise ValueError(
             "inplace=True would overwrite one of several views that an operation returned together "
             "(chunk, split, unbind) or a view that autograd does not follow: pass a slice of your "
             "own, logits[begin:end], or inplace=False"
-        )
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
-            "inplace=False inside compiled code"
         )
 
 
@@ -62,7 +69,7 @@ def check_inplace_heads(inplace: bool, heads: Sequence[Tensor]) -> None:
 
 
 def _autograd_forbids_overwriting(logits: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not (logits._is_view() and logits.requires_grad):
+    if not (logits._is_view() and logits.requires_grad):
         return False
     autograd = torch._C._autograd
     return autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT

@@ -110,8 +110,16 @@ def heads_share_storage(logits: Tensor) -> bool:
     return logits.shape[2] > 1 and logits.stride(2) == 0
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether its elements begin at multiples of their size, as compiled code takes for granted;
+    `torch.frombuffer` promises nothing of the kind."""
+    return tensor.data_ptr() % tensor.element_size() == 0
+
+
 def rows_overlap(logits: Tensor) -> bool:
     """Whether two elements share memory; heads of stride 0 are one row by design."""
+    if not logits.numel():
+        return False
     rows = logits[:, :, :1] if heads_share_storage(logits) else logits
     end = 1
     for stride, size in sorted(zip(rows.stride(), rows.shape, strict=True)):

@@ -93,6 +93,18 @@ def test_strides_may_differ_from_head_to_head(target):
     torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_token_at_all(target, inplace):
+    backend, device = target
+    leaves = [torch.zeros(2, 0, 9, device=device, requires_grad=True) for _ in range(3)]
+    ids = torch.zeros(2, 0, dtype=torch.int64, device=device)
+    heads = [leaf * 1 for leaf in leaves]
+    loss = fused_weighted_mtp_loss(heads, ids, inplace=inplace, backend=backend).loss
+    loss.backward()
+    assert loss == 0
+    assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
 def test_a_frozen_head_gets_no_gradient():
     case, _, heads = stacked_and_listed()
     heads[1] = heads[1].detach()

@@ -10,9 +10,11 @@ from agreement import GRADIENT_TOLERANCE, largest, make_case
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.checks import FLOAT_DTYPES
+from wmtp.inplace import _notes
 from wmtp.reference import compute_weighted_mtp_loss
 
 MODIFIED = "modified by an inplace operation"
+TAKEN = "an earlier backward has it: pass inplace=False to go backward twice"
 OVERWRITTEN = "overwritten by their gradient"
 NOT_TWICE = r"inplace=True .* pass inplace=False"
 cpu_loss = partial(fused_weighted_mtp_loss, backend="cpu")
@@ -43,7 +45,7 @@ def test_inplace_gradient_takes_the_logits_storage(target, shared):
     torch.testing.assert_close(gradient, expected)
     scale = 3 if shared else 1  # autograd sums three equal parts
     torch.testing.assert_close(logits.detach() * scale, expected)
-    with pytest.raises(RuntimeError, match=NOT_TWICE):
+    with pytest.raises(RuntimeError, match=TAKEN):
         loss.backward()
 
 
@@ -95,7 +97,7 @@ def test_a_view_of_a_layers_output(heads_differ):
     for again in (view, output.view(B, S, -1, V), output[..., :V][:, :, None]):
         with pytest.raises(ValueError, match=OVERWRITTEN):
             cpu_loss(again, target_ids)
-    with pytest.raises(RuntimeError, match=NOT_TWICE):
+    with pytest.raises(RuntimeError, match=TAKEN):
         loss.backward()
 
 
@@ -142,17 +144,6 @@ def test_a_detached_alias_is_refused_too():
             cpu_loss(use, ids)
 
 
-def test_two_chunks_of_one_tensor_in_one_backward():
-    leaf, ids = torch.randn(2, 6, 2, 40, requires_grad=True), torch.randint(40, (2, 6))
-    gradients = []
-    for inplace in (False, True):
-        logits = leaf * 1
-        parts = (slice(0, 1), slice(1, 2))
-        losses = [cpu_loss(logits[part], ids[part], inplace=inplace).loss for part in parts]
-        gradients.append(torch.autograd.grad(losses[0] + 2 * losses[1], leaf)[0])
-    torch.testing.assert_close(*gradients)
-
-
 def test_each_of_two_chunks_is_remembered():
     logits, ids = new_logits(2, 6, 2, 40), torch.randint(40, (2, 6))
     for chunk in (0, 1):
@@ -160,6 +151,129 @@ def test_each_of_two_chunks_is_remembered():
     for chunk in (0, 1):
         with pytest.raises(ValueError, match=OVERWRITTEN):
             cpu_loss(logits[chunk : chunk + 1], ids[chunk : chunk + 1])
+
+
+def slices(cut):
+    """[3, 4, 2, 30] logits, not a leaf's, and its parts, with their targets, as `cut` says."""
+    z, ids = new_logits(3, 4, 2, 30), torch.randint(30, (3, 4))
+    return z, cut(z, ids)
+
+
+DISJOINT = {
+    "heads": lambda z, ids: [(z[:, :, k : k + 1], ids) for k in range(2)],
+    "batch": lambda z, ids: [(z[b : b + 1], ids[b : b + 1]) for b in range(3)],
+    "sequence": lambda z, ids: [(z[:, :2], ids[:, :2]), (z[:, 2:], ids[:, 2:])],
+    "every other": lambda z, ids: [(z[:, i::2], ids[:, i::2]) for i in range(2)],
+    "sequence first": lambda z, ids: [
+        (z.view(4, 3, 2, 30).transpose(0, 1)[b : b + 1], ids[b : b + 1]) for b in range(3)
+    ],
+    "columns": lambda z, ids: [(z[..., v : v + 15], ids % 15) for v in (0, 15)],
+    "a list": lambda z, ids: [([z[:, :, k] for k in range(2)], ids)],
+    "two lists": lambda z, ids: [
+        ([z[b : b + 1, :, k] for k in range(2)], ids[b : b + 1]) for b in range(3)
+    ],
+}
+
+
+@pytest.mark.parametrize("cut", DISJOINT.values(), ids=DISJOINT)
+def test_slices_that_share_nothing_may_be_summed(target, cut):
+    backend, device = target
+    gradients = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        with torch.device(device):
+            z, parts = slices(cut)
+        losses = [
+            fused_weighted_mtp_loss(logits, ids, inplace=inplace, backend=backend).loss
+            for logits, ids in parts
+        ]
+        total = sum((k + 1) * loss for k, loss in enumerate(losses))
+        gradients.append(torch.autograd.grad(total, z)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    for logits, ids in parts:
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            fused_weighted_mtp_loss(logits, ids, backend=backend)
+
+
+FILLS = {
+    "copy_": lambda z, new: z.detach().copy_(new),
+    ".data.copy_": lambda z, new: z.data.copy_(new),
+    "numpy": lambda z, new: z.detach().numpy().__setitem__(slice(None), new.numpy()),
+    "out=": lambda z, new: torch.mul(new, 1, out=z.data),
+}
+
+
+@pytest.mark.parametrize("fill", FILLS.values(), ids=FILLS)
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_buffer_may_be_filled_again(fill, backward):
+    """Whoever fills it, and only what was filled."""
+    buffer, ids = torch.empty(4, 6, 2, 40), torch.randint(40, (4, 6))
+    for step in range(3):
+        new = torch.randn_like(buffer)
+        fill(buffer, new)
+        logits = buffer.detach().requires_grad_()
+        (expected,) = torch.autograd.grad(cpu_loss(new.requires_grad_(), ids).loss, new)
+        loss = cpu_loss(logits, ids, inplace=True).loss
+        if backward or step == 2:
+            torch.testing.assert_close(torch.autograd.grad(loss * 3, logits)[0], 3 * expected)
+    fill(buffer[:2], new[:2].detach())
+    cpu_loss(buffer[:2], ids[:2])
+    for still in (buffer, buffer[2:], buffer[1:3], buffer[2:, :, 1:]):
+        with pytest.raises(ValueError, match=OVERWRITTEN):
+            cpu_loss(still, ids[: len(still)])
+
+
+def test_a_gradient_of_zeros_is_known_by_the_version():
+    logits, ids = new_logits(1, 6, 2, 40), torch.full((1, 6), -100)
+    cpu_loss(logits, ids, inplace=True)
+    with pytest.raises(ValueError, match=OVERWRITTEN):
+        cpu_loss(logits, ids)
+    logits.detach().zero_()
+    cpu_loss(logits, ids, inplace=True)
+
+
+def test_notes_do_not_pile_up():
+    buffer, ids = torch.empty(1, 64, 2, 40), torch.randint(40, (1, 64))
+    for length in torch.randint(1, 64, (60,)).tolist():
+        buffer.data[:, :length].normal_()
+        cpu_loss(buffer[:, :length].detach().requires_grad_(), ids[:, :length], inplace=True)
+    assert len(_notes(buffer)) < 12
+
+
+def test_a_gradient_that_was_written_over_is_missed():
+    logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
+    loss = cpu_loss(logits, ids, inplace=True).loss
+    with torch.no_grad():
+        logits[:, :1] = 0
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        loss.backward()
+
+
+def test_a_gradient_that_was_filled_over_in_part_is_missed():
+    buffer, ids = torch.randn(4, 6, 2, 40).requires_grad_(), torch.randint(40, (4, 6))
+    whole = cpu_loss(buffer, ids, inplace=True).loss
+    buffer.data[:1].normal_()
+    part = cpu_loss(buffer[:1], ids[:1], inplace=True).loss
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        whole.backward()
+    part.backward()
+
+
+@pytest.mark.parametrize("hooks", ["identity", "copy", "save_on_cpu"])
+def test_under_saved_tensor_hooks(hooks):
+    leaf, ids = torch.randn(1, 6, 2, 40, requires_grad=True), torch.randint(40, (1, 6))
+    (expected,) = torch.autograd.grad(3 * cpu_loss(leaf, ids).loss, leaf)
+    saved = {
+        "identity": torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        "copy": torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone),
+        "save_on_cpu": torch.autograd.graph.save_on_cpu(),
+    }
+    with saved[hooks]:
+        loss = 3 * cpu_loss(leaf * 1, ids, inplace=True).loss
+    (found,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(RuntimeError, match=TAKEN):
+        loss.backward()
 
 
 def test_a_parameter_is_not_overwritten():
@@ -185,16 +299,7 @@ def test_a_second_backward_is_an_error(keep_graph):
     logits, ids = new_logits(1, 6, 2, 40), torch.randint(40, (1, 6))
     loss = cpu_loss(logits, ids, inplace=True).loss
     loss.backward(retain_graph=keep_graph)
-    with pytest.raises(RuntimeError, match=NOT_TWICE):
-        loss.backward()
-
-
-def test_a_gradient_that_somebody_changed_is_not_handed_out():
-    logits = new_logits(1, 6, 2, 40)
-    loss = cpu_loss(logits, torch.randint(40, (1, 6)), inplace=True).loss
-    with torch.no_grad():
-        logits.mul_(2)
-    with pytest.raises(RuntimeError, match=MODIFIED):
+    with pytest.raises(RuntimeError, match=TAKEN):
         loss.backward()
 
 

@@ -1,4 +1,4 @@
-"""Differentiating twice is right or raises, for every pair of differentiable inputs; never dropped."""
+"""Differentiating twice is right or raises, for every pair of differentiable inputs."""
 
 from itertools import product
 
@@ -84,12 +84,12 @@ def twice(form, scalar, first, second, call=compute_weighted_mtp_loss, **options
 @pytest.mark.parametrize(("form", "first", "second"), PAIRS)
 def test_every_pair_is_right_or_raises(form, first, second, scalar, reduction):
     wanted = twice(form, scalar, first, second, reduction=reduction)
-    try:
-        found = twice(form, scalar, first, second, fused_weighted_mtp_loss, reduction=reduction)
-    except NotImplementedError as error:
-        assert NO_SECOND in str(error)
-        assert first != "head_weights"
+    fused = (form, scalar, first, second, fused_weighted_mtp_loss)
+    if first != "head_weights" and wanted is not None:
+        with pytest.raises(NotImplementedError, match=NO_SECOND):
+            twice(*fused, reduction=reduction)
         return
+    found = twice(*fused, reduction=reduction)
     assert (found is None) == (wanted is None or not wanted.any())
     if found is not None:
         torch.testing.assert_close(found, wanted)

@@ -1,16 +1,31 @@
-"""inplace=True: which logits may be overwritten, and which have been."""
+"""inplace=True: which logits may be overwritten, and which have been.
+
+Logits that hold their gradient now are noted at their storage, so that nobody takes it for logits.
+A note keeps some of the gradient's values: where others stand by now, somebody has filled that
+memory again. The version counter alone would not tell: `.data.copy_` leaves it as it is, and
+whoever writes to another slice of the storage raises it too.
+"""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from wmtp.layout import extent, rows_overlap
+from wmtp.layout import Layout, is_aligned, overlap, rows_overlap
+
+SAMPLES = (4, 8, 4, 2)  # how many values a note keeps along B, S, H and V
 
 
 def check_inplace(inplace: bool, logits: Tensor) -> None:
     if not inplace:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
+            "inplace=False inside compiled code"
+        )
+    if not has_storage(logits):  # then nothing is overwritten
         return
     if isinstance(logits, torch.nn.Parameter):
         raise ValueError(
@@ -22,16 +37,16 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
             f"{tuple(logits.shape)} with strides {tuple(logits.stride())}: pass "
             f"logits.contiguous() or inplace=False"
         )
+    if not is_aligned(logits):
+        raise ValueError(
+            f"inplace=True needs logits at a multiple of their {logits.element_size()} bytes, got "
+            f"them at address {logits.data_ptr()}: pass logits.clone() or inplace=False"
+        )
     if _autograd_forbids_overwriting(logits):
         raise ValueError(
             "inplace=True would overwrite one of several views that an operation returned together "
             "(chunk, split, unbind) or a view that autograd does not follow: pass a slice of your "
             "own, logits[begin:end], or inplace=False"
-        )
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
-            "inplace=False inside compiled code"
         )
 
 
@@ -45,54 +60,119 @@ def check_inplace_heads(inplace: bool, heads: Sequence[Tensor]) -> None:
             "inplace=True needs heads of the same strides, got "
             f"{sorted({head.stride() for head in heads})}: pass inplace=False"
         )
-    extents = sorted(extent(head) for head in heads)
-    if any(end > begin for (_, end), (begin, _) in pairwise(extents)):
+    layouts = [Layout.of(head) for head in heads]
+    if any(overlap(*pair) for pair in combinations(layouts, 2)):
         raise ValueError(
             "inplace=True needs heads of memory of their own, got some that lie across each other: "
             "pass the tensor [B, S, H, V] that they are views of, or inplace=False"
         )
 
 
-def note_overwritten(logits: Tensor) -> None:
-    """These logits hold their gradient now. Whoever saved them for a backward gets autograd's
-    error, and whoever passes them in again gets ours, until they are changed."""
-    storage = logits.untyped_storage()
-    extents = _overwritten_parts(logits)
-    torch.autograd.graph.increment_version(logits)
-    storage._wmtp_gradients = (logits._version, [*extents, extent(logits)])  # type: ignore[attr-defined]
-
-
-def check_not_overwritten(name: str, logits: Tensor) -> None:
-    parts = _overwritten_parts(logits)
-    begin, end = extent(logits) if parts else (0, 0)
-    if any(begin < last and first < end for first, last in parts):
-        raise ValueError(
-            f"{name} have been overwritten by their gradient: an earlier loss was computed from "
-            f"them with inplace=True; compute them again, or pass inplace=False there"
-        )
-
-
-def check_gradient_stands(logits: Tensor) -> None:
-    """Backward hands out what forward has written here: nobody may have written since."""
-    if extent(logits) not in _overwritten_parts(logits):
-        raise RuntimeError(
-            "the logits, which inplace=True has overwritten with their gradient, have been "
-            "modified by an inplace operation since: change them after backward, or pass "
-            "inplace=False"
-        )
-
-
-def _overwritten_parts(logits: Tensor) -> list[tuple[int, int]]:
-    """Where the storage holds gradients; none any more once somebody else has written to it."""
-    version, parts = getattr(logits.untyped_storage(), "_wmtp_gradients", (None, []))
-    return parts if parts and version == logits._version else []
-
-
 def _autograd_forbids_overwriting(logits: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not (logits._is_view() and logits.requires_grad):
+    if not (logits._is_view() and logits.requires_grad):
         return False
     autograd = torch._C._autograd
     return autograd._get_creation_meta(logits) != autograd.CreationMeta.DEFAULT
+
+
+GRADIENT_IS_TAKEN = (
+    "inplace=True left one gradient, where the logits were, and an earlier backward has it: pass "
+    "inplace=False to go backward twice"
+)
+
+
+class Overwritten:
+    """The gradients that stand where the heads' logits were, for one backward to have."""
+
+    def __init__(self, heads: Sequence[Tensor]):
+        self._gradients = [head.detach() for head in heads]
+        self._notes = [note_overwritten(head) for head in heads]
+
+    def take(self) -> list[Tensor]:
+        """Raises where they are gone: autograd's own check would raise for other slices too."""
+        for gradient, note in zip(self._gradients, self._notes, strict=True):
+            if note not in _notes(gradient) or note.written_since:
+                raise RuntimeError(
+                    "inplace=True put the gradient where the logits were, and it has been modified "
+                    "by an inplace operation since: go backward before, or pass inplace=False"
+                )
+        return self._gradients
+
+
+class _Note:
+    """That a gradient stands where these logits were."""
+
+    def __init__(self, logits: Tensor):
+        self.layout = Layout.of(logits)
+        self.written_since = False  # somebody else has written, somewhere in the storage
+        self.sizes = tuple(map(min, logits.shape, SAMPLES))
+        self.strides = tuple(
+            max(size - 1, 0) // max(samples - 1, 1) * stride
+            for size, samples, stride in zip(logits.shape, self.sizes, logits.stride(), strict=True)
+        )
+        self.offset = logits.storage_offset()
+        self.values = logits.as_strided(self.sizes, self.strides).clone()
+
+    def stands(self, storage: torch.UntypedStorage, where: Layout) -> bool:
+        """Whether some of the gradient is still there, on a GPU by waiting for it."""
+        values = self.values
+        if self.layout.end > storage.data_ptr() + storage.nbytes():
+            return False
+        if values.is_cuda and torch.cuda.is_current_stream_capturing():
+            return not self.written_since
+        now = values.new_empty(0).set_(storage, self.offset, self.sizes, self.strides)
+        same = (now == values) | (now.isnan() & values.isnan())
+        if self._some_lie_in(where, same & values.isfinite() & (values != 0)):
+            return True
+        if self._some_lie_in(where, ~same):
+            return False
+        return not self.written_since  # zeros tell nothing, or none of the values lies there
+
+    def _some_lie_in(self, where: Layout, chosen: Tensor) -> bool:
+        if where == self.layout:
+            return bool(chosen.any())
+        itemsize = self.layout.itemsize
+        for indices in chosen.nonzero().tolist():
+            steps = zip(indices, self.strides, strict=True)
+            begin = self.layout.begin + itemsize * sum(i * stride for i, stride in steps)
+            if overlap(Layout(begin, (), (), itemsize), where):
+                return True
+        return False
+
+
+def note_overwritten(logits: Tensor) -> _Note:
+    """These logits hold their gradient now. Whoever saved them for a backward gets autograd's
+    error, and whoever passes them in again gets ours, until they are filled again."""
+    note = _Note(logits)
+    others = [other for other in _notes(logits) if other.layout != note.layout]
+    torch.autograd.graph.increment_version(logits)
+    logits.untyped_storage()._wmtp_notes = logits._version, [*others, note]  # type: ignore[attr-defined]
+    return note
+
+
+def check_not_overwritten(name: str, logits: Tensor) -> None:
+    notes = _notes(logits)
+    if not notes:
+        return
+    storage, where = logits.untyped_storage(), Layout.of(logits)
+    for note in [note for note in notes if overlap(note.layout, where)]:
+        if note.stands(storage, where):
+            raise ValueError(
+                f"{name} have been overwritten by their gradient: an earlier loss was computed "
+                f"from them with inplace=True; compute them again, or pass inplace=False there"
+            )
+        note.written_since = True
+        if not note.stands(storage, note.layout):
+            notes.remove(note)
+
+
+def _notes(logits: Tensor) -> list[_Note]:
+    """Those at its storage, which learn here whether somebody else has written to it."""
+    version, notes = getattr(logits.untyped_storage(), "_wmtp_notes", (None, []))
+    if version != logits._version:
+        for note in notes:
+            note.written_since = True
+    return notes
 
 
 def has_storage(logits: Tensor) -> bool:

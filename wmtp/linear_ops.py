@@ -42,8 +42,8 @@ _PRODUCT = (
 WEIGHTS = PRODUCT + 1  # the place of head_weights among linear_loss's
 ops.library.define(
     f"linear_loss({_PRODUCT}, bool ahead, "
-    "Tensor? head_weights, Tensor? ref_ce, Tensor? normalizer, "
-    "Tensor? temperature, str excess, str reduction) -> (Tensor loss, Tensor valid_mask, Tensor ce, "
+    "Tensor? head_weights, Tensor? ref_ce, Tensor? normalizer, Tensor? temperature, "
+    "str excess, str reduction) -> (Tensor loss, Tensor valid_mask, Tensor ce, "
     "Tensor row_scalar, Tensor unscale, Tensor hidden_sum, Tensor weight_sum, Tensor bias_sum)",
     tags=torch.Tag.cudagraph_unsafe,  # it waits for the device
 )
@@ -75,8 +75,6 @@ def without_autocast(kernel: Callable) -> Callable:
             return kernel(hidden, *arguments)
 
     return isolated
-
-
 
 
 @without_autocast

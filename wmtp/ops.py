@@ -31,13 +31,13 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp import reference
 from wmtp.backends import KERNELS, multiply
-from wmtp.inplace import check_gradient_stands, note_overwritten
+from wmtp.inplace import GRADIENT_IS_TAKEN, Overwritten, note_overwritten
 from wmtp.layout import heads_share_storage
 from wmtp.reduction import accumulation_dtype
 
 LOGITS_ARE_GONE = (
-    "inplace=True has put the gradient of the loss where the logits were: neither ce_per_head nor "
-    "the gradient itself can be differentiated then, nor backward called twice; pass inplace=False"
+    "inplace=True has put the gradient of the loss where the logits were: neither "
+    "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
 )
 
 library = torch.library.Library("wmtp", "DEF")
@@ -183,14 +183,9 @@ def save_for_backward(ctx, inputs, output, other_heads=()):
     ctx.listed = logits.dim() == 3
     ctx.logits_wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[len(inputs) :])
     ctx.spent = False  # in place, backward is called once
-    ctx.written = (grad,) if ahead else None  # belongs to whoever gets it: handed out once
+    ctx.written = grad if ahead else None  # belongs to whoever gets it: handed out once
     if ahead and ctx.inplace:
-        for head in heads:
-            note_overwritten(head)
-        ctx.written = tuple(head.detach() for head in heads)
-        if ctx.shared_heads:
-            ctx.written = (logits.detach()[:, :, :1],)
-        heads = ()
+        ctx.written, heads = Overwritten(heads), ()
     of_weights = (None, None, None)
     if ctx.needs_input_grad[2]:
         of_weights = (ce.clone(), head_weights, normalizer)  # the caller may change his ce in place
@@ -209,11 +204,13 @@ def gradients(ctx, grad_loss, grad_ce):
         return of_logits, of_weights
     differentiable = torch.is_grad_enabled()
     if ctx.inplace:
-        if ctx.spent or differentiable or grad_ce is not None:
+        if ctx.spent:
+            raise RuntimeError(GRADIENT_IS_TAKEN)
+        if differentiable or grad_ce is not None:
             raise RuntimeError(LOGITS_ARE_GONE)
         ctx.spent = True
-    tensors = ctx.saved_tensors
-    saved = Saved(*tensors[:8], logits=tensors[8:])
+    tensors, named = ctx.saved_tensors, len(Saved._fields) - 1
+    saved = Saved(*tensors[:named], tensors[named:])
     if ctx.needs_input_grad[2] and grad_loss is not None:
         ce = _cross_entropies(ctx, saved) if differentiable else saved.ce
         of_weights = weights_gradient(saved, ce, grad_loss, ctx.reduction, ctx.ignore_index)
@@ -229,16 +226,15 @@ def gradients(ctx, grad_loss, grad_ce):
 
 
 def _handed_out(ctx, written, factor):
-    if ctx.inplace:
-        for part in written:
-            check_gradient_stands(part)
-    for part in written:
-        multiply(part, factor, ctx.backend)
-        if ctx.inplace:
-            note_overwritten(part)
-    if not ctx.listed:
-        return [written[0].expand(ctx.shape)]
-    return written if ctx.inplace else written[0].unbind(2)
+    if not ctx.inplace:
+        grad = multiply(written, factor, ctx.backend)
+        return grad.unbind(2) if ctx.listed else [grad.expand(ctx.shape)]
+    parts = written.take()
+    for part in parts:
+        # `.data`: our own write, which note_overwritten counts, and not somebody else's.
+        multiply(part.data[:, :, :1] if ctx.shared_heads else part.data, factor, ctx.backend)
+        note_overwritten(part)
+    return parts
 
 
 def _made_anew(ctx, saved, grad_loss, grad_ce):

@@ -6,7 +6,7 @@ it is what `backend="eager"` runs. In fp64 it is the oracle of the tests.
     B batch, S sequence, H heads (the horizon), V vocabulary.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +103,7 @@ def loss_of_cross_entropies(
     """Everything after the cross entropies [B, S, H]; differentiable in them and the weights."""
     valid = has_target(target_ids, ce.shape[2], ignore_index)
     if ref_ce is not None:
+        assert temperature is not None
         score = aligned_difference(ce, ref_ce, excess)
         weights = softmax_over_heads(score, valid, temperature)
     else:
@@ -121,6 +122,10 @@ def known_weights(valid: Tensor, head_weights: Tensor | None, dtype: torch.dtype
     return torch.where(valid, head_weights.to(dtype), 0.0)
 
 
+@overload
+def as_tensor(number: None) -> None: ...
+@overload
+def as_tensor(number: Tensor | float) -> Tensor: ...
 def as_tensor(number: Tensor | float | None) -> Tensor | None:
     """A constant, whatever it was."""
     if number is None or isinstance(number, Tensor):

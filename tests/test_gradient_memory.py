@@ -213,6 +213,20 @@ def test_a_training_loop_asks_for_memory_once(fresh_memory, is_leaf):
     assert len(fresh_memory) == 1
 
 
+def test_compiled_code_asks_for_memory_once(fresh_memory):
+    case = make_case(CASE_SHAPE)
+    logits = case.logits.requires_grad_()
+    step = torch.compile(
+        lambda logits: fused_weighted_mtp_loss(logits, case.target_ids, backend="cpu").loss,
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for _ in range(4):
+        logits.grad = None
+        step(logits).backward()
+    assert len(fresh_memory) == 1
+
+
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
 def test_successive_gradients_do_not_alias(upstream):
     case, other = make_case(CASE_SHAPE), make_case(CASE_SHAPE, seed=1)

@@ -70,6 +70,30 @@ def with_fsdp(model, x, target_ids):
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 
 
+def with_fsdp_compiled(model, x, target_ids):
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model.lm_head, mesh=dist.init_device_mesh("cpu", (PROCESSES,)))
+    hidden = model.body(x).tanh()
+    step = torch.compile(
+        lambda hidden, weight, bias: (
+            fused_linear_weighted_mtp_loss(
+                hidden, weight, target_ids, lm_head_bias=bias, chunk_bytes=1
+            ).loss
+        ),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    step(hidden, model.lm_head.weight, model.lm_head.bias).backward()
+    for parameter in model.body.parameters():
+        dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
+        parameter.grad /= PROCESSES
+    return {
+        name: getattr(parameter.grad, "full_tensor", lambda grad=parameter.grad: grad)()
+        for name, parameter in model.named_parameters()
+    }
+
+
 def work(rank, function, folder):
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), PROCESSES)
@@ -80,7 +104,7 @@ def work(rank, function, folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("function", [with_ddp, with_fsdp])
+@pytest.mark.parametrize("function", [with_ddp, with_fsdp, with_fsdp_compiled])
 def test_gradients_are_those_of_one_process(function, tmp_path):
     multiprocessing.spawn(work, (function, tmp_path), nprocs=PROCESSES)
     wanted = true_gradients()

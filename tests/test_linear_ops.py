@@ -58,6 +58,23 @@ def test_compiled_whole(weighting, dtype, compiler):
             assert (ours - theirs).norm() <= 5e-3 * theirs.norm()
 
 
+def test_chunk_bytes_may_follow_from_a_size():
+    (hidden, weight, _), options = make_case()
+
+    def loss_of(hidden):
+        return fused_linear_weighted_mtp_loss(
+            hidden, weight, **options, chunk_bytes=hidden.shape[1] * 100
+        ).loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(hidden), loss_of(hidden))
+
+
+def test_no_cuda_graph_is_made_of_what_waits_for_the_device():
+    for operator in (torch.ops.wmtp.linear_loss, torch.ops.wmtp.linear_gradient):
+        assert torch.Tag.cudagraph_unsafe in operator.default.tags
+
+
 def test_the_reference_is_compiled_whole():
     (hidden, weight, _), options = make_case()
     compiled = torch.compile(linear_next_token_cross_entropy, fullgraph=True, backend="aot_eager")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from agreement import make_case
@@ -156,6 +157,87 @@ def test_inductor_compiles_loss_and_gradient():
         results.append((loss.detach(), logits.grad))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager)
+
+
+@pytest.fixture
+def graphs():
+    """A compiler that counts what it compiles."""
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("aot_eager")
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", ["temperature", "normalizer"])
+def test_annealing_compiles_two_graphs_at_most(graphs, name, as_tensor):
+    case = make_case((2, 5, 3, 20), weighting="ref_ce")
+
+    def loss_of(logits, value):
+        options = {**case.options, name: value}
+        return fused_weighted_mtp_loss(logits, case.target_ids, **options).loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend=graphs)
+    for value in torch.linspace(0.5, 3.5, 12).tolist():
+        given = torch.tensor(value) if as_tensor else value
+        logits = case.logits.clone().requires_grad_()
+        loss = compiled(logits, given)
+        torch.testing.assert_close(loss, loss_of(logits, value), rtol=1e-6, atol=1e-6)
+        loss.backward()
+    assert graphs.frame_count <= 2
+
+
+def test_a_list_of_heads_of_any_length_compiles(graphs):
+    """As one graph for all lengths, and with the gradients of the list as it is."""
+
+    def loss_of(target_ids, *heads):
+        return fused_weighted_mtp_loss(list(heads), target_ids).loss
+
+    compiled = torch.compile(loss_of, fullgraph=True, backend=graphs, dynamic=True)
+    for length in (5, 7, 11):
+        case = make_case((2, length, 3, 20))
+        heads = [head.clone().requires_grad_() for head in case.logits.unbind(2)]
+        found, wanted = (
+            torch.autograd.grad(function(case.target_ids, *heads), heads)
+            for function in (compiled, loss_of)
+        )
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("compiler", compilers()[1:], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("upstream", [1.0, -2.5])
+def test_a_compiled_gradient_is_multiplied_where_it_stands(monkeypatch, compiler, upstream):
+    """And by 1 not at all: that is seen when it runs, not when it is traced."""
+    case = make_case((2, 5, 3, 20), weighting="given")
+    weights = case.options["head_weights"].requires_grad_()
+    leaves = (case.logits.requires_grad_(), weights)
+
+    def loss_of(logits, weights):
+        return fused_weighted_mtp_loss(logits * 1, case.target_ids, weights).loss
+
+    wanted = torch.autograd.grad(loss_of(*leaves), leaves, torch.tensor(upstream))
+    factors, multiply_ = [], cpu.multiply_
+    monkeypatch.setattr(cpu, "multiply_", lambda g, f: factors.append(f.item()) or multiply_(g, f))
+    found = torch.autograd.grad(compiler(loss_of)(*leaves), leaves, torch.tensor(upstream))
+    assert factors == [upstream]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_compiled_loss_may_go_backward_twice():
+    case = make_case((2, 5, 3, 20))
+    compiled = torch.compile(
+        lambda x: fused_weighted_mtp_loss(x * 1, case.target_ids).loss, backend="aot_eager"
+    )
+    logits = case.logits.requires_grad_()
+    loss = compiled(logits) * 3
+    first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+
+
+def test_opcheck_multiply():
+    arguments = (torch.randn(2, 4, 2, 9), torch.tensor(2.0), "cpu")
+    torch.library.opcheck(torch.ops.wmtp.multiply_.default, arguments)
 
 
 def test_inplace_inside_compiled_code_is_refused():

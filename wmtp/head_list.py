@@ -54,6 +54,7 @@ class _LossOfHeads(torch.autograd.Function):
         gradient = ("inplace" if inplace else "new") if ahead else "none"
         heads = _alike((first, *others))  # some may be copies: they must live until the launch
         rows, offsets = _as_one(heads)
+        options = map(ops.aligned, options)
         *output, grad = KERNELS[backend].weighted_loss(rows, *options, gradient, offsets)
         output = (*output, grad.new_empty(0) if ahead and inplace else grad)
         ops.save_for_backward(ctx, (first, *arguments), output, others)

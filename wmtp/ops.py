@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from wmtp import reference
 from wmtp.backends import KERNELS, multiply
 from wmtp.inplace import GRADIENT_IS_TAKEN, Overwritten, note_overwritten
-from wmtp.layout import heads_share_storage
+from wmtp.layout import heads_share_storage, is_aligned
 from wmtp.reduction import accumulation_dtype
 
 LOGITS_ARE_GONE = (
@@ -125,23 +125,29 @@ def _rows(logits: Tensor, shared_heads: bool) -> Tensor:
 
 
 def unit_stride(logits: Tensor) -> Tensor:
-    logits = logits.resolve_neg()
+    logits = aligned(logits.resolve_neg())
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def aligned(value):
+    return value.clone() if isinstance(value, Tensor) and not is_aligned(value) else value
 
 
 def _weighted_loss(logits, *arguments):
     *options, backend, shared_heads, ahead, inplace = arguments
     gradient = ("inplace" if inplace else "new") if ahead else "none"
-    return KERNELS[backend].weighted_loss(_rows(logits, shared_heads), *options, gradient)
+    rows = _rows(logits, shared_heads)
+    return KERNELS[backend].weighted_loss(rows, *map(aligned, options), gradient)
 
 
 def _row_gradient(logits, *arguments):
     *options, backend, shared_heads = arguments
-    return KERNELS[backend].row_gradient(_rows(logits, shared_heads), *options)
+    return KERNELS[backend].row_gradient(_rows(logits, shared_heads), *map(aligned, options))
 
 
 def _next_token_ce(logits, target_ids, ignore_index, backend):
-    return KERNELS[backend].next_token_ce(unit_stride(logits), target_ids, ignore_index)
+    logits, target_ids = unit_stride(logits), aligned(target_ids)
+    return KERNELS[backend].next_token_ce(logits, target_ids, ignore_index)
 
 
 def _multiply(grad, factor, backend):

@@ -124,6 +124,13 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
     return largest(found.double() - truth) / max(largest(truth), 1e-30)
 
 
+def correctly_rounded(found: Tensor, truth: Tensor) -> float:
+    """Which part of the entries is the fp64 truth rounded once; those that are 0 do not count."""
+    wanted = truth.to(found.dtype)
+    counted = wanted != 0
+    return (found == wanted)[counted].double().mean().item() if counted.any() else 1.0
+
+
 def assert_agrees(function, case: Case, **more) -> None:
     """`function` against the fp64 truth, its gradients no worse than eager torch in its dtype."""
     dtype, heads = case.logits.dtype, case.logits.shape[2]

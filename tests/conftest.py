@@ -10,7 +10,11 @@ if not torch.cuda.is_available():
 import pytest
 from torch.utils import deterministic
 
+import interpreter
 from wmtp import cpu, kernels
+
+if kernels.interpreted():
+    interpreter.amend()
 
 # (backend, device): Triton on the CPU is its interpreter; on a GPU it is the real thing.
 TARGETS = [

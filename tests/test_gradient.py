@@ -9,6 +9,7 @@ from agreement import (
     GRADIENT_TOLERANCE,
     WEIGHTINGS,
     assert_agrees,
+    correctly_rounded,
     largest,
     make_case,
     relative_error,
@@ -65,6 +66,28 @@ def test_an_upstream_gradient_of_one_is_no_work(monkeypatch, dtype):
     assert [gradient.data_ptr()] == written
     loss_of(case, logits).backward()
     assert logits.grad.data_ptr() == written[1]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_bfloat16_gradients_are_right_to_the_last_bit(target, weighting):
+    """What forward writes, and the gradient of the cross entropies."""
+    backend, device = target
+    case = make_case((2, 9, 4, 517), torch.bfloat16, weighting, device)
+    exact = case.cast(torch.float64)
+    grads = []
+    for each, function in (
+        (case, partial(fused_weighted_mtp_loss, backend=backend)),
+        (exact, partial(compute_weighted_mtp_loss, horizon=4)),
+    ):
+        logits = each.logits.requires_grad_()
+        result = function(logits, case.target_ids, **each.options)
+        outputs = (result.loss, (result.ce_per_head * case.grad_ce).sum())
+        of_logits = [
+            torch.autograd.grad(output, logits, retain_graph=True)[0].cpu() for output in outputs
+        ]
+        grads.append(of_logits)
+    for found, truth in zip(*grads, strict=True):
+        assert correctly_rounded(found, truth) >= 0.99
 
 
 @pytest.mark.parametrize("upstream", [1.0, 0.37, -2.5, 0.0, 1e-3, 65536.0, float("nan")])

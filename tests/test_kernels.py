@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from agreement import GRADIENT_TOLERANCE, KernelOutput, relative_error
+from agreement import GRADIENT_TOLERANCE, KernelOutput, correctly_rounded, relative_error
 from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import shift_to_heads
 from wmtp.reference import cross_entropy_per_head, excess_head_weights, max_and_log_sum
@@ -110,6 +110,8 @@ def assert_gradient(logits, target_ids, shared=False):
     assert grad.shape == wanted.shape
     allowed = relative_error(eager, wanted) + GRADIENT_TOLERANCE[logits.dtype]
     assert relative_error(grad.cpu(), wanted) <= allowed
+    if logits.dtype == torch.bfloat16:
+        assert correctly_rounded(grad.cpu(), wanted) >= 0.99
     if not shared:
         valid = shift_to_heads(target_ids, logits.shape[2], IGNORED) != IGNORED
         assert (grad[~valid] == 0).all()

@@ -193,7 +193,7 @@ def row_gradient(
             ignore_index,
             H=heads,
             SHARED_HEADS=shared_heads,
-            IN_PHASE=in_phase(rows, grad),
+            IN_PHASE=in_phase(rows, grad, (lead, grad_lead)),
             BLOCK=block,
             num_warps=num_warps,
             **register_limit(shared_heads, num_warps * warp),

@@ -73,6 +73,9 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     rows, target = case.rows, case.rows if case.grad is None else case.grad
     batch, seq_len, count, vocab_size = rows.shape
     listed = case.head_offsets is not None
+    base, lead = aligned_base(rows)
+    grad_base, grad_lead = aligned_base(target)
+    same = target is rows or in_phase(rows, target, (lead, grad_lead), case.head_offsets)
     constants = {
         **tiers.constants(chosen, case.heads, count, case.excess),
         "H": case.heads,
@@ -80,11 +83,9 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
         "GRAD_LISTED": listed and target is rows,
         "EXCESS": case.excess,
         "SIGNED": case.signed,
-        "IN_PHASE": target is rows or in_phase(rows, target, case.head_offsets),
+        "IN_PHASE": same,
         "BLOCK": chosen.block,
     }
-    base, lead = aligned_base(rows)
-    grad_base, grad_lead = aligned_base(target)
     strides = (lead, *rows.stride()[:3])
     sizes = (case.target_ids.shape[1], vocab_size, case.ignore_index)
     numbers = (*strides, grad_lead, *target.stride()[:3], *sizes, case.temperature)

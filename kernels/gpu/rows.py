@@ -56,22 +56,26 @@ def aligned_base(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def in_phase(
-    logits: torch.Tensor, grad: torch.Tensor, head_offsets: tuple[int, ...] | None = None
+    logits: torch.Tensor,
+    grad: torch.Tensor,
+    leads: tuple[int, int],
+    head_offsets: tuple[int, ...] | None = None,
 ) -> bool:
-    """Whether each row and its gradient lie alike against 128-byte boundaries.
+    """Whether each row and its gradient lie alike against 128-byte boundaries, as counted from the
+    two bases: `leads` are `aligned_base`'s, and addresses say something else where it found none.
 
     Contiguous logits do. Where they do not (a slice of a padded vocabulary), 16-byte stores are
     kept and the loads are narrow.
     """
-    itemsize = logits.element_size()
-    distances = [grad.data_ptr() - logits.data_ptr()]
+    distances = [leads[1] - leads[0]]
     strides = list(zip(logits.shape, grad.stride(), logits.stride(), strict=True))
     for size, ours, theirs in strides[: 3 if head_offsets is None else 2]:
         if size > 1:
-            distances.append((ours - theirs) * itemsize)
+            distances.append(ours - theirs)
     for k, offset in enumerate(head_offsets or ()):
-        distances.append((k * grad.stride(2) - offset) * itemsize)
-    return all(distance % UNIT_BYTES.value == 0 for distance in distances)
+        distances.append(k * grad.stride(2) - offset)
+    unit = UNIT_BYTES.value // logits.element_size()
+    return all(distance % unit == 0 for distance in distances)
 
 
 @triton.jit

@@ -1,0 +1,146 @@
+"""Where logits and gradient lie against 128-byte boundaries, each on its own, changes no number."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from agreement import GRADIENT_TOLERANCE, relative_error
+from wmtp import kernels
+
+if not kernels.interpreted():
+    pytest.skip("a device aligns all its storages", allow_module_level=True)
+
+from wmtp.kernels.launch import Case, launch
+from wmtp.kernels.rows import UNIT_BYTES
+from wmtp.reference import max_and_log_sum
+
+BOUNDARY = UNIT_BYTES.value
+# Bytes from a storage's begin to the tensor's: the boundary before it is not in the storage, or is.
+INTO = (0, BOUNDARY)
+PLACES = {
+    dtype: list(itertools.product(range(0, BOUNDARY, dtype.itemsize), INTO))
+    for dtype in (torch.float32, torch.bfloat16)
+}
+
+
+class Placed:
+    """A tensor that begins `phase` bytes after a boundary, between bytes that nobody may write."""
+
+    def __init__(self, values, place):
+        phase, into = place
+        dtype, nbytes = values.dtype, values.nbytes
+        self._memory = torch.full((into + nbytes + 2 * BOUNDARY,), 0xFF, dtype=torch.uint8)
+        begin = (phase - into - self._memory.data_ptr()) % BOUNDARY
+        self._span = slice(begin + into, begin + into + nbytes)
+        count = (into + nbytes) // dtype.itemsize
+        storage = torch.frombuffer(self._memory.numpy(), dtype=dtype, offset=begin, count=count)
+        self.tensor = storage[into // dtype.itemsize :].view(values.shape).copy_(values)
+        assert self.tensor.data_ptr() % BOUNDARY == phase
+        assert self.tensor.storage_offset() * dtype.itemsize == into
+
+    def assert_nothing_around_it_is_written(self):
+        around = torch.cat((self._memory[: self._span.start], self._memory[self._span.stop :]))
+        assert (around == 0xFF).all()
+
+
+def make_row(dtype, heads=1):
+    """Rows [1, 1, H, V] of three units and a bit, their targets, and softmax - onehot."""
+    vocabulary = 3 * BOUNDARY // dtype.itemsize + 1
+    logits = (3 * torch.randn(1, 1, heads, vocabulary)).to(dtype)
+    target_ids = torch.tensor([[0, vocabulary - 1, 5][: 1 + heads]])
+    onehots = torch.nn.functional.one_hot(target_ids[0, 1:], vocabulary)
+    return logits, target_ids, logits.double().softmax(-1) - onehots
+
+
+def launch_on(logits, target_ids, grad, head_offsets=None):
+    """The loss's kernel, all weights 1."""
+    heads = logits.shape[2]
+    ones = torch.ones(max(3, heads))
+    outputs = (torch.empty(heads) for _ in range(3))
+    offsets = target_ids if head_offsets is None else torch.tensor(head_offsets)
+    pointers = (ones, ones, ones, ones, offsets, *outputs)
+    launch(Case(logits, target_ids, heads, grad, pointers, -100, 1.0, False, False, head_offsets))
+
+
+def assert_right(grad, wanted):
+    assert relative_error(grad, wanted) <= GRADIENT_TOLERANCE[grad.dtype]
+
+
+@pytest.fixture
+def tiers(monkeypatch):
+    """`next` forces another one."""
+    turns = itertools.cycle(("row", "online", "token"))
+    return (monkeypatch.setenv("WMTP_TRITON_TIER", tier) for tier in turns)
+
+
+def placed(dtype, same_phase):
+    """(place of the logits, of their gradient): every one of the first, with the same phase but
+    otherwise into its storage, or with another phase."""
+    places = PLACES[dtype]
+    for i, (phase, into) in enumerate(places):
+        other = (phase, BOUNDARY - into) if same_phase else places[(5 * i + 3) % len(places)]
+        yield (phase, into), other
+
+
+@pytest.mark.parametrize("same_phase", [True, False])
+@pytest.mark.parametrize("dtype", PLACES, ids=str)
+def test_a_gradient_anywhere(tiers, dtype, same_phase):
+    logits, target_ids, wanted = make_row(dtype)
+    for place, grad_place in placed(dtype, same_phase):
+        next(tiers)
+        ours, grad = Placed(logits, place), Placed(torch.full_like(logits, math.nan), grad_place)
+        launch_on(ours.tensor, target_ids, grad.tensor)
+        assert_right(grad.tensor, wanted)
+        assert torch.equal(ours.tensor, logits)
+        ours.assert_nothing_around_it_is_written()
+        grad.assert_nothing_around_it_is_written()
+
+
+@pytest.mark.parametrize("dtype", PLACES, ids=str)
+def test_in_place_anywhere(tiers, dtype):
+    logits, target_ids, wanted = make_row(dtype)
+    for place in PLACES[dtype]:
+        next(tiers)
+        ours = Placed(logits, place)
+        launch_on(ours.tensor, target_ids, ours.tensor)
+        assert_right(ours.tensor, wanted)
+        ours.assert_nothing_around_it_is_written()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_heads_each_anywhere(tiers, in_place):
+    """Heads of memory of their own; the gradient at a third place, or over them."""
+    dtype = torch.float32
+    logits, target_ids, wanted = make_row(dtype, heads=2)
+    anywhere = itertools.cycle(PLACES[dtype][9:])
+    for places in placed(dtype, False):
+        next(tiers)
+        heads = [Placed(logits[:, :, k], place) for k, place in enumerate(places)]
+        lowest = min((head.tensor for head in heads), key=torch.Tensor.data_ptr)
+        bytes_between = (head.tensor.data_ptr() - lowest.data_ptr() for head in heads)
+        offsets = tuple(n // dtype.itemsize for n in bytes_between)
+        rows = lowest[:, :, None].expand(-1, -1, 2, -1)
+        grad = Placed(torch.full_like(logits, math.nan), next(anywhere))
+        if in_place:
+            launch_on(rows, target_ids, rows, offsets)
+            found = torch.stack([head.tensor for head in heads], 2)
+        else:
+            launch_on(rows, target_ids, grad.tensor, offsets)
+            found = grad.tensor
+        assert_right(found, wanted)
+        for each in (*heads, grad):
+            each.assert_nothing_around_it_is_written()
+
+
+@pytest.mark.parametrize("same_phase", [True, False])
+def test_the_gradient_of_cross_entropies_anywhere(monkeypatch, same_phase):
+    logits, target_ids, wanted = make_row(torch.float32)
+    logits, wanted = (torch.cat((t, torch.zeros_like(t)), 1) for t in (logits, wanted))
+    of_rows = (*max_and_log_sum(logits), torch.ones(1, 2, 1))
+    for place, grad_place in placed(torch.float32, same_phase):
+        ours, grad = Placed(logits, place), Placed(torch.full_like(logits, math.nan), grad_place)
+        monkeypatch.setattr(torch, "empty_like", lambda *_, grad=grad, **__: grad.tensor)
+        assert_right(kernels.row_gradient(ours.tensor, target_ids, *of_rows, -100), wanted)
+        grad.assert_nothing_around_it_is_written()

@@ -1,4 +1,4 @@
-"""The C++ kernel and its machine: arithmetic, instruction sets, forks, memory, library."""
+"""The C++ kernel and its machine: arithmetic, instruction sets, forks, memory."""
 
 import math
 import mmap
@@ -18,14 +18,6 @@ missing = cpu.unavailable()
 needs_kernel = pytest.mark.skipif(missing is not None, reason=f"no CPU kernel: {missing}")
 every_instruction_set = pytest.mark.usefixtures("instruction_set", "unwritten_is_nan")
 fused = partial(fused_weighted_mtp_loss, backend="cpu")
-
-
-@pytest.fixture
-def unloaded():
-    """As before the first use of the library, and so again afterwards."""
-    cpu._library.cache_clear()
-    yield
-    cpu._library.cache_clear()
 
 
 def run_python(code):
@@ -195,23 +187,3 @@ def test_import_loads_no_library():
 
 def test_every_instruction_set_answers_to_its_name(instruction_set):
     assert cpu.instruction_set() == instruction_set
-
-
-@needs_kernel
-@pytest.mark.usefixtures("unloaded")
-def test_environment_chooses_the_instruction_set(monkeypatch):
-    monkeypatch.setenv("WMTP_CPU_ISA", "baseline")
-    assert cpu.instruction_set() == "baseline"
-    cpu._library.cache_clear()
-    monkeypatch.setenv("WMTP_CPU_ISA", "mmx")
-    with pytest.raises(RuntimeError, match="WMTP_CPU_ISA must be avx512_bf16, avx512, avx2 or b"):
-        cpu.instruction_set()
-
-
-@pytest.mark.usefixtures("unloaded")
-def test_missing_library_has_a_reason_and_a_remedy(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "LIBRARY", tmp_path / "libwmtp_cpu.so")
-    assert "was not built" in cpu.unavailable()
-    assert "compiler" in cpu.unavailable()
-    cpu.LIBRARY.write_bytes(b"not a library")
-    assert "does not load" in cpu.unavailable()

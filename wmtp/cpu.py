@@ -75,6 +75,13 @@ class _Output(ctypes.Structure):
     ]
 
 
+_ABI = (1, *map(ctypes.sizeof, (_Rows, _Weighting, _Output)))  # wmtp_cpu_abi of dispatch.cpp
+
+
+class _VersionError(OSError):
+    """The library is not the one that this file was written for."""
+
+
 def weighted_loss(
     logits: Tensor,
     target_ids: Tensor,
@@ -287,6 +294,8 @@ def unavailable() -> str | None:
     remedy = "install a C++17 compiler, CMake and Ninja, then install wmtp again"
     try:
         _library()
+    except _VersionError as error:
+        return f"{error}: install wmtp again"
     except OSError as error:
         if not LIBRARY.exists():
             return f"its C++ kernel was not built when wmtp was installed: {remedy}"
@@ -298,7 +307,7 @@ def instruction_set() -> str:
     """ "avx512_bf16", "avx512", "avx2" or "baseline": what the kernel runs with here.
 
     Raises:
-        OSError: the kernel is not there; `unavailable` says why.
+        OSError: the kernel is not there, or of another version; `unavailable` says why.
         RuntimeError: WMTP_CPU_ISA names an instruction set that is unknown or missing here.
     """
     return _library().wmtp_cpu_instruction_set().decode()
@@ -307,6 +316,7 @@ def instruction_set() -> str:
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
+    _check_version(library)
     rows, how = ctypes.POINTER(_Rows), ctypes.POINTER(_Weighting)
     library.wmtp_cpu_select.argtypes = [ctypes.c_char_p]
     library.wmtp_cpu_instruction_set.restype = ctypes.c_char_p
@@ -319,6 +329,19 @@ def _library() -> ctypes.CDLL:
     ]
     _select_instruction_set(library, os.environ.get("WMTP_CPU_ISA", ""))
     return library
+
+
+def _check_version(library: ctypes.CDLL) -> None:
+    """Before anything of it is called: after `git pull` an editable install has the last build."""
+    try:
+        found = tuple((ctypes.c_int32 * len(_ABI)).in_dll(library, "wmtp_cpu_abi"))
+    except ValueError:  # no such symbol
+        found = None
+    if found != _ABI:
+        raise _VersionError(
+            f"its C++ kernel {LIBRARY} was built from another version of wmtp "
+            f"(ABI {found}, wanted {_ABI})"
+        )
 
 
 def _select_instruction_set(library: ctypes.CDLL, name: str) -> None:

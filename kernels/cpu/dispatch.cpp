@@ -86,6 +86,11 @@ template <class T> bool weights_ok(const Rows& r, const T* w, int64_t* position)
 
 }  // namespace
 
+// Compared by wmtp/cpu.py before it calls anything. Data, for a library of another version may not have the
+// function that would be called to ask.
+WMTP_EXPORT const int32_t wmtp_cpu_abi[] = {
+    kAbiVersion, sizeof(Rows), sizeof(Weighting), sizeof(Output)};
+
 // Null or "" chooses the best that this machine has.
 WMTP_EXPORT int wmtp_cpu_select(const char* name) {
   const bool any = !name || !*name;

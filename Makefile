@@ -5,13 +5,16 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test lint sanitize bench gpu clean
+.PHONY: demo test fuzz lint sanitize bench gpu clean
 
 demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
 
 test: $(READY)  ## the whole suite, doctests included; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+fuzz: $(READY)  ## ten times as many generated cases against the fp64 truth; others: WMTP_FUZZ_SEED=1 make fuzz
+	WMTP_FUZZ_CASES=2000 $(BIN)/python -m pytest tests/test_fuzz.py -n 2
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,5 +1,7 @@
 """The registered operators: torch's own checks, and whole graphs through torch.compile."""
 
+import weakref
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -235,9 +237,25 @@ def test_a_compiled_loss_may_go_backward_twice():
     torch.testing.assert_close(first, second)
 
 
-def test_opcheck_multiply():
-    arguments = (torch.randn(2, 4, 2, 9), torch.tensor(2.0), "cpu")
-    torch.library.opcheck(torch.ops.wmtp.multiply_.default, arguments)
+def test_a_gradient_that_waits_goes_with_its_graph():
+    case = make_case((2, 5, 3, 20))
+    waiting = []
+
+    def watched(*arguments):
+        outputs = weighted_loss(*arguments)
+        waiting.append(weakref.ref(outputs[-1].untyped_storage()))
+        return outputs
+
+    weighted_loss = cpu.weighted_loss
+    compiled = torch.compile(
+        lambda x: fused_weighted_mtp_loss(x * 1, case.target_ids).loss, backend="aot_eager"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "weighted_loss", watched)
+        loss = compiled(case.logits.requires_grad_())
+    assert waiting[0]() is not None
+    del loss
+    assert waiting[0]() is None
 
 
 def test_inplace_inside_compiled_code_is_refused():

@@ -58,14 +58,14 @@ choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def multiply(grad: Tensor, factor: Tensor | None, backend: str) -> Tensor:
     """A gradient [B, S, H, V] or [B, S, V] that was written ahead, times what came from above [].
 
-    In place, and nothing is read where that is 1; None says so beforehand.
+    In place, and nothing is read where that is 1; None says so beforehand. Traced, its value is not
+    known yet.
     """
     if factor is None:
         return grad
-    if type(factor) is Tensor and not is_in_torch_dispatch_mode():
-        return KERNELS[backend].multiply_(grad, factor)
-    torch.ops.wmtp.multiply_(grad, factor, backend)
-    return grad
+    if type(factor) is not Tensor or is_in_torch_dispatch_mode():
+        return grad * factor
+    return KERNELS[backend].multiply_(grad, factor)
 
 
 def _interpreter_missing() -> str | None:

@@ -1,5 +1,5 @@
-"""The registered operators: `torch.ops.wmtp.weighted_loss`, `row_gradient`, `next_token_ce`, and
-`multiply_`, which decides when it runs whether there is anything to multiply.
+"""The registered operators: `torch.ops.wmtp.weighted_loss`, `loss_gradient`, `row_gradient`,
+`next_token_ce`.
 
 To autograd, torch.compile and the profiler each is one opaque operator; which kernels run is its
 `backend` argument ("cpu" or "triton"). Shapes and mathematics of the loss:
@@ -46,7 +46,14 @@ library.define(
     "Tensor? normalizer, Tensor? temperature, bool signed, str reduction, int ignore_index, "
     "str backend, bool shared_heads, bool ahead, bool inplace)"
     " -> (Tensor loss, Tensor valid_mask, Tensor ce, Tensor token_loss, Tensor weight_sum, "
-    "Tensor row_scalar, Tensor row_max, Tensor log_sum, Tensor factors, Tensor grad)"
+    "Tensor row_scalar, Tensor row_max, Tensor log_sum, Tensor factors, Tensor grad)",
+    tags=torch.Tag.cudagraph_unsafe,  # no graph sees the memory of what waits
+)
+library.define(
+    "loss_gradient(Tensor logits, Tensor target_ids, Tensor row_max, Tensor log_sum, "
+    "Tensor row_scalar, Tensor factors, Tensor grad_loss, int ignore_index, str backend, "
+    "bool shared_heads) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 library.define(
     "row_gradient(Tensor logits, Tensor target_ids, Tensor row_max, Tensor log_sum, "
@@ -55,7 +62,6 @@ library.define(
 library.define(
     "next_token_ce(Tensor logits, Tensor target_ids, int ignore_index, str backend) -> Tensor"
 )
-library.define("multiply_(Tensor(a!) grad, Tensor factor, str backend) -> ()")
 
 
 class Saved(NamedTuple):
@@ -140,6 +146,32 @@ def _weighted_loss(logits, *arguments):
     return KERNELS[backend].weighted_loss(rows, *map(aligned, options), gradient)
 
 
+def _weighted_loss_traced(logits, *arguments):
+    *output, grad = _weighted_loss(logits, *arguments)
+    row_scalar = output[5]
+    row_scalar.untyped_storage()._wmtp_gradient = grad  # as long as the graph keeps row_scalar
+    return *output, grad.new_empty(0)
+
+
+def _loss_gradient(logits, *arguments):
+    *saved, row_scalar, factors, grad_loss, ignore_index, backend, shared_heads = arguments
+    grad = vars(row_scalar.untyped_storage()).pop("_wmtp_gradient", None)
+    if grad is not None:
+        return multiply(grad, _left_over(grad_loss, factors, logits.dtype), backend)
+    row_scalar = _for_each_row(row_scalar * grad_loss, shared_heads)
+    return _row_gradient(logits, *saved, row_scalar, ignore_index, backend, shared_heads)
+
+
+def _left_over(grad_loss, factors, dtype):
+    """What a gradient that was written ahead is still to be multiplied with."""
+    return grad_loss * factors[1] if dtype == torch.float16 else grad_loss  # elsewhere it is 1
+
+
+def _for_each_row(row_scalar, shared_heads):
+    """Autograd sums the heads' gradients into the one row; each is handed an equal part."""
+    return (row_scalar / row_scalar.shape[2] if shared_heads else row_scalar).contiguous()
+
+
 def _row_gradient(logits, *arguments):
     *options, backend, shared_heads = arguments
     return KERNELS[backend].row_gradient(_rows(logits, shared_heads), *map(aligned, options))
@@ -150,27 +182,18 @@ def _next_token_ce(logits, target_ids, ignore_index, backend):
     return KERNELS[backend].next_token_ce(logits, target_ids, ignore_index)
 
 
-def _multiply(grad, factor, backend):
-    KERNELS[backend].multiply_(grad, factor)
-
-
 def _fake_weighted_loss(logits, *arguments):
-    *_, shared_heads, ahead, _inplace = arguments
     tokens, rows, dtype = logits.shape[:2], logits.shape[:3], accumulation_dtype(logits)
     loss, mask = logits.new_empty((), dtype=dtype), logits.new_empty(tokens, dtype=torch.bool)
     shapes = (rows, tokens, tokens, rows, rows, rows, (2,))
     others = (logits.new_empty(shape, dtype=dtype) for shape in shapes)
-    grad = _fake_gradient(logits, shared_heads) if ahead else logits.new_empty(0)
-    return loss, mask, *others, grad
+    return loss, mask, *others, logits.new_empty(0)
 
 
-def _fake_gradient(logits, shared_heads):
+def _fake_gradient(logits, *arguments):
+    *_, shared_heads = arguments
     batch, length, heads, vocabulary = logits.shape
     return logits.new_empty(batch, length, 1 if shared_heads else heads, vocabulary)
-
-
-def _fake_row_gradient(logits, *arguments):
-    return _fake_gradient(logits, shared_heads=arguments[-1])
 
 
 def _fake_next_token_ce(logits, *_):
@@ -189,6 +212,7 @@ def save_for_backward(ctx, inputs, output, other_heads=()):
     ctx.listed = logits.dim() == 3
     ctx.logits_wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[len(inputs) :])
     ctx.spent = False  # in place, backward is called once
+    ctx.waits = False  # with row_scalar
     ctx.written = grad if ahead else None  # belongs to whoever gets it: handed out once
     if ahead and ctx.inplace:
         ctx.written, heads = Overwritten(heads), ()
@@ -196,6 +220,12 @@ def save_for_backward(ctx, inputs, output, other_heads=()):
     if ctx.needs_input_grad[2]:
         of_weights = (ce.clone(), head_weights, normalizer)  # the caller may change his ce in place
     ctx.save_for_backward(target_ids, *statistics, factors, *of_weights, *heads)
+
+
+def _save_traced(ctx, inputs, output):
+    save_for_backward(ctx, inputs, output)
+    ctx.waits = ctx.written is not None
+    ctx.written = None
 
 
 def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
@@ -223,12 +253,21 @@ def gradients(ctx, grad_loss, grad_ce):
     written, ctx.written = ctx.written, None
     if not ctx.logits_wanted:
         return of_logits, of_weights
-    if written is None or grad_ce is not None or differentiable:
-        del written  # before there is another
-        return _made_anew(ctx, saved, grad_loss, grad_ce), of_weights
-    # Of float16 something is left to multiply with; elsewhere that is 1.
-    factor = grad_loss * saved.factors[1] if ctx.dtype == torch.float16 else grad_loss
-    return _handed_out(ctx, written, factor), of_weights
+    if grad_ce is None and not differentiable:
+        if ctx.waits:
+            return [_waiting(ctx, saved, grad_loss)], of_weights
+        if written is not None:
+            factor = _left_over(grad_loss, saved.factors, ctx.dtype)
+            return _handed_out(ctx, written, factor), of_weights
+    del written  # before there is another
+    return _made_anew(ctx, saved, grad_loss, grad_ce), of_weights
+
+
+def _waiting(ctx, saved, grad_loss):
+    of_rows = (saved.target_ids, saved.row_max, saved.log_sum, saved.row_scalar, saved.factors)
+    how = (ctx.ignore_index, ctx.backend, ctx.shared_heads)
+    grad = torch.ops.wmtp.loss_gradient(*saved.logits, *of_rows, grad_loss, *how)
+    return grad.expand(ctx.shape)
 
 
 def _handed_out(ctx, written, factor):
@@ -246,12 +285,9 @@ def _handed_out(ctx, written, factor):
 def _made_anew(ctx, saved, grad_loss, grad_ce):
     logits = _one_tensor(saved.logits)
     row_scalar = upstream(saved.row_scalar, grad_loss, grad_ce)
-    if ctx.shared_heads:
-        # Autograd sums the heads' gradients into the one row; each is handed an equal part.
-        row_scalar = row_scalar / logits.shape[2]
-    row_scalar = constant_of(row_scalar, saved.head_weights)
+    row_scalar = constant_of(_for_each_row(row_scalar, ctx.shared_heads), saved.head_weights)
     grad = torch.ops.wmtp.row_gradient(
-        *(logits, saved.target_ids, saved.row_max, saved.log_sum, row_scalar.contiguous()),
+        *(logits, saved.target_ids, saved.row_max, saved.log_sum, row_scalar),
         *(ctx.ignore_index, ctx.backend, ctx.shared_heads),
     ).expand(logits.shape)
     return grad.unbind(2) if ctx.listed else [grad]
@@ -337,9 +373,9 @@ def register(name, kernel, fake, backward=None, setup_context=None):
         )
 
 
-register("weighted_loss", _weighted_loss, _fake_weighted_loss, _backward, save_for_backward)
-register("row_gradient", _row_gradient, _fake_row_gradient, no_second_derivative)
+register("weighted_loss", _weighted_loss_traced, _fake_weighted_loss, _backward, _save_traced)
+register("loss_gradient", _loss_gradient, _fake_gradient)
+register("row_gradient", _row_gradient, _fake_gradient, no_second_derivative)
 register("next_token_ce", _next_token_ce, _fake_next_token_ce)
-register("multiply_", _multiply, lambda grad, factor, backend: None)
 
 next_token_ce = torch.ops.wmtp.next_token_ce

@@ -14,7 +14,7 @@ LAYERS = [
     {"inplace"},
     {"checks"},
     {"reference", "cpu", "kernels"},
-    {"backends"},
+    {"backends", "derivatives"},
     {"ops", "chunks"},
     {"head_list", "linear_ops"},
     {"loss", "linear"},

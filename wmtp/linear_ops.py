@@ -31,6 +31,7 @@ from wmtp.chunks import (
     make_plan,
     run_chunks,
 )
+from wmtp.derivatives import constant_of, no_second_derivative, upstream, weights_gradient
 from wmtp.labels import has_target
 from wmtp.reduction import accumulation_dtype, find_denominator, to_row_scalar
 
@@ -184,7 +185,7 @@ def _backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
         if ctx.needs_input_grad[WEIGHTS] and grad_loss is not None:
             ce = _cross_entropies(ctx, saved) if torch.is_grad_enabled() else saved.ce
             settings = (ctx.reduction, ctx.ignore_index)
-            of_weights = ops.weights_gradient(saved, ce, grad_loss, *settings)
+            of_weights = weights_gradient(saved, ce, grad_loss, *settings)
         if any(ctx.wanted):
             made = _gradients(ctx, saved, grad_loss, grad_ce)
             grads = [g if wanted else None for g, wanted in zip(made, ctx.wanted, strict=True)]
@@ -198,8 +199,8 @@ def _gradients(ctx, saved, grad_loss, grad_ce):
         linear = Linear(*saved[:3], *ctx.product)
         return finish_gradients(linear, sums, _factor(linear.dtype, saved.unscale, grad_loss))
     del sums
-    row_scalar = ops.upstream(saved.row_scalar, grad_loss, grad_ce)
-    row_scalar = ops.constant_of(row_scalar, saved.head_weights)
+    row_scalar = upstream(saved.row_scalar, grad_loss, grad_ce)
+    row_scalar = constant_of(row_scalar, saved.head_weights)
     return torch.ops.wmtp.linear_gradient(*_arguments(ctx, saved), row_scalar)
 
 
@@ -221,6 +222,6 @@ def _arguments(ctx, saved):
 
 
 ops.register("linear_loss", _linear_loss, _fake_linear_loss, _backward, _save_for_backward)
-ops.register("linear_gradient", _linear_gradient, _fake_linear_gradient, ops.no_second_derivative)
+ops.register("linear_gradient", _linear_gradient, _fake_linear_gradient, no_second_derivative)
 
 linear_loss = torch.ops.wmtp.linear_loss

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from wmtp import reference
 from wmtp.backends import KERNELS, multiply
+from wmtp.derivatives import constant_of, no_second_derivative, upstream, weights_gradient
 from wmtp.inplace import GRADIENT_IS_TAKEN, Overwritten, note_overwritten
 from wmtp.layout import heads_share_storage, is_aligned
 from wmtp.reduction import accumulation_dtype
@@ -304,45 +304,6 @@ def _cross_entropies(ctx, saved):
     return weighted_loss(logits, saved.target_ids, reduction="sum", loss_wanted=False, **how)[2]
 
 
-def weights_gradient(saved, ce, grad_loss, reduction, ignore_index):
-    """Of head_weights, by the definition; differentiable in all that it is made of where grad mode
-    says so."""
-    differentiable = torch.is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        weights = saved.head_weights
-        if not differentiable:
-            weights = weights.detach().requires_grad_()
-        loss, *_ = reference.loss_of_cross_entropies(
-            *(ce, saved.target_ids, weights, None, saved.normalizer),
-            *(None, "abs", reduction, ignore_index),
-        )
-        return torch.autograd.grad(loss, weights, grad_loss, create_graph=differentiable)[0]
-
-
-class _ConstantOf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, _source):
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, *_):
-        no_second_derivative(ctx)
-
-
-def constant_of(row_scalar, head_weights):
-    """The row scalars that weights with a gradient have led to: differentiating them again raises,
-    where as constants they would be passed over in silence."""
-    if torch.is_grad_enabled() and head_weights is not None:
-        return _ConstantOf.apply(row_scalar, head_weights)
-    return row_scalar
-
-
-def upstream(row_scalar, grad_loss, grad_ce):
-    """d/dce of what backward was called on, [B, S, H]."""
-    scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
-    return scalar if grad_loss is None else scalar + row_scalar * grad_loss
-
-
 class _WeightedLoss(torch.autograd.Function):
     """The operator in eager mode: the same functions without torch.library's 60 us a call, and with
     the permission to write over an input, which a differentiable operator does not have."""
@@ -356,12 +317,6 @@ class _WeightedLoss(torch.autograd.Function):
         return output
 
     backward = staticmethod(_backward)
-
-
-def no_second_derivative(ctx, *_):
-    raise NotImplementedError(
-        "the fused loss has no second derivative: use backend='eager' to differentiate twice"
-    )
 
 
 def register(name, kernel, fake, backward=None, setup_context=None):

@@ -9,7 +9,7 @@ of Triton's launcher (backends/nvidia/driver.c of 3.9), through the CUDA driver 
 
     parameters    those of the kernel that are no constexprs, in order; then two pointers to scratch
                   memory (global, profile), null where the metadata give it a size of 0, as here.
-                  The PTX shows both: register_kernel has 22 parameters, and 24 once compiled
+                  The PTX shows both: register_kernel has 23 parameters, and 25 once compiled
     grid          programs x num_ctas, 1, 1: Triton counts clusters, the driver blocks
     attributes    the cluster's size, and that clusters spread over the SMs; 16 blocks a cluster,
                   more than every card must schedule, need a permission of the function's
@@ -76,16 +76,14 @@ def key_of(symbol: str, dtype: str, threads: int, num_ctas: int, constants: dict
 
 
 def c_arguments(arguments: tuple[Any, ...]) -> list[Any]:
-    """Tensors; lead and three strides of the logits, of the gradient; three sizes; temperature."""
-    *tensors_and_integers, temperature = arguments
-    tensors = [value for value in tensors_and_integers if isinstance(value, torch.Tensor)]
-    integers = tensors_and_integers[len(tensors) :]
+    """Tensors; lead and three strides of the logits, of the gradient; three sizes."""
+    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
+    integers = arguments[len(tensors) :]
     wide = ctypes.c_int64
     widths = [ctypes.c_int32, *[wide] * 3, ctypes.c_int32, *[wide] * 3, *[ctypes.c_int32] * 3]
     return [
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
         *(width(value) for width, value in zip(widths, integers, strict=True)),
-        ctypes.c_float(temperature),
     ]
 
 

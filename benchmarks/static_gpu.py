@@ -251,7 +251,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
             known = {"target_ptr": "i64", "offset_ptr": "i64", "valid_mask_ptr": "i1"}
             signature[name] = f"*{variant.dtype if of_logits else known.get(name, 'fp32')}"
             attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        elif name in ("temperature", "heads_share"):
+        elif name == "heads_share":
             signature[name] = "fp32"
         else:
             assert parameter.do_not_specialize, f"{name} would make a binary for every value"

@@ -95,6 +95,13 @@ def device(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["token", "row", "online"])
+def tier(request, monkeypatch):
+    """The Triton kernel over the logits, forced."""
+    monkeypatch.setenv("WMTP_TRITON_TIER", request.param)
+    return request.param
+
+
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
 def instruction_set(request, one_thread):
     """The C++ kernel with every instruction set of this machine."""

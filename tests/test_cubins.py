@@ -60,7 +60,6 @@ def test_a_launch_finds_its_cubin_and_passes_the_kernels_parameters(monkeypatch,
     assert found["logits_ptr"] + 2 * found["lead"] == logits.data_ptr()
     assert (found["stride_b"], found["stride_s"], found["stride_h"]) == (12000, 2000, 1000)
     assert (found["seq_len"], found["vocab_size"], found["ignore_index"]) == (6, 1000, -100)
-    assert found["temperature"] == pytest.approx(0.7)
 
 
 def test_a_case_without_a_cubin_says_so(monkeypatch, tmp_path):

@@ -49,11 +49,8 @@ def weighted_loss(
     """(token_loss, row_scalar, weight_sum, ce, row_max, log_sum, gradient)."""
     one = torch.ones((), device=logits.device)
     reduction = "token_mean" if normalize else "sum"
-    out = KernelOutput(
-        *kernels.weighted_loss(
-            logits, target_ids, weights, ref_ce, one, 0.7, signed, reduction, IGNORED, gradient
-        )
-    )
+    how = (one, torch.tensor(0.7), signed, reduction, IGNORED, gradient)
+    out = KernelOutput(*kernels.weighted_loss(logits, target_ids, weights, ref_ce, *how))
     torch.testing.assert_close(out.loss, out.token_loss.sum(), equal_nan=True)
     assert torch.equal(out.valid_mask, ~(out.weight_sum <= 1e-8))
     of_rows = (out.ce, out.row_max, out.log_sum)

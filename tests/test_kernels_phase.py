@@ -60,8 +60,8 @@ def launch_on(logits, target_ids, grad, head_offsets=None):
     ones = torch.ones(max(3, heads))
     outputs = (torch.empty(heads) for _ in range(3))
     offsets = target_ids if head_offsets is None else torch.tensor(head_offsets)
-    pointers = (ones, ones, ones, ones, offsets, *outputs)
-    launch(Case(logits, target_ids, heads, grad, pointers, -100, 1.0, False, False, head_offsets))
+    pointers = (ones, ones, ones, ones, ones, offsets, *outputs)
+    launch(Case(logits, target_ids, heads, grad, pointers, -100, False, False, head_offsets))
 
 
 def assert_right(grad, wanted):

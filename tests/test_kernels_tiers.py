@@ -25,12 +25,6 @@ from wmtp.labels import has_target
 TIERS = ["token", "row", "online"]
 
 
-@pytest.fixture(params=TIERS)
-def tier(request, monkeypatch):
-    monkeypatch.setenv("WMTP_TRITON_TIER", request.param)
-    return request.param
-
-
 def weightings(shape, device):
     """Arguments of `weighted_loss`; those with ref_ce last."""
     weights = torch.rand(shape[:3])
@@ -115,44 +109,6 @@ def test_any_offset_and_stride(device, tier, vocabulary, lead, gap, heads_first)
     gaps = storage.isnan()
     assert_loss_and_gradient(logits, target_ids, gradient="inplace")
     assert torch.equal(storage.isnan(), gaps)
-
-
-@pytest.mark.parametrize(("dtype", "vocabulary"), [(torch.float32, 33), (torch.bfloat16, 5000)])
-def test_nonfinite_logits_behave_as_in_eager(device, tier, dtype, vocabulary):
-    logits, target_ids = make((1, 9, 1, vocabulary), dtype, device, ignored=0.0)
-    target_ids[:] = 5
-    logits[0, 0, 0, -1] = NAN
-    logits[0, 1, 0, 0] = NAN
-    logits[0, 2, 0, : vocabulary - 3] = -INF  # whole first blocks
-    logits[0, 2, 0, 5] = 1.0
-    logits[0, 3] = -INF
-    logits[0, 4, 0, 5] = -INF
-    logits[0, 5, 0, vocabulary // 2] = INF
-    logits[0, 6, 0, 5] = INF
-    logits[0, 7, 0, :] = NAN
-    *found, row_max, log_sum, (grad, _) = weighted_loss(logits, target_ids)
-    assert_close(found, truth(logits, target_ids)[:4])
-    lse = (row_max + log_sum)[:, :8]
-    assert_close([lse], [logits[:, :8].double().cpu().logsumexp(-1)])
-    grad = grad.cpu().double()
-    assert grad[0, [0, 1, 3, 7]].isnan().all()
-    exact = true_gradient(logits, target_ids, torch.ones(1, 9, 1))[0, [2, 4, 5]]
-    torch.testing.assert_close(grad[0, [2, 4, 5]], exact, rtol=1e-2, atol=1e-6, equal_nan=True)
-
-
-@pytest.mark.parametrize(("bad", "shared"), [(33, False), (-1, False), (2**40, False), (33, True)])
-def test_target_out_of_range_gives_nan_and_only_there(device, tier, bad, shared):
-    logits, target_ids = make((1, 6, 1 if shared else 2, 33), torch.float32, device, 0.0)
-    logits = logits.expand(-1, -1, 2, -1)
-    target_ids[0, 3] = bad
-    *_, ce, _, _, (grad, _) = weighted_loss(logits, target_ids)
-    hit = torch.zeros(1, 6, 2, dtype=torch.bool)
-    hit[0, 2, 0] = hit[0, 1, 1] = True  # the two that predict position 3
-    assert torch.equal(ce.isnan().cpu(), hit)
-    # Their token's loss is NaN, and nothing but their own gradient.
-    rows = hit.any(-1, keepdim=True) if shared else hit
-    assert torch.equal(grad.isnan().all(-1).cpu(), rows)
-    assert torch.equal(grad.isnan().any(-1).cpu(), rows)
 
 
 def test_rows_without_a_target_are_not_read(device, tier):

@@ -3,7 +3,8 @@
     grad[b,t,k,v] = c (exp(logits[b,t,k,v] - m - log s) - [v == target]),  c = row_scalar[b,t,k]
 
 Shared heads (one row of logits for all k) get the sum over k: (sum_k c) softmax - sum_k c onehot_k.
-A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
+A row without a valid target, or with c = 0, is not read; its gradient is 0. All arithmetic is
+float32.
 
 This is the gradient of whatever is made of the cross entropies; that of the loss itself is written
 with the loss (register_kernel.py, online_kernel.py).
@@ -137,7 +138,7 @@ def row_gradient_kernel(
         # Shared heads share both, but for the NaN of a target out of range: that stays.
         m = tl.where(valid, row_m, m)
         log_s = tl.where(valid & (log_s == log_s), row_log_s, log_s)
-        live |= valid
+        live |= valid & (c != 0)
 
     begin = lead + b * stride_b + t * stride_s + row * stride_h
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h

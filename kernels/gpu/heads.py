@@ -7,6 +7,8 @@ when that position exists and is not ignore_index.
 import triton
 import triton.language as tl
 
+from wmtp.kernels.rows import rounded_product
+
 
 @triton.jit
 def head_targets(target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H: tl.constexpr):
@@ -28,19 +30,20 @@ def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
 
 @triton.jit
 def settle_heads(
-    ce, m, log_s, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr, factors_ptr,
+    ce, m, log_s, head, valid, in_range, token, seq_len, ref_ce_ptr, temperature_ptr, factors_ptr,
     row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
     H: tl.constexpr, EXCESS: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
     """Finds excess weights, stores what is known of the heads, and returns what their rows'
-    gradient is times, [HEADS]. Of a split row every part finds the same; the first stores it."""
+    gradient is times, [HEADS]: 0 where a head has no weight, whatever its logits. Of a split row
+    every part finds the same; the first stores it."""
     ce = tl.where(valid, ce, 0.0)
     head_ptr = token * H + head
     is_first = tl.program_id(1) == 0
     mine = tl.where(is_first, head < H, False)
     if EXCESS:
         ref_ce = tl.load(ref_ce_ptr + token - token // seq_len + head, mask=valid)  # [B, S-1]
-        row_scalar = excess_weights(ce, ref_ce, valid, temperature, SIGNED)
+        row_scalar = excess_weights(ce, ref_ce, valid, tl.load(temperature_ptr), SIGNED)
         tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
         tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0), mask=is_first)
     else:
@@ -48,8 +51,8 @@ def settle_heads(
     tl.store(ce_ptr + head_ptr, ce, mask=mine)
     tl.store(row_max_ptr + head_ptr, tl.where(valid, m, 0.0), mask=mine)
     tl.store(log_sum_ptr + head_ptr, tl.where(valid, log_s, 0.0), mask=mine)
-    c = tl.where(in_range, row_scalar * tl.load(factors_ptr + 2), float("nan"))
-    return tl.where(valid, c, 0.0)
+    c = tl.where(in_range, rounded_product(row_scalar, tl.load(factors_ptr + 2)), float("nan"))
+    return tl.where(valid & (row_scalar != 0), c, 0.0)
 
 
 @triton.jit

@@ -21,7 +21,6 @@ class Case(NamedTuple):
     grad: torch.Tensor | None  # wanted there; `rows` itself: in place
     pointers: tuple[torch.Tensor, ...]  # the kernels' own, between target_ptr and grad_ptr
     ignore_index: int
-    temperature: float
     excess: bool
     signed: bool
     head_offsets: tuple[int, ...] | None
@@ -88,7 +87,7 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     }
     strides = (lead, *rows.stride()[:3])
     sizes = (case.target_ids.shape[1], vocab_size, case.ignore_index)
-    numbers = (*strides, grad_lead, *target.stride()[:3], *sizes, case.temperature)
+    numbers = (*strides, grad_lead, *target.stride()[:3], *sizes)
     programs = batch * seq_len * constants["PROGRAMS"]
     if chosen.tier != "online":
         arguments = (base, case.target_ids, *case.pointers, grad_base, *numbers)

@@ -25,7 +25,7 @@ def weighted_loss(
     head_weights: torch.Tensor | None,
     ref_ce: torch.Tensor | None,
     normalizer: torch.Tensor | None,
-    temperature: float,
+    temperature: torch.Tensor | None,
     signed: bool,
     reduction: str,
     ignore_index: int,
@@ -41,6 +41,7 @@ def weighted_loss(
         head_weights: [B, S, H] float32 contiguous, or None.
         ref_ce: [B, S-1] float32 contiguous, or None; never both.
         normalizer: [], replaces the denominator, or None.
+        temperature: [], of the excess softmax, nats; None without ref_ce.
         gradient: "none", "new" or "inplace" (over the logits).
         head_offsets: where head k begins, in elements from the lowest: for heads of memory of their
             own, the lowest of which is `logits`, expanded. None: by the strides.
@@ -96,16 +97,18 @@ def weighted_loss(
             num_warps=8,
         )
         if logits.numel():
-            offsets = target_ids if head_offsets is None else _offsets(head_offsets, logits)
-            ref = target_ids if ref_ce is None else ref_ce
+            known = (factors, row_scalar, weight_sum)
+            offsets = factors if head_offsets is None else _offsets(head_offsets, logits)
+            reference = (factors, factors)
+            if ref_ce is not None:
+                reference = (ref_ce, _on_device(temperature, logits))
             case = Case(
                 rows=rows,
                 heads=heads,
                 grad=None if gradient == "none" else grad,
                 target_ids=target_ids,
-                pointers=(ref, factors, row_scalar, weight_sum, offsets, ce, row_max, log_sum),
+                pointers=(*reference, *known, offsets, ce, row_max, log_sum),
                 ignore_index=ignore_index,
-                temperature=temperature,
                 excess=ref_ce is not None,
                 signed=signed,
                 head_offsets=head_offsets,
@@ -119,11 +122,11 @@ def weighted_loss(
     return loss, valid_mask, ce, token_loss, weight_sum, *of_rows, factors[:2], grad
 
 
-def _on_device(normalizer: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """[] float32 beside the logits. A number is filled in there: a copy would wait."""
-    if normalizer.device == logits.device:
-        return normalizer.to(torch.float32)
-    return logits.new_full((), normalizer.item(), dtype=torch.float32)
+def _on_device(number: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """[] float32 beside the logits. One of the host is filled in there: a copy would wait."""
+    if number.device == logits.device:
+        return number.to(torch.float32)
+    return logits.new_full((), number.item(), dtype=torch.float32)
 
 
 def _offsets(head_offsets: tuple[int, ...], logits: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ again. Where rows are too few to occupy the device each is split: partial_kernel
 pass, and a program of this one the second over its part. The second read comes from the L2 where
 (programs in flight) x (their bytes) fit it: what the first pass reads is marked to stay, what the
 second reads to go. Without a gradient there is no second pass.
-A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
+A row without a valid target is not read; its gradient is 0, and so is that of a row without weight.
+All arithmetic is float32.
 """
 
 import triton
@@ -29,6 +30,7 @@ def online_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
     ref_ce_ptr,  # [B, S-1], or unused
+    temperature_ptr,  # [], or unused
     factors_ptr,  # [3], the last is the gradient's scale
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
     weight_sum_ptr,  # [B, S]; written with excess weights
@@ -50,7 +52,6 @@ def online_kernel(
     seq_len,
     vocab_size,
     ignore_index,
-    temperature,
     H: tl.constexpr,
     ROWS: tl.constexpr,  # a program's: 1, or the token's
     HEADS: tl.constexpr,  # that they serve, a power of two
@@ -103,7 +104,7 @@ def online_kernel(
     ce, log_s = cross_entropy(m, s, x_target, in_range)
 
     c = settle_heads(
-        ce, m, log_s, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr,
+        ce, m, log_s, head, valid, in_range, token, seq_len, ref_ce_ptr, temperature_ptr,
         factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
         H, EXCESS, SIGNED,
     )  # fmt: skip
@@ -113,7 +114,7 @@ def online_kernel(
         target = tl.where(valid, target - column, -1).to(tl.int32)
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
-            live = tl.max((valid & of_row).to(tl.int32), axis=0) > 0
+            live = tl.max(((c != 0) & of_row).to(tl.int32), axis=0) > 0
             row_m, row_s = of_head(m, head, row), of_head(s, head, row)
             targets = ()
             scalars = ()

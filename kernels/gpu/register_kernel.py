@@ -13,7 +13,8 @@ A program holds the rows [ROWS, V] of a token, or one of them, and the heads the
     grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
 
 The rows may lie in the registers of a whole cluster of CTAs (num_ctas): Triton reduces across it.
-A row without a valid target is not read; its gradient is 0. All arithmetic is float32.
+A row without a valid target is not read; its gradient is 0, and so is that of a row without weight.
+All arithmetic is float32.
 """
 
 import triton
@@ -41,6 +42,7 @@ def register_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
     ref_ce_ptr,  # [B, S-1], or unused
+    temperature_ptr,  # [], or unused
     factors_ptr,  # [3], the last is the gradient's scale
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
     weight_sum_ptr,  # [B, S]; written with excess weights
@@ -60,7 +62,6 @@ def register_kernel(
     seq_len,
     vocab_size,
     ignore_index,
-    temperature,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -119,14 +120,16 @@ def register_kernel(
         head_s = s + tl.zeros((HEADS,), tl.float32)
     ce, log_s = cross_entropy(head_m, head_s, x_target, in_range)
     c = settle_heads(
-        ce, head_m, log_s, head, valid, in_range, token, seq_len, temperature, ref_ce_ptr,
+        ce, head_m, log_s, head, valid, in_range, token, seq_len, ref_ce_ptr, temperature_ptr,
         factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
         H, EXCESS, SIGNED,
     )  # fmt: skip
     target = tl.where(valid, target, -1).to(tl.int32)
     row_c = c
+    live = c != 0
     if SHARED:
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
+        live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
     scale = (row_c / s)[:, None]
     g = scale * x
     g = minus_targets(g, peel[:, None] + offset, target, c, head, SHARED, H)

@@ -107,6 +107,16 @@ def finite_or_zero(maximum):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a b, to be summed up; 0 where a is 0, even beside inf or NaN.
+
+    It is rounded here. Fused into the first addition of a reduction it would not be, in one lane
+    of each pair, so that lanes would hold sums of different last bits.
+    """
+    return tl.where(a == 0, 0.0, tl.fma(a, b, 0.0))
+
+
+@triton.jit
 def fold(m, s, x, VECTOR: tl.constexpr):
     """One step of the online log-sum-exp (Milakov & Gimelshein 2018), a state per VECTOR columns.
 
@@ -153,7 +163,7 @@ def row_max_sum(base_ptr, begin, vocab_size, BLOCK: tl.constexpr, EVICT: tl.cons
         m, s = fold(m, s, tl.where(rest, x, float("-inf")), VECTOR)
 
     row_m = tl.max(m, axis=0)
-    return row_m, tl.sum(s * tl.exp(m - finite_or_zero(row_m)), axis=0)
+    return row_m, tl.sum(rounded_product(s, tl.exp(m - finite_or_zero(row_m))), axis=0)
 
 
 @triton.jit

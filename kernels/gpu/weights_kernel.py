@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from wmtp.kernels.heads import head_targets
+from wmtp.kernels.rows import rounded_product
 
 UNIFORM, GIVEN, EXCESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SUM, TOKEN_MEAN, WEIGHT_MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -119,8 +120,8 @@ def finish_kernel(
         row, real = token[:, None] * H + head, (token[:, None] < tokens) & (head < H)
         ce = tl.load(ce_ptr + row, mask=real, other=0.0)
         row_scalar = tl.load(row_scalar_ptr + row, mask=real, other=0.0)
-        token_loss = tl.sum(row_scalar * ce, axis=1)
+        token_loss = tl.sum(rounded_product(row_scalar, ce), axis=1)
         losses += token_loss
         tl.store(token_loss_ptr + token, token_loss, mask=token < tokens)
-        tl.store(row_scalar_ptr + row, row_scalar * inverse, mask=real)
+        tl.store(row_scalar_ptr + row, rounded_product(row_scalar, inverse), mask=real)
     tl.store(loss_ptr, tl.sum(losses, axis=0) * inverse)

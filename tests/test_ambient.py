@@ -67,7 +67,7 @@ def linear_op(case, weights, form):
     hidden = torch.randn(B, S, H, D, generator=g).requires_grad_()
     lm_head = torch.randn(V, D, generator=g).requires_grad_()
     bias = torch.randn(V, generator=g).requires_grad_()
-    more = {"lm_head_bias": bias, "chunk_bytes": 2000}
+    more = {"lm_head_bias": bias, "chunk_bytes": 8000}
     op = partial(fused_linear_weighted_mtp_loss, hidden, lm_head, case.target_ids, **more)
     return [hidden, lm_head, bias, *weights], op
 

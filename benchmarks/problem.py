@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.benchmarks.providers import PROVIDERS, leaves
+from wmtp.benchmarks.providers import FACTOR_SIZES, PROVIDERS, leaves
 
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
 THREADS = torch.get_num_threads()
@@ -81,7 +81,7 @@ class Problem:
         self.compare(provider, self.call(provider, direction)())
 
     def compare(self, provider: str, found: tuple[Tensor, ...]) -> None:
-        """Compare the loss and the gradient that a call returned with eager torch in float32.
+        """Compare the loss and the gradients that a call returned with eager torch in float32.
 
         Raises:
             AssertionError: they disagree.
@@ -89,9 +89,12 @@ class Problem:
         wanted: tuple[Tensor, ...] = self._truth
         if provider == "copy":
             wanted = (self.pristine,)
-        elif provider == "cce":  # the gradients of its factors are no gradient of the logits
-            found, wanted = found[:1], (self._truth_of_cce(),)
-        for name, got, want in zip(("loss", "gradient"), found, wanted, strict=False):
+        elif provider in FACTOR_SIZES:
+            wanted = self._truth_of_factors(provider)
+        if provider == "cce":  # whose gradients are not compared
+            found = found[:1]
+        names = ("loss", "gradient", "gradient of the classifier")
+        for name, got, want in zip(names, found, wanted, strict=False):
             assert_close(name, provider, got, want, TOLERANCE[self.pristine.dtype])
 
     @functools.cached_property
@@ -100,10 +103,11 @@ class Problem:
         loss = PROVIDERS["eager_float"](logits, self.target_ids, *self.weights)
         return loss.detach(), *torch.autograd.grad(loss, logits)
 
-    def _truth_of_cce(self) -> Tensor:
-        hidden, classifier = leaves("cce", self.pristine)
-        with torch.no_grad():
-            return PROVIDERS["eager_float"](hidden @ classifier.T, self.target_ids, *self.weights)
+    def _truth_of_factors(self, provider: str) -> tuple[Tensor, ...]:
+        factors = leaves(provider, self.pristine)
+        hidden, classifier = (factor.detach().float().requires_grad_() for factor in factors)
+        loss = PROVIDERS["eager"](hidden @ classifier.T, self.target_ids, *self.weights)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, classifier))
 
 
 def random_weights(shape: Shape, device: str) -> dict[str, tuple[Tensor | None, ...]]:

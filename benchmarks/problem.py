@@ -13,6 +13,7 @@ from wmtp.benchmarks.providers import FACTOR_SIZES, PROVIDERS, leaves
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
 THREADS = torch.get_num_threads()
 WEIGHTINGS = ("given", "uniform", "ref_ce")
+TRUTH = "eager torch in float32"
 # Against eager_float. Native 16-bit eager rounds its cross entropy and its probabilities.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -119,15 +120,20 @@ def random_weights(shape: Shape, device: str) -> dict[str, tuple[Tensor | None, 
     return {"given": (given, None), "uniform": (), "ref_ce": (None, ref_ce)}
 
 
-def assert_close(name: str, provider: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+def assert_close(
+    name: str, provider: str, got: Tensor, want: Tensor, tolerance: float, whose: str = TRUTH
+) -> None:
     """The relative error, by the Euclidean norm.
+
+    Args:
+        whose: the values that are wanted.
 
     Raises:
         AssertionError: it is larger than the tolerance.
     """
     error = ((got.detach().float() - want).norm() / want.norm()).item()
     assert error <= tolerance, (
-        f"{provider} disagrees with eager torch in float32: relative error {error:.1e} "
+        f"{provider} disagrees with {whose}: relative error {error:.1e} "
         f"of the {name}, {tolerance:.0e} allowed"
     )
 

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+OUT    ?= benchmarks/results/gpu
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
 .PHONY: demo test fuzz lint sanitize bench gpu clean
@@ -32,9 +33,11 @@ sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undef
 bench: $(READY)  ## speed and memory against eager torch, torch.compile and a plain copy
 	$(BIN)/wmtp bench
 
-# Where python3 has torch, pytest and this package already: make -o .venv/.ready BIN=<its folder> gpu
-gpu: $(READY)  ## all that a CUDA card can settle, in eight minutes; without one, what is predicted
-	$(BIN)/python3 -m benchmarks.gpu --out benchmarks/results/gpu
+# Nothing is installed where $(PYTHON) brings torch, Triton and pytest: such a machine may have no network.
+gpu:  ## all that a CUDA card can settle, in eight minutes; without one, what is predicted
+	@[ -e $(READY) ] || $(PYTHON) -c "from importlib.util import find_spec as found; \
+	raise SystemExit(not all(map(found, ('torch', 'triton', 'pytest'))))" || $(MAKE) $(READY)
+	$$([ -e $(READY) ] && echo $(BIN)/python3 || echo $(PYTHON)) -m benchmarks.gpu --out $(OUT)
 
 # torch first and alone: its pinned build decides what the rest may bring along.
 $(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard kernels/cpu/*)

@@ -52,7 +52,7 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    packages=[*find_packages(include=["wmtp", "wmtp.*"]), *FOLDERS],
+    packages=sorted({*find_packages(include=["wmtp", "wmtp.*"]), *FOLDERS}),
     package_dir={"wmtp": "wmtp", **FOLDERS},
     ext_modules=[Extension("wmtp.libwmtp_cpu", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},

@@ -1,4 +1,4 @@
-"""How the loss scales: from tiny to large, over threads, weightings, odd vocabularies, few rows.
+"""How the loss scales: sizes, threads, weightings, odd vocabularies, few rows; torch.compile.
 
 pytest benchmarks/bench_scaling.py --benchmark-json=result.json     or: wmtp bench --only scaling
 """
@@ -6,6 +6,7 @@ pytest benchmarks/bench_scaling.py --benchmark-json=result.json     or: wmtp ben
 from itertools import product
 
 from wmtp.benchmarks.problem import THREADS, WEIGHTINGS, Case
+from wmtp.benchmarks.providers import UNCOMPILED
 from wmtp.benchmarks.timing import DTYPES, SIZE, shrunk, suite, time_case
 
 SWEEP = [
@@ -48,6 +49,11 @@ LARGE = [
     *(
         Case("few rows", shrunk(FEW_ROWS), dtype, *contestant, threads=threads)
         for dtype, contestant, threads in product(DTYPES, AGAINST_EAGER, ONE_AND_ALL)
+    ),
+    *(
+        Case("compiled", shrunk(USUAL), dtype, "forward+backward", provider)
+        for dtype, ours in product(DTYPES, UNCOMPILED.items())
+        for provider in reversed(ours)
     ),
 ]
 CASES = [

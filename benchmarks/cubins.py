@@ -56,12 +56,18 @@ def unavailable(folder: Path | None) -> str | None:
 
 
 @contextlib.contextmanager
-def installed(folder: Path) -> Iterator[None]:
-    """The loss is launched from the folder's cubins; a case without one raises ValueError."""
+def installed(folder: Path, clusters_only: bool = False) -> Iterator[None]:
+    """The loss, or what of it needs clusters, is launched from the folder's cubins; a case without
+    one raises ValueError."""
     from wmtp.kernels import launch, tiers
 
-    launch_as, machine = launch.launch_as, tiers.machine
-    launch.launch_as = Library(folder).launch_as
+    launch_as, machine, library = launch.launch_as, tiers.machine, Library(folder)
+
+    def launch_either(chosen: Any, case: Any) -> None:
+        from_folder = chosen.num_ctas > 1 or not clusters_only
+        (library.launch_as if from_folder else launch_as)(chosen, case)
+
+    launch.launch_as = launch_either
     # Few rows are not split: there is one kernel a case.
     tiers.machine = lambda device: machine(device)._replace(has_clusters=True, processors=1)
     try:

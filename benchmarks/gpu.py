@@ -1,10 +1,12 @@
 """Everything that a GPU can settle, in one command of at most eight minutes.
 
-    python -m benchmarks.gpu --out DIR [--cubins FOLDER]
+    python3 -m benchmarks.gpu --out DIR [--cubins FOLDER]         # installed or not: see `make gpu`
 
 Steps, each in processes of its own with a time limit; one that fails or is cut off does not stop
 the others, and the exit status is 1 then:
 
+    occupancy   rows in one or two CTAs an SM, or read twice: one minute          gpu.json .md
+    compile     what the next steps launch, on all cores                          likewise
     tests       pytest -m gpu                                                     pytest.txt
     sanitizer   compute-sanitizer's memcheck and racecheck, a call of each tier   memcheck.txt ...
     speed       everyone at every shape, the most important first                 gpu.json .md .png
@@ -12,18 +14,17 @@ the others, and the exit status is 1 then:
     tiers       each tier forced; with --cubins also where Triton is too old      likewise
     snapshot    every allocation of an eager and of a fused step                  memory.pickle
 
+gpu.json and gpu.md are written after every step. What a step has timed is in STEP.jsonl until then,
+a line a case: whatever ends the suite, nothing that was measured is lost.
+
 Without a device it says what it would run, and with --out writes what is predicted: predicted.json
 and predicted.md. It needs torch, Triton and pytest, and nothing that only the command `wmtp` needs.
 """
 
 import argparse
 import contextlib
-import importlib.util
-import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,25 +35,48 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wmtp.benchmarks import cubins, gpu_peers, linear_providers
+from wmtp.benchmarks import ROOT, cubins, gpu_peers, linear_providers
 from wmtp.benchmarks.gpu_cases import Job, speed_jobs, tier_jobs
+from wmtp.benchmarks.gpu_compile import (
+    call_in_processes,
+    compile_in_processes,
+    compile_jobs,
+    parts,
+    processes,
+)
 from wmtp.benchmarks.gpu_linear import linear_jobs
+from wmtp.benchmarks.gpu_occupancy import occupancy_jobs
+from wmtp.benchmarks.gpu_processes import (
+    WORKER,
+    Record,
+    read_records,
+    run,
+    run_jobs_in_processes,
+)
 from wmtp.benchmarks.gpu_report import compared, gpu_environment, plot, predicted_records, write
-from wmtp.benchmarks.gpu_worker import AGAIN, new_record, one_call, run_jobs, snapshot
+from wmtp.benchmarks.gpu_tests import run_tests
+from wmtp.benchmarks.gpu_worker import (
+    ONE_CALLS,
+    first_line,
+    new_record,
+    one_call,
+    run_jobs,
+    snapshot,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
 # Seconds.
 LIMITS = {
-    "tests": 120, "sanitizer": 60, "speed": 170, "linear": 60, "tiers": 50, "snapshot": 15
+    "occupancy": 60, "compile": 60, "tests": 90, "sanitizer": 50,
+    "speed": 120, "linear": 45, "tiers": 40, "snapshot": 12,
 }  # fmt: skip
+# The workers that compile, and whose jobs; the first leaves half of its step's time to these.
+COMPILED = {"compile-occupancy": ("occupancy",), "compile": ("speed", "linear", "tiers")}
 # What drivers and libraries try and do without is no error of a kernel's.
 SANITIZERS = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
-MOST_TEST_PROCESSES = 8  # each has a CUDA context of its own
-WORKER = (sys.executable, "-m", "wmtp.benchmarks.gpu", "--worker")
 
 
 class Step(NamedTuple):
-    """How a step ended: "ok", "failed" or "absent"."""
+    """How a step ended: "ok", "failed", "absent" or "not run"."""
 
     name: str
     outcome: str
@@ -63,39 +87,68 @@ class Step(NamedTuple):
 class Suite:
     """The steps, and what they found."""
 
-    def __init__(self, out: Path, folder: Path | None):
+    def __init__(self, results: dict[str, Any], out: Path, folder: Path | None):
         self.out, self.folder = out, folder
-        self.records: list[dict[str, Any]] = []
+        self.results = results
+        self.steps = {name: [Step(name, "not run")] for name in LIMITS}
+        self.records: list[Record] = []
+        self.compiled: list[Record] = []
 
-    def run(self) -> list[Step]:
-        """All steps, in order."""
+    def run(self) -> int:
+        """All steps, in order; the exit status."""
         actions: dict[str, Callable[[float], list[Step]]] = {
+            "occupancy": self.occupancy,
+            "compile": self.compile,
             "tests": self.tests,
             "sanitizer": self.sanitizer,
             "speed": lambda seconds: self.jobs("speed", seconds),
             "linear": lambda seconds: self.jobs("linear", seconds),
             "tiers": lambda seconds: self.jobs("tiers", seconds),
             "snapshot": self.snapshot,
+            "picture": self.picture,
         }
-        steps = []
         for name, action in actions.items():
             start = time.monotonic()
-            found = action(LIMITS[name])
-            steps += [step._replace(seconds=time.monotonic() - start) for step in found]
-            for step in found:
+            self.steps[name] = [Step(name, "failed", "interrupted")]
+            try:
+                self.steps[name] = action(LIMITS.get(name, 0))
+            except Exception as error:  # the suite's own, which costs this step alone
+                self.steps[name] = [Step(name, "failed", first_line(error))]
+            finally:
+                seconds = time.monotonic() - start
+                self.steps[name] = [step._replace(seconds=seconds) for step in self.steps[name]]
+                self.write()
+            for step in self.steps[name]:
                 print(f"{step.name}: {step.outcome} {step.why}", flush=True)
-        return steps
+        return int(any(step.outcome == "failed" for steps in self.steps.values() for step in steps))
+
+    def write(self) -> None:
+        """What was found up to now; the files that kept it until then have done their duty."""
+        steps = [step._asdict() for found in self.steps.values() for step in found]
+        found = {"steps": steps, "compiled": self.compiled, "cases": compared(self.records)}
+        write({**self.results, **found}, self.out, "gpu")
+        for name in LIMITS:
+            self._file(name).unlink(missing_ok=True)
+
+    def occupancy(self, seconds: float) -> list[Step]:
+        deadline = time.monotonic() + seconds
+        self._compile("compile-occupancy", seconds / 2)
+        return self.jobs("occupancy", deadline - time.monotonic())
+
+    def compile(self, seconds: float) -> list[Step]:
+        start = time.monotonic()
+        found = self._compile("compile", seconds)
+        with tempfile.TemporaryDirectory() as scratch:
+            left = seconds - (time.monotonic() - start)
+            called = call_in_processes(max(left, 1.0), Path(scratch))
+        self.compiled += called
+        return [_counted("compile", found + called)]
 
     def tests(self, seconds: float) -> list[Step]:
-        """A test file that needs a package that is not here fails, and does not stop the others."""
         if not (ROOT / "tests").is_dir():
             return [Step("tests", "absent", "run this from the sources: tests are not installed")]
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
-        options = ["-p", "no:cacheprovider", "--continue-on-collection-errors"]
-        if importlib.util.find_spec("xdist"):  # most of the time goes into compiling, on the CPU
-            options += ["-n", str(min(os.cpu_count() or 1, MOST_TEST_PROCESSES))]
-        status = run([*command, *options], seconds, self.out / "pytest.txt")
-        return [_step("tests", status, seconds, "pytest.txt")]
+        passed, told = run_tests("tests", seconds, self.out / "pytest.txt", processes())
+        return [Step("tests", "ok" if passed else "failed", told)]
 
     def sanitizer(self, seconds: float) -> list[Step]:
         tool = shutil.which("compute-sanitizer")
@@ -113,72 +166,43 @@ class Suite:
         return steps
 
     def jobs(self, name: str, seconds: float) -> list[Step]:
-        jobs = all_jobs()[name]
-        found = run_in_processes(name, jobs, seconds, self.folder)
-        self.records += found
-        counts = Counter(record["outcome"] for record in found)
-        told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-        return [Step(name, "failed" if counts["failed"] else "ok", told)]
+        jobs, file = all_jobs()[name], self._file(name)
+        command = [*WORKER, name, *(["--cubins", str(self.folder)] if self.folder else [])]
+        file.unlink(missing_ok=True)
+        why = "interrupted"
+        try:
+            why = run_jobs_in_processes(
+                command, file, len(jobs), seconds, lambda i, why: new_record(jobs[i], "failed", why)
+            )
+        finally:
+            found = read_records(file)
+            found += [new_record(job, "not run", why) for job in jobs[len(found) :]]
+            self.records += found
+        return [_counted(name, found)]
 
     def snapshot(self, seconds: float) -> list[Step]:
         file = self.out / "memory.pickle"
         status = run([*WORKER, "snapshot", "--records", str(file)], seconds)
         return [_step("snapshot", status, seconds, file.name)]
 
+    def picture(self, _seconds: float) -> list[Step]:
+        reason = plot(self.records, self.out / "gpu.png")
+        return [Step("picture", "absent", reason)] if reason else []
 
-def run(
-    command: list[str],
-    seconds: float,
-    output: Path | None = None,
-    own: dict[str, str] | None = None,
-) -> int | None:
-    """The exit status, None where it was cut off; what it printed goes into the file, if any."""
-    with contextlib.ExitStack() as stack:
-        stream = stack.enter_context(output.open("w")) if output else None
-        process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT if output else None, cwd=ROOT,
-            env={**os.environ, **(own or {})}, start_new_session=True,
-        )  # fmt: skip
-        try:
-            return process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # compilers may outlive what began them
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    def _compile(self, name: str, seconds: float) -> list[Record]:
+        with tempfile.TemporaryDirectory() as scratch:
+            found = compile_in_processes(name, _to_compile(name), seconds, Path(scratch))
+        self.compiled += found
+        return found
 
-
-def run_in_processes(
-    name: str, jobs: list[Job], seconds: float, folder: Path | None
-) -> list[dict[str, Any]]:
-    """A record for each job, whatever happens to the processes that measure them."""
-    deadline = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "records.jsonl"
-        file.touch()
-        while (left := deadline - time.monotonic()) > 0:
-            first = len(file.read_text().splitlines())
-            if first == len(jobs):
-                break
-            command = [*WORKER, name, "--first", str(first), "--records", str(file)]
-            command += ["--seconds", str(left)]
-            command += ["--cubins", str(folder)] if folder else []
-            status = run(command, left)
-            if status in (0, None):  # all done, or out of time
-                break
-            if status != AGAIN:
-                done = len(file.read_text().splitlines())
-                failed = new_record(jobs[done], "failed", f"its process ended with status {status}")
-                with file.open("a") as stream:
-                    stream.write(json.dumps(failed) + "\n")
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-    return records + [new_record(job, "not run", "out of time") for job in jobs[len(records) :]]
+    def _file(self, name: str) -> Path:
+        return self.out / f"{name}.jsonl"
 
 
 def all_jobs() -> dict[str, list[Job]]:
     """Of the steps that time something."""
     return {
+        "occupancy": occupancy_jobs(),
         "speed": speed_jobs(gpu_peers.absent()),
         "linear": linear_jobs(linear_providers.absent(compiling=True)),
         "tiers": tier_jobs(),
@@ -188,8 +212,10 @@ def all_jobs() -> dict[str, list[Job]]:
 def plan() -> list[str]:
     """What would be run, a line a step."""
     counts = {name: f"{len(jobs)} cases" for name, jobs in all_jobs().items()}
+    ours = sum(map(len, parts(_to_compile("compile"), processes())))
     counts |= {
-        "tests": "pytest -m gpu",
+        "compile": f"{ours} kinds of call in {processes()} processes",
+        "tests": f"pytest -m gpu in {processes()} processes",
         "sanitizer": f"{' and '.join(SANITIZERS)} on a call of each tier",
         "snapshot": "memory of an eager and of a fused step",
     }
@@ -211,7 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--cubins", type=Path, help="of python -m benchmarks.static_gpu --cubins")
-    for name in ("--worker", "--first", "--seconds", "--records"):  # of the processes of a step
+    for name in ("--worker", "--first", "--seconds", "--records", "--part"):  # of a step's process
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     folder = options.cubins.resolve() if options.cubins else None
@@ -239,28 +265,40 @@ def main(arguments: list[str] | None = None) -> int:
 def settle(results: dict[str, Any], out: Path, folder: Path | None) -> int:
     """Run the suite and write all of it; the exit status."""
     out.mkdir(parents=True, exist_ok=True)
-    suite = Suite(out, folder)
-    steps = suite.run()
-    if reason := plot(suite.records, out / "gpu.png"):
-        steps.append(Step("picture", "absent", reason))
-    results |= {"steps": [step._asdict() for step in steps], "cases": compared(suite.records)}
-    write(results, out, "gpu")
+    # As an exception, so that what was found is written and what runs is ended.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
+    status = Suite(results, out, folder).run()
     print(f"{out / 'gpu.md'}")
-    return int(any(step.outcome == "failed" for step in steps))
+    return status
 
 
 def work(options: argparse.Namespace, folder: Path | None) -> int:
     """What a process of a step does."""
+    number, count = map(int, (options.part or "0/1").split("/"))
     if options.worker == "one-call":
-        return one_call()
+        return one_call(ONE_CALLS[number::count])
     records = Path(options.records)
     if options.worker == "snapshot":
         return snapshot(records)
+    first, seconds = int(options.first), float(options.seconds)
+    if options.worker in COMPILED:
+        mine = parts(_to_compile(options.worker), count)[number]
+        return compile_jobs(mine, first, seconds, records)
     with contextlib.ExitStack() as stack:
-        if options.worker == "tiers" and folder and cubins.unavailable(folder) is None:
-            stack.enter_context(cubins.installed(folder))
-        jobs = all_jobs()[options.worker]
-        return run_jobs(jobs, int(options.first), float(options.seconds), records)
+        if options.worker in ("occupancy", "tiers") and folder and not cubins.unavailable(folder):
+            stack.enter_context(cubins.installed(folder, clusters_only=options.worker != "tiers"))
+        return run_jobs(all_jobs()[options.worker], first, seconds, records)
+
+
+def _to_compile(worker: str) -> list[Job]:
+    jobs = all_jobs()
+    return [job for name in COMPILED[worker] for job in jobs[name]]
+
+
+def _counted(name: str, records: list[Record]) -> Step:
+    counts = Counter(record["outcome"] for record in records)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    return Step(name, "failed" if counts["failed"] else "ok", told)
 
 
 def _step(name: str, status: int | None, seconds: float, file: str) -> Step:

@@ -1,7 +1,7 @@
 """What the GPU suite times, in which order, and how long an H100 is predicted to take for it.
 
-A job is a case of problem.py, and the tier that its kernels are forced into, if any. The order is
-that of importance: time may run out.
+A job is a case of problem.py, and what its kernels are forced into, if anything. The order is that
+of importance: time may run out.
 """
 
 from collections.abc import Iterable
@@ -30,6 +30,17 @@ class Job(NamedTuple):
 
     case: Case
     tier: str = ""  # forced; "": as the library chooses
+    ctas_per_sm: int = 0  # of the tier `row`, forced as well; 0: as the library chooses
+
+
+def forced_as(tier: str, ctas_per_sm: int) -> str:
+    """
+    >>> forced_as("row", 2), forced_as("row", 1), forced_as("online", 0)
+    ('row, 2 CTAs an SM', 'row, 1 CTA an SM', 'online')
+    """
+    if not ctas_per_sm:
+        return tier
+    return f"{tier}, {ctas_per_sm} CTA{'s' * (ctas_per_sm > 1)} an SM"
 
 
 def speed_jobs(absent: Iterable[str] = ()) -> list[Job]:

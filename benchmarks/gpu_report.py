@@ -17,6 +17,7 @@ from wmtp.benchmarks.gpu_cases import (
     PREDICTED_CARD,
     SIZES,
     Job,
+    forced_as,
     predicted_ms,
     predicted_tier,
 )
@@ -75,9 +76,8 @@ def predicted_records(jobs: Iterable[Job]) -> list[Record]:
         if milliseconds is not None:
             case = {key: value for key, value in job.case._asdict().items() if key != "threads"}
             tier = "" if linear else job.tier or predicted_tier(job)
-            records.append(
-                {**case, "tier": tier, "outcome": "predicted", "predicted_ms": milliseconds}
-            )
+            chosen = {"tier": tier, "ctas_per_sm": job.ctas_per_sm}
+            records.append({**case, **chosen, "outcome": "predicted", "predicted_ms": milliseconds})
     return records
 
 
@@ -95,10 +95,15 @@ def compared(records: list[Record]) -> list[Record]:
 
 
 def write(results: dict[str, Any], folder: Path, name: str) -> None:
-    """folder/name.json and folder/name.md."""
+    """folder/name.json and folder/name.md; whoever is killed meanwhile leaves those of before."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(markdown(results))
+    for suffix, text in (
+        (".json", json.dumps(results, indent=1) + "\n"),
+        (".md", markdown(results)),
+    ):
+        written = folder / f"{name}{suffix}.new"
+        written.write_text(text)
+        written.replace(folder / f"{name}{suffix}")
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -119,6 +124,10 @@ def markdown(results: dict[str, Any]) -> str:
     others = [record for record in records if record["outcome"] not in ("ok", "predicted")]
     if others:
         parts += ["## Without a time", "\n".join(map(_without_time, others))]
+    compiled = results.get("compiled", [])
+    if missed := [record for record in compiled if record["outcome"] not in ("ok", "refused")]:
+        lines = [f"- {record['case']}: {record['outcome']} ({record['why']})" for record in missed]
+        parts += ["## Not compiled", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -230,7 +239,7 @@ def _cells(record: Record) -> list[str]:
         record["dtype"],
         record["provider"],
         record["weighting"] if record["provider"] != "copy" else "",
-        record["tier"],
+        forced_as(record["tier"], record["ctas_per_sm"]),
         _number(record.get("median_ms"), ".4f"),
         spread,
         _number(record.get("gb_s"), ".0f"),
@@ -246,7 +255,7 @@ def _step_cells(step: Record) -> list[str]:
 
 
 def _without_time(record: Record) -> str:
-    tier = f", tier {record['tier']}" if record["tier"] else ""
+    tier = f", tier {forced_as(record['tier'], record['ctas_per_sm'])}" if record["tier"] else ""
     why = f" ({record['why']})" if record["why"] else ""
     return f"- {case_of(record)}{tier}: {record['outcome']}{why}"
 

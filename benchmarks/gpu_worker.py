@@ -18,18 +18,21 @@ from typing import Any
 import torch
 
 import wmtp
-from wmtp.benchmarks.gpu_cases import OURS, Job, launch_of
+from wmtp.benchmarks import gpu_occupancy
+from wmtp.benchmarks.gpu_cases import OURS, TIERS, Job, forced_as, launch_of
 from wmtp.benchmarks.gpu_peers import PEERS, PeerProblem
 from wmtp.benchmarks.gpu_timing import Timer
 from wmtp.benchmarks.linear_problem import LinearProblem, new_problem
 from wmtp.benchmarks.memory import peak_bytes
-from wmtp.benchmarks.problem import Problem, Shape
+from wmtp.benchmarks.problem import TOLERANCE, Case, Problem, Shape, assert_close
 
 AGAIN = 75  # exit status: a job failed, the next one needs a new process
 JOB_SECONDS = 60  # a job that takes longer hangs
 CHECKED_ROWS = 2**12  # outputs are compared at this size where the timed one is larger
 MIB = 2**20
 VARIABLE = "WMTP_TRITON_TIER"
+# A small call of each tier: one CTA a program, then clusters.
+ONE_CALLS = [(vocabulary, tier) for vocabulary in (1000, 10007) for tier in TIERS]
 
 
 def run_jobs(jobs: list[Job], first: int, seconds: float, records: Path) -> int:
@@ -45,7 +48,8 @@ def run_jobs(jobs: list[Job], first: int, seconds: float, records: Path) -> int:
         signal.alarm(0)
         with records.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        print(f"{number + 1}/{len(jobs)} {job.case} {job.tier} {summary(record)}", flush=True)
+        told = forced_as(record["tier"], job.ctas_per_sm)
+        print(f"{number + 1}/{len(jobs)} {job.case} {told} {summary(record)}", flush=True)
         if record["outcome"] == "failed" or not device_answers():
             return AGAIN
     return 0
@@ -54,7 +58,8 @@ def run_jobs(jobs: list[Job], first: int, seconds: float, records: Path) -> int:
 def new_record(job: Job, outcome: str, why: str = "", **measured: Any) -> dict[str, Any]:
     """One row of the results."""
     case = {key: value for key, value in job.case._asdict().items() if key != "threads"}
-    return {**case, "tier": job.tier, "outcome": outcome, "why": why, **measured}
+    forced = {"tier": job.tier, "ctas_per_sm": job.ctas_per_sm}
+    return {**case, **forced, "outcome": outcome, "why": why, **measured}
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -79,18 +84,19 @@ class Bench:
         self._timer, self._device = timer, device
         self._checked: set[tuple[Any, ...]] = set()
         self._problem: tuple[tuple[Any, ...], Problem | LinearProblem] | None = None
+        self._first: tuple[Shape, tuple[torch.Tensor, ...]] | None = None
 
     def record(self, job: Job) -> dict[str, Any]:
         """Outcomes: ok, does not fit, refused (it says that it cannot), failed."""
         try:
-            with forced_tier(job.tier):
+            with forced(job, self._device):
                 measured = self._measure(job)
                 return {**new_record(job, "ok"), **measured}
         except torch.OutOfMemoryError:
             outcome, why = "does not fit", ""
         except Exception as error:  # whatever others raise is their answer, ours is a failure
             refused = job.case.provider not in OURS or (job.tier and isinstance(error, ValueError))
-            outcome, why = "refused" if refused else "failed", _first_line(error)
+            outcome, why = "refused" if refused else "failed", first_line(error)
         self._forget()
         return new_record(job, outcome, why)
 
@@ -100,7 +106,10 @@ class Bench:
         problem = self._problem_of(job, case.shape)
         call = problem.call(case.provider, case.direction)
         problem.restore()
-        call()  # what is allocated once
+        found = call()  # what is allocated once
+        if case.study == gpu_occupancy.STUDY and case.provider in OURS:
+            self._agree(case, found)
+        del found
         problem.restore()
         peak = 0 if case.provider == "copy" else peak_bytes(call, self._device)
         times = self._timer.time(call, problem.restore)
@@ -117,6 +126,15 @@ class Bench:
             problem.check(case.provider, case.direction)
             problem.forget_truth()
             self._checked.add(key)
+
+    def _agree(self, case: Case, found: tuple[torch.Tensor, ...]) -> None:
+        """At the timed size as well: the kernels of one problem, with the first of them."""
+        if self._first is None or self._first[0] != case.shape:
+            self._first = case.shape, found
+            return
+        tolerance = TOLERANCE[found[1].dtype]
+        for name, got, want in zip(("loss", "gradient"), found, self._first[1], strict=True):
+            assert_close(name, case.provider, got, want.float(), tolerance, "the first tier")
 
     def _problem_of(self, job: Job, shape: Shape) -> Problem | LinearProblem:
         case = job.case
@@ -138,12 +156,21 @@ class Bench:
     def _tier(self, job: Job) -> str:
         from wmtp.kernels import tiers
 
+        if job.ctas_per_sm:
+            return job.tier
         return launch_of(job, tiers.machine(torch.device(self._device))).tier
 
     def _forget(self) -> None:
-        self._problem = None
+        self._problem = self._first = None
         wmtp.release_memory()
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def forced(job: Job, device: str) -> Iterator[None]:
+    """What the job says of tier and launch."""
+    with forced_tier(job.tier), gpu_occupancy.forced_launch(job, device):
+        yield
 
 
 @contextlib.contextmanager
@@ -160,24 +187,21 @@ def forced_tier(tier: str) -> Iterator[None]:
         os.environ[VARIABLE] = before
 
 
-def one_call() -> int:
-    """A small call of each tier, for compute-sanitizer: one CTA a program, then clusters."""
-    from wmtp.kernels.tiers import TIERS
-
-    for vocabulary in (1000, 10007):
-        for tier in TIERS:
-            weighting = "given" if tier == "row" else "ref_ce"
-            try:
-                with forced_tier(tier):
-                    problem = Problem((1, 8, 4, vocabulary), torch.bfloat16, weighting, "cuda")
-                    problem.check("fused", "forward+backward")
-                    problem.check("fused_inplace", "inplace")
-                    linear = LinearProblem((1, 8, 4, vocabulary), 16, torch.bfloat16, "cuda")
-                    linear.check("fused", "forward+backward")
-            except ValueError as error:
-                print(f"{tier}, V = {vocabulary}: {error}")
-            else:
-                print(f"{tier}, V = {vocabulary}: ok")
+def one_call(calls: list[tuple[int, str]] = ONE_CALLS, device: str = "cuda") -> int:
+    """For compute-sanitizer, and before it, so that it meets compiled kernels."""
+    for vocabulary, tier in calls:
+        weighting = "given" if tier == "row" else "ref_ce"
+        try:
+            with forced_tier(tier):
+                problem = Problem((1, 8, 4, vocabulary), torch.bfloat16, weighting, device)
+                problem.check("fused", "forward+backward")
+                problem.check("fused_inplace", "inplace")
+                linear = LinearProblem((1, 8, 4, vocabulary), 16, torch.bfloat16, device)
+                linear.check("fused", "forward+backward")
+        except ValueError as error:
+            print(f"{tier}, V = {vocabulary}: {error}")
+        else:
+            print(f"{tier}, V = {vocabulary}: ok")
     return 0
 
 
@@ -195,6 +219,6 @@ def snapshot(file: Path) -> int:
     return 0
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     text = str(error).strip() or "(no message)"
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}"

@@ -127,7 +127,7 @@ def absent(compiling: bool) -> dict[str, str]:
     Args:
         compiling: there is time for torch.compile, and for torch's chunks.
     """
-    missing = absent_providers(compiling)
+    missing = {who: why for who, why in absent_providers(compiling).items() if who in PROVIDERS}
     if not compiling:
         missing["linear_cross_entropy"] = "not timed with --quick: it takes as long as the others"
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):

@@ -9,11 +9,17 @@ import matplotlib.pyplot as plt
 from wmtp.benchmarks.linear_profile import allowed_bytes, chunk_scratch_bytes, scratch_bytes
 from wmtp.benchmarks.memory_profile import MEBI
 from wmtp.benchmarks.problem import Shape
-from wmtp.benchmarks.providers import PROVIDERS
 from wmtp.benchmarks.report import cases_by_key, spread
 
 INK, MUTED, GRID, RED = "#22262b", "#6c7480", "#e6e8eb", "#d23f3f"
-COLOURS = ("#c3c9d0", MUTED, "#e0a23c", "#8457c9", "#2a78d6", "#15966a")
+COLOURS = {
+    "eager": "#c3c9d0",
+    "eager_float": MUTED,
+    "compiled": "#e0a23c",
+    "cce": "#8457c9",
+    "fused": "#2a78d6",
+    "fused_inplace": "#15966a",
+}
 LINEAR_COLOURS = {
     "eager": "#c3c9d0",
     "compiled": "#e0a23c",
@@ -74,8 +80,7 @@ def plot_loss(results: dict[str, Any], file: Path) -> None:
             panel.bars.setdefault(case.provider, {})[case.shape] = spread(row["median_ms"])
         elif case.direction == "forward+backward":
             panel.line[case.shape], *_ = spread(row["median_ms"])
-    colours = dict(zip(PROVIDERS, COLOURS, strict=True))
-    _draw(list(panels.values()), colours, "copy of the logits", file)
+    _draw(list(panels.values()), COLOURS, "copy of the logits", file)
 
 
 def plot_linear(results: dict[str, Any], file: Path) -> None:
@@ -115,7 +120,7 @@ def plot_profile(results: dict[str, Any], file: Path) -> None:
         figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
         sizes = {case["vocabulary"]: case["logits_bytes"] / 2**20 for case in cases}
         axes.plot(*zip(*sizes.items(), strict=True), "--", color=RED, lw=1, label="the logits")
-        for place, (provider, colour) in enumerate(zip(PROVIDERS, COLOURS, strict=True)):
+        for place, (provider, colour) in enumerate(COLOURS.items()):
             mine = [case for case in cases if case["provider"] == provider]
             if mine:
                 # What is drawn first is wider: lines that coincide can all be seen.

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.benchmarks.providers import PROVIDERS, leaves
+from wmtp.benchmarks.providers import FACTOR_SIZES, PROVIDERS, leaves
 
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
 THREADS = torch.get_num_threads()
 WEIGHTINGS = ("given", "uniform", "ref_ce")
+TRUTH = "eager torch in float32"
 # Against eager_float. Native 16-bit eager rounds its cross entropy and its probabilities.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
@@ -81,7 +82,7 @@ class Problem:
         self.compare(provider, self.call(provider, direction)())
 
     def compare(self, provider: str, found: tuple[Tensor, ...]) -> None:
-        """Compare the loss and the gradient that a call returned with eager torch in float32.
+        """Compare the loss and the gradients that a call returned with eager torch in float32.
 
         Raises:
             AssertionError: they disagree.
@@ -89,9 +90,12 @@ class Problem:
         wanted: tuple[Tensor, ...] = self._truth
         if provider == "copy":
             wanted = (self.pristine,)
-        elif provider == "cce":  # the gradients of its factors are no gradient of the logits
-            found, wanted = found[:1], (self._truth_of_cce(),)
-        for name, got, want in zip(("loss", "gradient"), found, wanted, strict=False):
+        elif provider in FACTOR_SIZES:
+            wanted = self._truth_of_factors(provider)
+        if provider == "cce":  # whose gradients are not compared
+            found = found[:1]
+        names = ("loss", "gradient", "gradient of the classifier")
+        for name, got, want in zip(names, found, wanted, strict=False):
             assert_close(name, provider, got, want, TOLERANCE[self.pristine.dtype])
 
     @functools.cached_property
@@ -100,10 +104,11 @@ class Problem:
         loss = PROVIDERS["eager_float"](logits, self.target_ids, *self.weights)
         return loss.detach(), *torch.autograd.grad(loss, logits)
 
-    def _truth_of_cce(self) -> Tensor:
-        hidden, classifier = leaves("cce", self.pristine)
-        with torch.no_grad():
-            return PROVIDERS["eager_float"](hidden @ classifier.T, self.target_ids, *self.weights)
+    def _truth_of_factors(self, provider: str) -> tuple[Tensor, ...]:
+        factors = leaves(provider, self.pristine)
+        hidden, classifier = (factor.detach().float().requires_grad_() for factor in factors)
+        loss = PROVIDERS["eager"](hidden @ classifier.T, self.target_ids, *self.weights)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, classifier))
 
 
 def random_weights(shape: Shape, device: str) -> dict[str, tuple[Tensor | None, ...]]:
@@ -115,15 +120,20 @@ def random_weights(shape: Shape, device: str) -> dict[str, tuple[Tensor | None, 
     return {"given": (given, None), "uniform": (), "ref_ce": (None, ref_ce)}
 
 
-def assert_close(name: str, provider: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+def assert_close(
+    name: str, provider: str, got: Tensor, want: Tensor, tolerance: float, whose: str = TRUTH
+) -> None:
     """The relative error, by the Euclidean norm.
+
+    Args:
+        whose: the values that are wanted.
 
     Raises:
         AssertionError: it is larger than the tolerance.
     """
     error = ((got.detach().float() - want).norm() / want.norm()).item()
     assert error <= tolerance, (
-        f"{provider} disagrees with eager torch in float32: relative error {error:.1e} "
+        f"{provider} disagrees with {whose}: relative error {error:.1e} "
         f"of the {name}, {tolerance:.0e} allowed"
     )
 

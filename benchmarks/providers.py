@@ -2,7 +2,7 @@
 
 Each maps (leaves, target_ids [B, S], head_weights [B, S, H] or None, ref_ce [B, S - 1] or None) to
 the scalar loss; neither weights nor ref_ce means uniform. The leaves, which are what a gradient is
-taken for, are the logits [B, S, H, V]; those of `cce` are the factors of such logits.
+taken for, are the logits [B, S, H, V]; those of FACTOR_SIZES are the factors of such logits.
 """
 
 import functools
@@ -38,7 +38,7 @@ def eager_float(logits: Tensor, target_ids: Tensor, *weights: Tensor | None) -> 
 
 
 def compiled(*arguments: Tensor | None) -> Tensor:
-    return _compiled_eager()(*arguments)
+    return _compiled(eager)(*arguments)
 
 
 def cce(
@@ -70,6 +70,25 @@ def fused(
     ).loss
 
 
+def fused_compiled(*arguments: Tensor | None) -> Tensor:
+    return _compiled(fused)(*arguments)
+
+
+def product(
+    hidden: Tensor,
+    classifier: Tensor,
+    target_ids: Tensor,
+    head_weights: Tensor | None = None,
+    ref_ce: Tensor | None = None,
+) -> Tensor:
+    """`fused` behind the product that makes its logits: hidden [B, S, H, D], classifier [V, D]."""
+    return fused(hidden @ classifier.T, target_ids, head_weights, ref_ce)
+
+
+def product_compiled(*arguments: Tensor | None) -> Tensor:
+    return _compiled(product)(*arguments)
+
+
 PROVIDERS: dict[str, Loss] = {
     "eager": eager,
     "eager_float": eager_float,
@@ -77,14 +96,22 @@ PROVIDERS: dict[str, Loss] = {
     "cce": cce,
     "fused": fused,
     "fused_inplace": functools.partial(fused, inplace=True),
+    "fused_compiled": fused_compiled,
+    "product": product,
+    "product_compiled": product_compiled,
 }
+# D of those that are given hidden states and a classifier. That of `product` is small, so that its
+# matrix products, which nobody changes, do not hide what surrounds them.
+FACTOR_SIZES = {"cce": 1, "product": 16, "product_compiled": 16}
 # What one call does; `copy`, which is no loss, is timed beside each.
 DIRECTIONS = {
     "forward": ("eager", "eager_float", "compiled", "cce", "fused"),  # under no_grad
     "forward+backward": ("eager", "eager_float", "compiled", "cce", "fused"),
     "inplace": ("fused_inplace",),  # forward + backward over the logits' own storage
 }
-COMPILED = ("compiled", "cce")
+# Ours inside torch.compile, against the same outside.
+UNCOMPILED = {"fused_compiled": "fused", "product_compiled": "product"}
+COMPILED = ("compiled", "cce", *UNCOMPILED)
 
 
 def absent(compiling: bool) -> dict[str, str]:
@@ -105,9 +132,10 @@ def absent(compiling: bool) -> dict[str, str]:
 
 def leaves(provider: str, logits: Tensor) -> tuple[Tensor, ...]:
     """What the provider is called with, and differentiated by."""
-    if provider != "cce":
+    if provider not in FACTOR_SIZES:
         return (logits,)
-    factors = (logits[..., :1], logits[0, 0, 0, :, None])
+    size = min(FACTOR_SIZES[provider], *logits.shape[1::2])
+    factors = (logits[..., :size], logits[0, :size, 0].T * size**-0.5)
     return tuple(factor.detach().clone().requires_grad_() for factor in factors)
 
 
@@ -138,5 +166,5 @@ def _weighted_mean(
 
 
 @functools.cache
-def _compiled_eager() -> Loss:
-    return torch.compile(eager, dynamic=False)
+def _compiled(loss: Loss) -> Loss:
+    return torch.compile(loss, dynamic=False, fullgraph=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from wmtp.benchmarks import linear_providers
 from wmtp.benchmarks.problem import Case
-from wmtp.benchmarks.providers import DIRECTIONS
+from wmtp.benchmarks.providers import DIRECTIONS, UNCOMPILED
 from wmtp.benchmarks.report import (
     cases_by_key,
     floor_of,
@@ -53,12 +53,19 @@ def _given(case: Case) -> Case:
     return case._replace(weighting="given")
 
 
+def _uncompiled(case: Case) -> Case:
+    return case._replace(provider=UNCOMPILED.get(case.provider, case.provider))
+
+
 STUDIES = {
     "sweep": Study("from tiny to large", "", "eager /", _eager, True),
     "threads": Study("threads", "threads", "1 thread /", _one_thread, True),
     "weightings": Study("weightings", "weighting", "/ given", _given, False),
     "odd vocabulary": Study("odd vocabulary, per element", "", "/ 64n", _aligned, False),
     "few rows": Study("few rows", "threads", "1 thread /", _one_thread, True),
+    "compiled": Study(
+        "inside torch.compile(fullgraph=True)", "", "/ uncompiled", _uncompiled, False
+    ),
 }
 
 

@@ -28,7 +28,7 @@ CONTESTS = [
     for direction, contestants in providers.DIRECTIONS.items()
     for provider in (*contestants, "copy")
     if provider not in providers.COMPILED
-]
+] + [("forward+backward", "product")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -61,6 +61,38 @@ def test_cce_is_given_factors_of_logits(monkeypatch):
     inputs.check("cce", "forward")
     _, hidden_gradient, classifier_gradient = inputs.call("cce", "forward+backward")()
     assert (hidden_gradient.shape, classifier_gradient.shape) == ((*SHAPE[:3], 1), (1000, 1))
+
+
+@pytest.mark.parametrize("provider", providers.UNCOMPILED)
+def test_ours_is_one_graph_of_torch_compile_and_agrees(monkeypatch, provider):
+    graphs = []
+
+    def compile_counting(loss, **options):
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        assert options.pop("fullgraph")
+        return whole_compile(loss, backend=backend, fullgraph=True, **options)
+
+    whole_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_counting)
+    monkeypatch.setattr(providers, "_compiled", providers._compiled.__wrapped__)
+    torch._dynamo.reset()
+    Problem(SHAPE, torch.float32, "given").check(provider, "forward+backward")
+    assert len(graphs) == 1
+    operators = [str(node.target) for node in graphs[0].graph.nodes]
+    assert any(name.startswith("wmtp.") for name in operators)
+    assert any("matmul" in name for name in operators) == (provider == "product_compiled")
+
+
+def test_a_wrong_gradient_of_a_factor_is_found(monkeypatch):
+    def wrong(hidden, classifier, *arguments):
+        return providers.product(hidden, 1.1 * classifier.detach() - 0.1 * classifier, *arguments)
+
+    monkeypatch.setitem(problem.PROVIDERS, "product", wrong)
+    with pytest.raises(AssertionError, match="of the gradient of the classifier"):
+        Problem(SHAPE, torch.float32, "given").check("product", "forward+backward")
 
 
 @pytest.mark.parametrize("part", ["loss", "gradient"])
@@ -222,13 +254,16 @@ def test_studies_compare_with_their_own_peer():
         ("odd vocabulary", (1, 2, 2, 80), "fused", both, [1.0], {}),
         ("sweep", (1, 2, 2, 10), "eager", both, [4.0], {}),
         ("sweep", (1, 2, 2, 10), "fused_inplace", "inplace", [5.0], {}),
+        ("compiled", (1, 2, 2, 10), "product", both, [4.0], {}),
+        ("compiled", (1, 2, 2, 10), "product_compiled", both, [4.4], {}),
     )
-    sweep, threads, weightings, odd = map(columns_of, tables(results))
+    sweep, threads, weightings, odd, compiled = map(columns_of, tables(results))
     assert sweep["eager /"] == ["1.00x", "0.80x"]
     assert threads["1 thread /"] == ["1.00x", "1.50x"]
     assert threads["threads"] == ["1", "2"]
     assert weightings["/ given"] == ["1.00x", "1.25x"]
     assert odd["/ 64n"][-1] == "1.60x"  # as long for 5/8 of the elements
+    assert compiled["/ uncompiled"] == ["1.00x", "1.10x"]
 
 
 def test_tables_fit_80_columns():

@@ -9,7 +9,9 @@ import torch
 
 from wmtp import fused_weighted_mtp_loss
 from wmtp.benchmarks import cubins
-from wmtp.benchmarks.problem import Problem
+from wmtp.benchmarks.gpu_cases import Job
+from wmtp.benchmarks.gpu_occupancy import forced_launch
+from wmtp.benchmarks.problem import Case, Problem
 
 
 def cubin(folder, number, symbol="register_kernel", **constants):
@@ -76,6 +78,19 @@ def test_the_library_launches_itself_again_afterwards(tmp_path):
         fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton")
     loss = fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton").loss
     assert loss.isfinite()
+
+
+def test_where_only_clusters_come_from_the_folder_all_else_is_launched_as_ever(tmp_path):
+    needs_interpreter()
+    shape = (1, 2, 2, 17000)
+    inputs = Problem(shape, torch.bfloat16, "given")
+    case = Case("occupancy", shape, "bfloat16", "forward+backward", "fused")
+    with cubins.installed(tmp_path, clusters_only=True):
+        with forced_launch(Job(case, "row", 1), "cpu"):
+            loss = fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton").loss
+        assert loss.isfinite()
+        with forced_launch(Job(case, "row", 2), "cpu"), pytest.raises(ValueError, match="no cubin"):
+            fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton")
 
 
 def test_parameters_are_followed_by_two_null_pointers():

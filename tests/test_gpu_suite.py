@@ -1,14 +1,16 @@
-"""The GPU suite where there is no GPU: what it would run, and how it runs its steps."""
+"""The GPU suite where there is no GPU: what it would run, and how it goes from step to step."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
+from bare_checkout import bare_checkout
 
-from gpu_jobs import job
 from wmtp.benchmarks import gpu, gpu_peers
 from wmtp.benchmarks.gpu_cases import speed_jobs
 from wmtp.benchmarks.gpu_worker import new_record
@@ -16,17 +18,16 @@ from wmtp.benchmarks.gpu_worker import new_record
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """(process, folder) of the whole command, which must not find a device."""
-    out = tmp_path_factory.mktemp("gpu") / "new"
-    hidden = "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib']))\n"
-    code = hidden + "from wmtp.benchmarks.gpu import main; sys.exit(main())"
+    """(process, folder) of `make gpu` in a checkout that is not installed, without a device."""
+    checkout, python, environment = bare_checkout(tmp_path_factory.mktemp("bare"))
     done = subprocess.run(
-        [sys.executable, "-c", code, "--out", str(out)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        ["make", "--silent", "gpu", f"PYTHON={' '.join(python)}", "OUT=new"],
+        env={**environment, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=checkout,
         capture_output=True,
         text=True,
     )
-    return done, out
+    return done, checkout
 
 
 def test_dry_run_says_what_it_would_run(dry_run):
@@ -35,12 +36,22 @@ def test_dry_run_says_what_it_would_run(dry_run):
     *plan, last = done.stdout.splitlines()
     assert last == "no CUDA device"
     assert [line.split()[0] for line in plan[: len(gpu.LIMITS)]] == list(gpu.LIMITS)
-    assert f"{len(speed_jobs(gpu_peers.absent()))} cases, at most 170 s" in done.stdout
+    limit = gpu.LIMITS["speed"]
+    assert f"{len(speed_jobs(gpu_peers.absent()))} cases, at most {limit} s" in done.stdout
     assert "absent: cubins, no --cubins FOLDER was given" in plan
 
 
+def test_a_checkout_that_is_not_installed_gets_two_links_and_nothing_else(dry_run):
+    _, checkout = dry_run
+    links = {
+        path.name: os.readlink(path) for path in (checkout / "wmtp").iterdir() if path.is_symlink()
+    }
+    assert links == {"kernels": "../kernels/gpu", "benchmarks": "../benchmarks"}
+    assert not (checkout / ".venv").exists()
+
+
 def test_dry_run_writes_what_is_predicted_and_nothing_else(dry_run):
-    _, out = dry_run
+    out = dry_run[1] / "new"
     assert sorted(file.name for file in out.iterdir()) == ["predicted.json", "predicted.md"]
     results = json.loads((out / "predicted.json").read_text())
     assert {record["outcome"] for record in results["cases"]} == {"predicted"}
@@ -63,69 +74,7 @@ def test_all_steps_stay_under_eight_minutes():
     assert sum(gpu.LIMITS.values()) < 8 * 60
 
 
-# --- processes ----------------------------------------------------------------------------------
-
-JOBS = [job(dtype=dtype, direction=direction) for dtype in ("a", "b") for direction in ("x", "y")]
-
-
-def worker(tmp_path, behaviour):
-    """A stand-in for the process of a step: `behaviour` sees first, and says(record)."""
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import json, os, sys, time\n"
-        "first, file = int(sys.argv[sys.argv.index('--first') + 1]), sys.argv[5]\n"
-        "def say(outcome):\n"
-        "    open(file, 'a').write(json.dumps({'outcome': outcome}) + '\\n')\n" + behaviour
-    )
-    return (sys.executable, str(script))
-
-
-def outcomes(monkeypatch, tmp_path, behaviour, seconds=30.0):
-    monkeypatch.setattr(gpu, "WORKER", worker(tmp_path, behaviour))
-    return gpu.run_in_processes("speed", JOBS, seconds, None)
-
-
-def test_a_process_that_dies_costs_one_job(monkeypatch, tmp_path):
-    behaviour = (
-        "for number in range(first, 4):\n"
-        "    if number == 1: os.abort()\n"  # as after an illegal access, without a word
-        "    say('ok')\n"
-    )
-    found = outcomes(monkeypatch, tmp_path, behaviour)
-    assert [record["outcome"] for record in found] == ["ok", "failed", "ok", "ok"]
-    assert found[1]["why"] == "its process ended with status -6"
-    assert (found[1]["dtype"], found[1]["direction"]) == ("a", "y")
-
-
-def test_after_a_failure_another_process_goes_on(monkeypatch, tmp_path):
-    behaviour = f"say('failed' if first == 0 else 'ok'); sys.exit({gpu.AGAIN} if first < 3 else 0)"
-    found = outcomes(monkeypatch, tmp_path, behaviour)
-    assert [record["outcome"] for record in found] == ["failed", "ok", "ok", "ok"]
-
-
-@pytest.mark.parametrize("behaviour", ["say('ok'); time.sleep(60)", "say('ok'); sys.exit(0)"])
-def test_what_there_was_no_time_for_is_listed(monkeypatch, tmp_path, behaviour):
-    found = outcomes(monkeypatch, tmp_path, behaviour, seconds=1.0)
-    assert [record["outcome"] for record in found] == ["ok", *["not run"] * 3]
-    assert found[-1]["why"] == "out of time"
-
-
-def test_a_cut_off_step_is_ended_and_its_output_kept(tmp_path):
-    code = "print('begun', flush=True); import time; time.sleep(60)"
-    file = tmp_path / "output.txt"
-    assert gpu.run([sys.executable, "-c", code], 2.0, file) is None
-    assert file.read_text() == "begun\n"
-    assert gpu.run([sys.executable, "-c", "raise SystemExit(3)"], 30.0) == 3
-
-
-def test_the_tests_run_in_several_processes_where_they_can(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(gpu, "run", lambda command, *rest: commands.append(command))
-    for found in (None, object()):
-        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name, found=found: found)
-        (step,) = gpu.Suite(tmp_path, None).tests(120.0)
-    assert ["-n" in command for command in commands] == [False, True]
-    assert (step.outcome, step.why) == ("failed", "cut off after 120 s, see pytest.txt")
+# --- steps --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("status", "outcome"), [(0, "ok"), (1, "failed")])
@@ -138,7 +87,7 @@ def test_each_sanitizer_is_asked_for_one_call(monkeypatch, tmp_path, status, out
 
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/bin/{name}")
-    steps = gpu.Suite(tmp_path, None).sanitizer(80.0)
+    steps = gpu.Suite({}, tmp_path, None).sanitizer(80.0)
     assert [(step.name, step.outcome) for step in steps] == [
         ("memcheck", outcome),
         ("racecheck", outcome),
@@ -150,25 +99,166 @@ def test_each_sanitizer_is_asked_for_one_call(monkeypatch, tmp_path, status, out
     assert all(command[-1] == "one-call" for command in commands)
 
 
-@pytest.mark.parametrize(("failing", "status"), [(None, 0), ("tests", 1), ("speed", 1)])
-def test_a_failed_step_stops_no_other_and_makes_the_status_1(
-    monkeypatch, tmp_path, failing, status
-):
-    def run(command, seconds, *rest):
-        return int(failing == "tests" and "pytest" in command)
+RESULTS = {"command": "c", "environment": {}, "absent": {}}
+EVERY_STEP = dict.fromkeys(gpu.LIMITS, "ok") | {"sanitizer": "absent", "picture": "absent"}
 
-    def run_in_processes(name, jobs, seconds, folder):
-        outcome = "failed" if name == failing else "not run"
-        return [new_record(case, outcome, "reason") for case in jobs[:2]]
 
-    monkeypatch.setattr(gpu, "run", run)
-    monkeypatch.setattr(gpu, "run_in_processes", run_in_processes)
+@pytest.fixture
+def steps_without_processes(monkeypatch):
+    """Nothing is started; `found` says what each step is told."""
+    found = {"tests": True, "speed": "ok", "compile": "ok"}
+
+    def run_jobs(command, file, count, seconds, failed):
+        name = file.stem
+        record = new_record(gpu.all_jobs()[name][0], found.get(name, "not run"), "reason")
+        record |= {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "peak_bytes": 0}
+        file.write_text(json.dumps(record) + "\n")
+
+    def compile_in_processes(name, jobs, seconds, scratch):
+        return [{"case": name, "outcome": found[name.split("-")[0]], "why": "reason"}]
+
+    monkeypatch.setattr(gpu, "run", lambda command, seconds, *rest: 0)
+    monkeypatch.setattr(gpu, "run_jobs_in_processes", run_jobs)
+    monkeypatch.setattr(gpu, "compile_in_processes", compile_in_processes)
+    monkeypatch.setattr(gpu, "call_in_processes", lambda seconds, scratch: [])
+    monkeypatch.setattr(gpu, "run_tests", lambda *rest: (found["tests"], "told"))
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    results = {"command": "c", "environment": {}, "absent": {}}
-    assert gpu.settle(results, tmp_path, None) == status
+    monkeypatch.setattr(gpu.signal, "signal", lambda *rest: None)
+    return found
+
+
+def outcomes(folder):
+    written = json.loads((folder / "gpu.json").read_text())
+    return {step["name"]: step["outcome"] for step in written["steps"]}
+
+
+@pytest.mark.parametrize(
+    ("failing", "how", "status"),
+    [("", "", 0), ("tests", False, 1), ("speed", "failed", 1), ("compile", "failed", 1)],
+)
+def test_a_failed_step_stops_no_other_and_makes_the_status_1(
+    steps_without_processes, tmp_path, failing, how, status
+):
+    steps_without_processes |= {failing: how}
+    assert gpu.settle(RESULTS, tmp_path, None) == status
+    assert outcomes(tmp_path) == {**EVERY_STEP, **({failing: "failed"} if failing else {})}
     written = json.loads((tmp_path / "gpu.json").read_text())
-    steps = {step["name"]: step["outcome"] for step in written["steps"]}
-    expected = dict.fromkeys(("tests", "speed", "linear", "tiers", "snapshot"), "ok")
-    expected |= {"sanitizer": "absent", "picture": "absent"}
-    assert steps == {**expected, **({failing: "failed"} if failing else {})}
-    assert len(written["cases"]) == 6
+    assert len(written["cases"]) == sum(map(len, gpu.all_jobs().values()))
+    assert ("## Not compiled" in (tmp_path / "gpu.md").read_text()) == (failing == "compile")
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_what_breaks_in_the_suite_itself_costs_one_step(
+    monkeypatch, steps_without_processes, tmp_path
+):
+    def break_down(*rest):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(gpu, "run_tests", break_down)
+    assert gpu.settle(RESULTS, tmp_path, None) == 1
+    assert outcomes(tmp_path) == {**EVERY_STEP, "tests": "failed"}
+    assert "| OSError: no space left |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_results_are_written_after_every_step(monkeypatch, steps_without_processes, tmp_path):
+    seen = {}
+    whole_write = gpu.write
+
+    def write(results, folder, name):
+        whole_write(results, folder, name)
+        seen[len(seen)] = (outcomes(folder), len(results["cases"]))
+
+    monkeypatch.setattr(gpu, "write", write)
+    gpu.settle(RESULTS, tmp_path, None)
+    counts = {name: len(jobs) for name, jobs in gpu.all_jobs().items()}
+    assert len(seen) == len(gpu.LIMITS) + 1  # and the picture
+    for number, name in enumerate(gpu.LIMITS):
+        steps, cases = seen[number]
+        done = list(gpu.LIMITS)[: number + 1]
+        assert steps == {
+            other: EVERY_STEP[other] if other in done else "not run" for other in gpu.LIMITS
+        }, name
+        assert cases == sum(counts.get(other, 0) for other in done)
+
+
+SUITE = """
+import sys, torch
+from pathlib import Path
+from wmtp.benchmarks import gpu, gpu_compile
+out = Path(sys.argv[1])
+gpu.WORKER = gpu_compile.WORKER = (sys.executable, str(out / "worker.py"))
+gpu.run_tests = lambda *rest: (True, "told")
+gpu.call_in_processes = lambda *rest: []
+gpu.shutil.which = lambda name: None
+results = {"command": "c", "environment": {}, "absent": {}}
+sys.exit(gpu.settle(results, out, None))
+"""
+# All of occupancy, one case of speed, no compiler; the step that hangs leaves its process's number.
+HANGING = """
+import json, os, sys, time
+name, file = sys.argv[1], sys.argv[sys.argv.index("--records") + 1]
+record = {"study": name, "shape": [1, 8, 2, 50], "dtype": "bfloat16", "direction": "forward",
+          "provider": "fused", "weighting": "given", "dim": 0, "tier": "online", "ctas_per_sm": 0,
+          "outcome": "ok", "why": "", "median_ms": 1.5, "p20_ms": 1.0, "p80_ms": 2.0,
+          "peak_bytes": 0}
+if "compile" not in name:
+    with open(file, "a") as stream:
+        stream.write((json.dumps(record) + "\\n") * (16 if name == "occupancy" else 1) + "{")
+if name == HANGS:
+    open(sys.argv[0] + ".numbers", "a").write(f"{os.getpid()}\\n")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "how", "measured"),
+    [
+        ("speed", signal.SIGTERM, 17),
+        ("speed", signal.SIGKILL, 16),
+        ("compile", signal.SIGTERM, 16),  # several processes at once
+    ],
+)
+def test_a_suite_that_is_killed_leaves_what_it_has_measured(tmp_path, step, how, measured):
+    (tmp_path / "worker.py").write_text(HANGING.replace("HANGS", repr(step)))
+    suite = subprocess.Popen(
+        [sys.executable, "-c", SUITE, str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    numbers = tmp_path / "worker.py.numbers"
+    wait_for(lambda: numbers.exists() and numbers.read_text())
+    suite.send_signal(how)
+    suite.wait(30)
+    workers = [int(line) for line in numbers.read_text().splitlines()]
+    assert sum(record["outcome"] == "ok" for record in cases(tmp_path)) == measured
+    steps = outcomes(tmp_path)
+    assert steps["occupancy"] == "ok"
+    assert steps["linear"] == "not run"
+    if how == signal.SIGKILL:  # nobody was there to write more, or to end the worker
+        os.kill(workers[0], signal.SIGKILL)
+        (kept,) = gpu.read_records(tmp_path / "speed.jsonl")
+        assert (kept["outcome"], kept["median_ms"]) == ("ok", 1.5)
+        return
+    assert steps[step] == "failed"
+    assert "interrupted" in (tmp_path / "gpu.md").read_text()
+    for worker in workers:
+        wait_for(lambda worker=worker: not is_alive(worker))
+
+
+def cases(folder):
+    return json.loads((folder / "gpu.json").read_text())["cases"]
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from lower layers and its own package only.
 LAYERS = [
-    {"labels", "layout", "reduction", "registry", "gradient_memory"},
-    {"inplace"},
+    {"labels", "layout", "reduction", "registry", "gradient_memory", "transforms"},
+    {"inplace", "kinds", "sharded"},
     {"checks"},
     {"reference", "cpu", "kernels"},
     {"backends", "derivatives"},

@@ -1,15 +1,27 @@
-"""What every public function demands of its arguments, each demand with its one error message."""
+"""What the public functions demand of their arguments: that each is right and fits the others."""
 
-import math
-import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wmtp.inplace import check_not_overwritten, has_storage
+from wmtp.inplace import check_not_overwritten
+from wmtp.kinds import (
+    FLOAT_DTYPES,
+    check_choice,
+    check_float_tensor,
+    check_integers,
+    check_number,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    check_whole,
+    is_readable,
+    is_real,
+    shape_message,
+    shown,
+)
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("token_mean", "weight_mean", "sum")
 EXCESSES = ("abs", "signed")
 
@@ -21,10 +33,11 @@ def check_loss_arguments(
     *,
     ref_logits: Tensor | None,
     ref_ce: Tensor | None,
-    temperature: float,
+    temperature: Tensor | float,
     excess: str,
     reduction: str,
     normalizer: Tensor | float | None,
+    ignore_index: int,
     horizon: int | None,
 ) -> None:
     """Everything about the arguments that can be known without reading a tensor's values."""
@@ -44,6 +57,7 @@ def check_loss_arguments(
         excess=excess,
         reduction=reduction,
         normalizer=normalizer,
+        ignore_index=ignore_index,
         horizon=horizon,
     )
 
@@ -54,15 +68,16 @@ def check_weighting(
     head_weights: Tensor | None,
     *,
     ref_ce: Tensor | None,
-    temperature: float,
+    temperature: Tensor | float,
     excess: str,
     reduction: str,
     normalizer: Tensor | float | None,
+    ignore_index: int,
     horizon: int | None,
 ) -> None:
     """What goes with logits [B, S, H, V] or hidden states [B, S, H, D], checked before."""
     batch, length, heads, _ = scores.shape
-    check_target_ids(target_ids, batch, length)
+    check_target_ids(target_ids, scores)
     check_horizon(horizon, heads)
     check_one_weighting(head_weights=head_weights, ref_ce=ref_ce)
     if head_weights is not None:
@@ -74,13 +89,22 @@ def check_weighting(
     check_choice("excess", excess, EXCESSES)
     check_choice("reduction", reduction, REDUCTIONS)
     check_normalizer(normalizer)
+    check_ignore_index(ignore_index)
     check_same_device(
         scores,
         target_ids=target_ids,
         head_weights=head_weights,
         ref_ce=ref_ce,
         normalizer=normalizer,
+        temperature=temperature,
     )
+
+
+def check_targets_of(scores: Tensor, target_ids: Tensor, ignore_index: int) -> None:
+    """What goes with [B, S, ...] whose cross entropies alone are wanted."""
+    check_target_ids(target_ids, scores)
+    check_ignore_index(ignore_index)
+    check_same_device(scores, target_ids=target_ids)
 
 
 def check_ref_ce(ref_ce: Tensor, batch: int, length: int) -> None:
@@ -91,24 +115,42 @@ def check_ref_ce(ref_ce: Tensor, batch: int, length: int) -> None:
 
 def check_logits(name: str, logits: Tensor, axes: str) -> None:
     """`axes` names the dimensions, e.g. "[B, S, H, V]"; the last one may not be empty."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {type(logits).__name__}")
+    check_tensor(name, logits, axes)
     if logits.dtype not in FLOAT_DTYPES:
         raise TypeError(
             f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}: "
             f"pass {'unnormalised scores' if axes.endswith('V]') else 'hidden states'}, not ids"
         )
-    if not torch.compiler.is_compiling() and has_storage(logits):
-        check_not_overwritten(name, logits)
+    check_not_overwritten(name, logits)
     rank = axes.count(",") + 1
     if logits.dim() != rank:
-        remedy = f"add the head axis with {name}.unsqueeze(2)" if logits.dim() + 1 == rank else ""
-        raise ValueError(_shape_message(name, axes, None, logits, remedy))
+        remedy = "batch, sequence and vocabulary or channels are axes of their own"
+        if logits.dim() == 3:
+            remedy = f"add the head axis with {name}.unsqueeze(2)"
+        elif logits.dim() == 4:
+            remedy = "pass one head's, [:, :, k]"
+        raise ValueError(shape_message(name, axes, None, logits, remedy))
     if any(size == 0 for size in logits.shape[2:]):
         entry = "vocabulary entry" if axes.endswith("V]") else "channel"
         raise ValueError(
-            f"{name} must have at least one head and one {entry}, got shape {tuple(logits.shape)}"
+            f"{name} must have at least one head and one {entry}, got shape {tuple(logits.shape)}: "
+            f"pass {axes}"
         )
+
+
+def check_heads(name: str, heads: Sequence[Tensor], axes: str) -> None:
+    """H tensors [B, S, V] or [B, S, D], alike but for their memory."""
+    if not heads:
+        raise ValueError(f"{name} must have at least one head, got an empty list: pass H tensors")
+    for head in heads:
+        check_logits(f"each head's {name}", head, axes)
+    for what in ("shape", "dtype", "device"):
+        found = {str(getattr(head, what)).removeprefix("torch.") for head in heads}
+        if len(found) > 1:
+            raise ValueError(
+                f"all heads' {name} must have one {what}, got {' and '.join(sorted(found))}: "
+                f"pass H tensors {axes} that are alike"
+            )
 
 
 def check_lm_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -118,7 +160,9 @@ def check_lm_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     vocab_size = len(weight) if isinstance(weight, Tensor) and weight.dim() else 1
     check_float_tensor("lm_head_weight", weight, "[V, D]", (vocab_size, dim), remedy)
     if vocab_size == 0:
-        raise ValueError("lm_head_weight must have at least one vocabulary entry, got [0, D]")
+        raise ValueError(
+            "lm_head_weight must have at least one vocabulary entry, got [0, D]: pass [V, D]"
+        )
     if bias is not None:
         remedy = "one number for each row of lm_head_weight"
         check_float_tensor("lm_head_bias", bias, "[V]", (vocab_size,), remedy)
@@ -135,109 +179,65 @@ def check_one_dtype(found: Sequence[torch.dtype]) -> None:
 
 
 def check_accum_dtype(accum_dtype: torch.dtype | None, weight_dtype: torch.dtype) -> None:
-    if accum_dtype not in (None, weight_dtype, torch.promote_types(weight_dtype, torch.float32)):
+    if accum_dtype is None:
+        return
+    allowed = weight_dtype, torch.promote_types(weight_dtype, torch.float32)
+    if not isinstance(accum_dtype, torch.dtype) or accum_dtype not in allowed:
+        found = accum_dtype if isinstance(accum_dtype, torch.dtype) else shown(accum_dtype)
         raise ValueError(
             f"grad_accum_dtype must be float32 or the weight's own {weight_dtype}, and not "
-            f"narrower than that, got {accum_dtype}: pass None for the wider of the two"
+            f"narrower than that, got {found}: pass None for the wider of the two"
         )
 
 
 def check_chunk_bytes(chunk_bytes: int | None) -> None:
-    whole = isinstance(chunk_bytes, numbers.Integral) and not isinstance(chunk_bytes, bool)
-    if chunk_bytes is not None and not (whole and 1 <= chunk_bytes < 2**63):
-        raise ValueError(
-            f"chunk_bytes must be a whole number >= 1, got {chunk_bytes!r}: it bounds the memory "
-            f"of the logits that exist at a time; pass None for the default"
-        )
+    remedy = "it bounds the memory of the logits that exist at a time; pass None for the default"
+    if chunk_bytes is not None:
+        check_whole("chunk_bytes", chunk_bytes, 1, remedy)
 
 
-def check_head_list(heads: Sequence[Tensor]) -> None:
-    """H tensors [B, S, V], alike but for their memory."""
-    if not heads:
-        raise ValueError("logits must have at least one head, got an empty list: pass H tensors")
-    for head in heads:
-        check_logits("each head's logits", head, "[B, S, V]")
-    for what in ("shape", "dtype", "device"):
-        found = {str(getattr(head, what)).removeprefix("torch.") for head in heads}
-        if len(found) > 1:
-            raise ValueError(
-                f"all heads' logits must have one {what}, got {' and '.join(sorted(found))}: "
-                f"pass H tensors [B, S, V] that are alike"
-            )
+def check_target_ids(target_ids: Tensor, scores: Tensor) -> None:
+    """The targets of [B, S, ...]."""
+    check_integers("target_ids", target_ids, "[B, S]")
+    shape, found = tuple(scores.shape[:2]), tuple(target_ids.shape)
+    if found == shape:
+        return
+    remedy = "pass unshifted ids"
+    if scores.dim() == 4 and found == (scores.shape[0], scores.shape[2]):
+        remedy = "what they go with looks like [B, H, S, ...]: pass its transpose(1, 2)"
+    elif found == shape[::-1]:
+        remedy = "what they go with looks like [S, B, ...]: pass its transpose(0, 1)"
+    raise ValueError(shape_message("target_ids", "[B, S]", shape, target_ids, remedy))
 
 
-def check_target_ids(target_ids: Tensor, batch: int, length: int) -> None:
-    if not isinstance(target_ids, Tensor):
-        raise TypeError(f"target_ids must be a tensor [B, S], got {type(target_ids).__name__}")
-    if target_ids.dtype == torch.bool or target_ids.is_floating_point() or target_ids.is_complex():
-        raise TypeError(
-            f"target_ids must hold integers, got {target_ids.dtype}: pass token ids as int64"
-        )
-    check_shape("target_ids", target_ids, "[B, S]", (batch, length), "pass unshifted ids")
+def check_ignore_index(ignore_index: int) -> None:
+    remedy = "pass the id of the targets to leave out; one that is no id, as -100, leaves out none"
+    check_whole("ignore_index", ignore_index, -(2**63), remedy)
 
 
-def check_float_tensor(
-    name: str, values: Tensor, axes: str, shape: tuple[int, ...], remedy: str
-) -> None:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {type(values).__name__}")
-    if not values.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {values.dtype}: pass {name}.float()")
-    check_shape(name, values, axes, shape, remedy)
-
-
-def check_scores(name: str, values: Tensor, axes: str) -> tuple[int, ...]:
-    """A float tensor of any sizes; its shape."""
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} must be a tensor {axes}, got {type(values).__name__}")
-    if values.dim() != axes.count(",") + 1:
-        raise ValueError(_shape_message(name, axes, None, values, ""))
-    if not values.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {values.dtype}")
-    return tuple(values.shape)
-
-
-def check_shape(name: str, values: Tensor, axes: str, shape: tuple[int, ...], remedy: str) -> None:
-    if tuple(values.shape) != shape:
-        raise ValueError(_shape_message(name, axes, shape, values, remedy))
-
-
-def _shape_message(
-    name: str, axes: str, shape: tuple[int, ...] | None, values: Tensor, remedy: str
-) -> str:
-    wanted = axes if shape is None else f"{axes} = {shape}"
-    return f"{name} must be {wanted}, got {tuple(values.shape)}" + (f": {remedy}" if remedy else "")
-
-
-def check_same_device(logits: Tensor, **others: Tensor | float | None) -> None:
-    for name, other in others.items():
-        # A 0-d tensor on the CPU mixes with any device, as everywhere in torch.
-        if isinstance(other, Tensor) and other.dim() > 0 and other.device != logits.device:
-            raise ValueError(
-                f"{name} is on {other.device}, and what it goes with on {logits.device}: "
-                f"move it with {name}.to({str(logits.device)!r})"
-            )
-
-
-def check_temperature(temperature: float) -> None:
-    if not (isinstance(temperature, numbers.Real) and 0 < temperature < math.inf):
-        raise ValueError(
-            f"temperature must be a finite number > 0, got {temperature!r}: "
-            f"small values sharpen the weights, large ones flatten them"
-        )
+def check_temperature(temperature: Tensor | float) -> None:
+    remedy = "small values sharpen the weights, large ones flatten them"
+    check_number("temperature", temperature, remedy)
+    if isinstance(temperature, Tensor) and is_readable(temperature):
+        check_number("temperature", temperature.item(), remedy)
 
 
 def check_horizon(horizon: int | None, heads: int) -> None:
-    if horizon is not None and horizon != heads:
+    if horizon is None:
+        return
+    check_whole("horizon", horizon, 1, "it is the number of heads, H")
+    if horizon != heads:
         raise ValueError(
             f"horizon must equal the number of heads H = {heads}, got {horizon}: pass "
             f"horizon={heads}, or {horizon} heads"
         )
 
 
-def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
-    if value not in (known := tuple(choices)):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+def check_discount(discount: float) -> None:
+    if not (is_real(discount) and 0 <= discount <= 1):
+        raise ValueError(
+            f"discount must be in [0, 1], got {shown(discount)}: 0.95 is the usual choice"
+        )
 
 
 def check_one_weighting(**weightings: Tensor | None) -> None:
@@ -250,18 +250,11 @@ def check_one_weighting(**weightings: Tensor | None) -> None:
 
 
 def check_normalizer(normalizer: Tensor | float | None) -> None:
-    if normalizer is None:
-        return
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1 or normalizer.dim() != 0:
-            raise ValueError(
-                f"normalizer must be a number or a 0-d tensor, got shape {tuple(normalizer.shape)}"
-            )
-    elif not (isinstance(normalizer, numbers.Real) and 0 < normalizer < math.inf):
-        raise ValueError(
-            f"normalizer must be a finite number > 0, got {normalizer!r}: it replaces the "
-            f"denominator, e.g. the number of valid tokens over all accumulated batches"
-        )
+    remedy = (
+        "it replaces the denominator, e.g. the number of valid tokens over all accumulated batches"
+    )
+    if normalizer is not None:
+        check_number("normalizer", normalizer, remedy)
 
 
 def target_error(position: str, target: int, vocabulary: int, ignore_index: int) -> IndexError:

@@ -23,6 +23,7 @@ def weighted_loss(
     ignore_index: int,
     backend: str,
     inplace: bool = False,
+    loss_wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.weighted_loss` for H tensors [B, S, V]; traced, they are stacked."""
     traced = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
@@ -34,9 +35,10 @@ def weighted_loss(
             reduction=reduction,
             ignore_index=ignore_index,
             backend=backend,
+            loss_wanted=loss_wanted,
         )
     differentiated = torch.is_grad_enabled() and any(head.requires_grad for head in heads)
-    ahead = differentiated and ops.gradients_ahead()
+    ahead = differentiated and loss_wanted and ops.gradients_ahead()
     first, *rest = heads
     return _LossOfHeads.apply(
         *(first, target_ids, *others, reduction, ignore_index, backend),
@@ -49,15 +51,15 @@ class _LossOfHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, first, *arguments):
-        arguments, others = arguments[:12], arguments[12:]
-        *options, backend, _, ahead, inplace = arguments
+        inputs, others = (first, *arguments[:12]), arguments[12:]
+        _, *options, backend, _, ahead, inplace = inputs
         gradient = ("inplace" if inplace else "new") if ahead else "none"
         heads = _alike((first, *others))  # some may be copies: they must live until the launch
         rows, offsets = _as_one(heads)
-        options = map(ops.aligned, options)
-        *output, grad = KERNELS[backend].weighted_loss(rows, *options, gradient, offsets)
+        arguments = (*map(ops.aligned, options), gradient, offsets)
+        *output, grad = KERNELS[backend].weighted_loss(rows, *arguments)
         output = (*output, grad.new_empty(0) if ahead and inplace else grad)
-        ops.save_for_backward(ctx, (first, *arguments), output, others)
+        ops.save_for_backward(ctx, inputs, output, others)
         return output
 
     @staticmethod

@@ -12,7 +12,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from wmtp.layout import Layout, is_aligned, overlap, rows_overlap
+from wmtp.layout import Layout, has_storage, is_aligned, overlap, rows_overlap
 
 SAMPLES = (4, 8, 4, 2)  # how many values a note keeps along B, S, H and V
 
@@ -151,6 +151,8 @@ def note_overwritten(logits: Tensor) -> _Note:
 
 
 def check_not_overwritten(name: str, logits: Tensor) -> None:
+    if not has_storage(logits) or logits.is_inference():  # which counts no versions
+        return
     notes = _notes(logits)
     if not notes:
         return
@@ -173,9 +175,3 @@ def _notes(logits: Tensor) -> list[_Note]:
         for note in notes:
             note.written_since = True
     return notes
-
-
-def has_storage(logits: Tensor) -> bool:
-    """Not so for subclasses and inside torch.func; inference tensors count no versions."""
-    plain = type(logits) in (Tensor, torch.nn.Parameter) and not logits.is_inference()
-    return plain and not torch._C._functorch.is_functorch_wrapped_tensor(logits)

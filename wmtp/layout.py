@@ -3,8 +3,10 @@
 from collections import Counter
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+PLAIN = (Tensor, torch.nn.Parameter)
 MOST_STEPS = 4096  # of the search for a common element, some 2 ms; then it counts as found
 
 
@@ -103,6 +105,14 @@ class _Search:
         first = max(low, -((greatest - distance) // stride))
         last = min(high, (distance - least) // stride)
         return any(self.reaches(distance - stride * x, k + 1) for x in range(first, last + 1))
+
+
+def has_storage(tensor: Tensor) -> bool:
+    """Whether its memory may be looked at: not a subclass's, nor inside torch.compile or
+    torch.func."""
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def heads_share_storage(logits: Tensor) -> bool:

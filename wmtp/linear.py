@@ -1,5 +1,7 @@
 """The public losses on hidden states: the logits exist a chunk at a time."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,10 +11,12 @@ from wmtp.backends import choose_backend
 from wmtp.ops import gradients_ahead
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
+from wmtp.sharded import gathered, local_parts
+from wmtp.transforms import refuse_transforms
 
 
 def fused_linear_weighted_mtp_loss(
-    hidden: Tensor,
+    hidden: Tensor | Sequence[Tensor],
     lm_head_weight: Tensor,
     target_ids: Tensor,
     head_weights: Tensor | None = None,
@@ -83,6 +87,18 @@ def fused_linear_weighted_mtp_loss(
         >>> lm_head_weight.grad[:, 0]                 # 1/5, less how often each is predicted
         tensor([ 0.2000,  0.0333, -0.1333, -0.3000,  0.2000])
     """
+    hidden, target_ids, head_weights, ref_ce, temperature, normalizer = local_parts(
+        "hidden",
+        hidden,
+        target_ids=target_ids,
+        head_weights=head_weights,
+        ref_ce=ref_ce,
+        temperature=temperature,
+        normalizer=normalizer,
+    )
+    if isinstance(hidden, Sequence) and not isinstance(hidden, str):
+        checks.check_heads("hidden", hidden, "[B, S, D]")
+        hidden = torch.stack(tuple(hidden), 2)
     dtype = _check_product(hidden, "[B, S, H, D]", lm_head_weight, lm_head_bias, chunk_bytes)
     checks.check_weighting(
         hidden,
@@ -93,12 +109,13 @@ def fused_linear_weighted_mtp_loss(
         excess=excess,
         reduction=reduction,
         normalizer=normalizer,
+        ignore_index=ignore_index,
         horizon=horizon,
     )
     checks.check_accum_dtype(grad_accum_dtype, lm_head_weight.dtype)
     chosen = choose_backend(backend, hidden.device.type, dtype)
-    weight = _gathered(lm_head_weight)
-    bias = None if lm_head_bias is None else _gathered(lm_head_bias)
+    weight = gathered(lm_head_weight)
+    bias = None if lm_head_bias is None else gathered(lm_head_bias)
     if chosen == "eager":
         return reference.compute_weighted_mtp_loss(
             F.linear(hidden, weight, bias),
@@ -112,11 +129,12 @@ def fused_linear_weighted_mtp_loss(
             reduction=reduction,
             normalizer=normalizer,
         )
+    refuse_transforms(hidden, weight, bias, head_weights)
     acc = accumulation_dtype(hidden)
     loss = linear_ops.linear_loss(
         *(hidden, weight, bias, dtype, grad_accum_dtype or _widest(weight)),
-        *(chunk_bytes and int(chunk_bytes), chosen),
-        *(target_ids.long(), ignore_index, _wanted(hidden, weight, bias), gradients_ahead()),
+        *(chunk_bytes, chosen),
+        *(target_ids.long(), int(ignore_index), _wanted(hidden, weight, bias), gradients_ahead()),
         None if head_weights is None else head_weights.to(acc),
         None if ref_ce is None else ref_ce.detach().to(acc),
         reference.as_tensor(normalizer),
@@ -157,20 +175,20 @@ def linear_next_token_cross_entropy(
         >>> linear_next_token_cross_entropy(hidden, lm_head_weight, torch.tensor([[0, 1, 2]]))
         tensor([[1.6094, 1.6094]])
     """
+    hidden, target_ids = local_parts("hidden", hidden, target_ids=target_ids)
     dtype = _check_product(hidden, "[B, S, D]", lm_head_weight, lm_head_bias, chunk_bytes)
-    checks.check_target_ids(target_ids, *hidden.shape[:2])
-    checks.check_same_device(hidden, target_ids=target_ids)
+    checks.check_targets_of(hidden, target_ids, ignore_index)
     chosen = choose_backend(backend, hidden.device.type, dtype)
     with torch.no_grad():
-        weight = _gathered(lm_head_weight)
-        bias = None if lm_head_bias is None else _gathered(lm_head_bias)
+        weight = gathered(lm_head_weight)
+        bias = None if lm_head_bias is None else gathered(lm_head_bias)
         if chosen == "eager":
             logits = F.linear(hidden, weight, bias)
-            return reference.next_token_ce(logits, target_ids, ignore_index)
+            return reference.next_token_ce(logits, target_ids, int(ignore_index))
         _, _, ce, *_ = linear_ops.linear_loss(
             *(hidden[:, :, None], weight, bias, dtype, _widest(weight)),
-            *(chunk_bytes and int(chunk_bytes), chosen),
-            *(target_ids.long(), ignore_index, [False] * 3, False),
+            *(chunk_bytes, chosen),
+            *(target_ids.long(), int(ignore_index), [False] * 3, False),
             *(None, None, None, None, "abs", "sum"),
         )
         return ce[:, : max(hidden.shape[1] - 1, 0), 0]
@@ -197,17 +215,6 @@ def _check_product(
 
 def _autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def _gathered(weight: Tensor) -> Tensor:
-    """A DTensor's whole; each process has a gradient of its own data, and theirs are averaged."""
-    if type(weight) in (Tensor, torch.nn.Parameter):
-        return weight  # without the import, which takes a second
-    from torch.distributed.tensor import DTensor, Partial
-
-    if not isinstance(weight, DTensor):
-        return weight
-    return weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
 
 
 def _widest(weight: Tensor) -> torch.dtype:

@@ -1,6 +1,6 @@
 """The public losses on logits: check the arguments, choose a backend, call the operator."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,8 +9,11 @@ from torch import Tensor
 from wmtp import checks, head_list, ops, reference
 from wmtp.backends import choose_backend
 from wmtp.inplace import check_inplace, check_inplace_heads
+from wmtp.kinds import check_flag
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
+from wmtp.sharded import local_parts
+from wmtp.transforms import refuse_transforms
 
 
 def fused_weighted_mtp_loss(
@@ -99,11 +102,17 @@ def fused_weighted_mtp_loss(
         >>> logits.grad[0, 0, 0]                # 3 tokens, weight 0.8: 0.8/3 (1/5 - onehot(1))
         tensor([ 0.0533, -0.2133,  0.0533,  0.0533,  0.0533])
     """
-    heads = None
-    if isinstance(logits, Sequence):
-        heads = logits
-        checks.check_head_list(heads)
-        logits = heads[0][:, :, None].expand(-1, -1, len(heads), -1)  # their shape; not their data
+    logits, target_ids, head_weights, ref_logits, ref_ce, temperature, normalizer = local_parts(
+        "logits",
+        logits,
+        target_ids=target_ids,
+        head_weights=head_weights,
+        ref_logits=ref_logits,
+        ref_ce=ref_ce,
+        temperature=temperature,
+        normalizer=normalizer,
+    )
+    heads, logits = _as_one(logits)
     checks.check_loss_arguments(
         logits,
         target_ids,
@@ -114,8 +123,10 @@ def fused_weighted_mtp_loss(
         excess=excess,
         reduction=reduction,
         normalizer=normalizer,
+        ignore_index=ignore_index,
         horizon=horizon,
     )
+    check_flag("inplace", inplace)
     chosen = choose_backend(backend, logits.device.type, logits.dtype)
     if ref_logits is not None:
         ref_ce = next_token_cross_entropy(
@@ -123,7 +134,7 @@ def fused_weighted_mtp_loss(
         )
     if chosen == "eager":
         return reference.compute_weighted_mtp_loss(
-            logits if heads is None else torch.stack(tuple(heads), 2),
+            logits if heads is None else torch.stack(heads, 2),
             target_ids,
             head_weights,
             logits.shape[2],
@@ -134,6 +145,7 @@ def fused_weighted_mtp_loss(
             reduction=reduction,
             normalizer=normalizer,
         )
+    refuse_transforms(*(heads or [logits]), head_weights)
     dtype = accumulation_dtype(logits)
     arguments = (
         target_ids.long().contiguous(),
@@ -145,7 +157,7 @@ def fused_weighted_mtp_loss(
     )
     options: dict[str, Any] = {
         "reduction": reduction,
-        "ignore_index": ignore_index,
+        "ignore_index": int(ignore_index),
         "backend": chosen,
         "inplace": inplace,
     }
@@ -157,7 +169,7 @@ def fused_weighted_mtp_loss(
 
 
 def mtp_cross_entropy(
-    logits: Tensor,
+    logits: Tensor | Sequence[Tensor],
     target_ids: Tensor,
     *,
     ignore_index: int = -100,
@@ -188,14 +200,21 @@ def mtp_cross_entropy(
                 [1.6094, 0.0000],
                 [0.0000, 0.0000]])
     """
-    chosen = _checked_backend(logits, "[B, S, H, V]", target_ids, backend)
+    logits, target_ids = local_parts("logits", logits, target_ids=target_ids)
+    heads, logits = _as_one(logits)
+    chosen = _checked_backend(logits, "[B, S, H, V]", target_ids, ignore_index, backend)
     if chosen == "eager":
-        return reference.cross_entropy_per_head(logits, target_ids, ignore_index)
-    _, _, ce = ops.weighted_loss(
-        logits,
+        logits = logits if heads is None else torch.stack(heads, 2)
+        return reference.cross_entropy_per_head(logits, target_ids, int(ignore_index))
+    refuse_transforms(*(heads or [logits]))
+    weighted_loss: Callable = ops.weighted_loss if heads is None else head_list.weighted_loss
+    nothing = (None, None, None, None, False)  # no weighting, for the loss is not wanted
+    _, _, ce = weighted_loss(
+        logits if heads is None else heads,
         target_ids.long().contiguous(),
+        *nothing,
         reduction="sum",
-        ignore_index=ignore_index,
+        ignore_index=int(ignore_index),
         backend=chosen,
         loss_wanted=False,
     )
@@ -229,14 +248,25 @@ def next_token_cross_entropy(
         >>> next_token_cross_entropy(torch.zeros(1, 3, 5), torch.tensor([[0, 1, 2]]))
         tensor([[1.6094, 1.6094]])
     """
-    chosen = _checked_backend(logits, "[B, S, V]", target_ids, backend)
+    logits, target_ids = local_parts("logits", logits, target_ids=target_ids)
+    chosen = _checked_backend(logits, "[B, S, V]", target_ids, ignore_index, backend)
     if chosen == "eager":
-        return reference.next_token_ce(logits, target_ids, ignore_index)
-    return ops.next_token_ce(logits.detach(), target_ids.long().contiguous(), ignore_index, chosen)
+        return reference.next_token_ce(logits, target_ids, int(ignore_index))
+    arguments = (target_ids.long().contiguous(), int(ignore_index), chosen)
+    return ops.next_token_ce(logits.detach(), *arguments)
 
 
-def _checked_backend(logits: Tensor, axes: str, target_ids: Tensor, backend: str) -> str:
+def _as_one(logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor] | None, Tensor]:
+    """The heads, if it is a list of them, and [B, S, H, V]: then of their shape, not their data."""
+    if not isinstance(logits, Sequence) or isinstance(logits, str):
+        return None, logits
+    checks.check_heads("logits", logits, "[B, S, V]")
+    return list(logits), logits[0][:, :, None].expand(-1, -1, len(logits), -1)
+
+
+def _checked_backend(
+    logits: Tensor, axes: str, target_ids: Tensor, ignore_index: int, backend: str
+) -> str:
     checks.check_logits("logits", logits, axes)
-    checks.check_target_ids(target_ids, *logits.shape[:2])
-    checks.check_same_device(logits, target_ids=target_ids)
+    checks.check_targets_of(logits, target_ids, ignore_index)
     return choose_backend(backend, logits.device.type, logits.dtype)

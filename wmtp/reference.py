@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks
+from wmtp.kinds import check_choice, check_same_device, check_scores, check_whole, is_readable
 from wmtp.labels import has_target, shift_to_heads
 from wmtp.reduction import accumulation_dtype, counted_tokens, find_denominator, to_row_scalar
 
@@ -69,8 +70,10 @@ def compute_weighted_mtp_loss(
         excess=excess,
         reduction=reduction,
         normalizer=normalizer,
+        ignore_index=ignore_index,
         horizon=horizon,
     )
+    ignore_index = int(ignore_index)
     ce = cross_entropy_per_head(logits, target_ids, ignore_index)
     if ref_logits is not None:
         ref_ce = next_token_ce(ref_logits, target_ids, ignore_index)
@@ -218,19 +221,19 @@ def excess_head_weights(
                 [0.0000, 0.0000]])
     """
     score = excess_loss(ce_per_head, ref_ce, excess)
-    checks.check_target_ids(target_ids, *score.shape[:2])
-    checks.check_same_device(ce_per_head, target_ids=target_ids)
+    checks.check_targets_of(ce_per_head, target_ids, ignore_index)
     checks.check_temperature(temperature)
-    valid = has_target(target_ids, score.shape[2], ignore_index)
+    check_same_device(ce_per_head, temperature=temperature)
+    valid = has_target(target_ids, score.shape[2], int(ignore_index))
     return softmax_over_heads(score, valid, as_tensor(temperature))
 
 
 def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
     """[B, S, H], detached: ce[b, t, k] - ref_ce[b, t + k], or its absolute value."""
-    batch, length, _ = checks.check_scores("ce_per_head", ce_per_head, "[B, S, H]")
+    batch, length, _ = check_scores("ce_per_head", ce_per_head, "[B, S, H]")
     checks.check_ref_ce(ref_ce, batch, length)
-    checks.check_same_device(ce_per_head, ref_ce=ref_ce)
-    checks.check_choice("excess", excess, checks.EXCESSES)
+    check_same_device(ce_per_head, ref_ce=ref_ce)
+    check_choice("excess", excess, checks.EXCESSES)
     return aligned_difference(ce_per_head, ref_ce, excess)
 
 
@@ -291,18 +294,16 @@ def td_head_weights(
                 [1.0000, 0.0000],
                 [0.0000, 0.0000]])
     """
-    batch, length = checks.check_scores("values", values, "[B, S]")
-    checks.check_target_ids(target_ids, batch, length)
-    checks.check_same_device(values, target_ids=target_ids)
+    _, length = check_scores("values", values, "[B, S]")
+    checks.check_targets_of(values, target_ids, ignore_index)
     checks.check_temperature(temperature)
-    if horizon < 1:
-        raise ValueError(f"horizon must be >= 1, got {horizon}: it is the number of heads")
-    if not 0 <= discount <= 1:
-        raise ValueError(f"discount must be in [0, 1], got {discount}: 0.95 is the usual choice")
+    check_same_device(values, temperature=temperature)
+    check_whole("horizon", horizon, 1, "it is the number of heads, H")
+    checks.check_discount(discount)
     values = values.detach()
     previous = F.pad(values, (1, 0))[:, :length]
     score = shift_to_heads(values - discount * previous, horizon, 0.0)
-    valid = has_target(target_ids, horizon, ignore_index)
+    valid = has_target(target_ids, horizon, int(ignore_index))
     return softmax_over_heads(score, valid, as_tensor(temperature))
 
 
@@ -315,7 +316,7 @@ def softmax_over_heads(score: Tensor, valid: Tensor, temperature: Tensor) -> Ten
 def raise_on_bad_target(targets: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:
     """Targets [B, S, H], as shifted to the heads, lie in [0, V) where they are valid."""
     # Elsewhere than on the CPU the question would cost a sync; there the loss becomes NaN.
-    if targets.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(targets):
         return
     bad = valid & ((targets < 0) | (targets >= vocabulary))
     if bad.any():
@@ -326,7 +327,7 @@ def raise_on_bad_target(targets: Tensor, valid: Tensor, vocabulary: int, ignore_
 
 
 def raise_on_bad_weight(head_weights: Tensor, valid: Tensor) -> None:
-    if head_weights.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_readable(head_weights):
         return
     bad = valid & ~((head_weights >= 0) & head_weights.isfinite())
     if bad.any():

@@ -1,0 +1,29 @@
+"""torch.func, and forward-mode AD: the fused losses are opaque to them."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raises where torch itself would raise, or take the loss for a constant."""
+    if torch.compiler.is_compiling():
+        return
+    in_func = torch._C._functorch.maybe_current_level() is not None
+    if in_func or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors))):
+        raise NotImplementedError(
+            "the fused losses cannot be transformed by torch.func (grad, vjp, jvp, jacrev, vmap) "
+            "or by forward-mode AD: pass backend='eager', which all of them go through"
+        )
+
+
+def _has_tangent(tensor: Tensor | None) -> bool:
+    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_batched(grad: Tensor | None) -> bool:
+    """Whether it stands for several upstream gradients, as `is_grads_batched` makes them."""
+    functorch = torch._C._functorch
+    return grad is not None and (
+        functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad)
+    )

@@ -158,7 +158,7 @@ def test_any_integer_target_dtype(dtype, backend):
         ),
         (lambda: excess_head_weights(WEIGHTS, REF_CE, IDS, excess="x"), ValueError, "excess"),
         (lambda: td_head_weights(WEIGHTS, IDS, 4), ValueError, r"values must be .*\[B, S\]"),
-        (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 0), ValueError, "horizon must be a whole number >= 1"),
+        (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 0), ValueError, "horizon must be .* >= 1"),
         (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 4, 1.5), ValueError, "discount must be in"),
         (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 4, 0.9, -1), ValueError, "temperature"),
         (lambda: td_head_weights(WEIGHTS[..., 0], IDS[:1], 4), ValueError, "unshifted ids"),

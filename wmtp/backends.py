@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp import cpu, kernels
-from wmtp.checks import check_choice
+from wmtp.kinds import check_choice
+from wmtp.transforms import is_batched
 
 # Each module offers weighted_loss, row_gradient, multiply_, next_token_ce, new_rows, rows_ce_ and
 # unavailable; importing one loads neither a library nor Triton.
@@ -63,7 +64,7 @@ def multiply(grad: Tensor, factor: Tensor | None, backend: str) -> Tensor:
     """
     if factor is None:
         return grad
-    if type(factor) is not Tensor or is_in_torch_dispatch_mode():
+    if type(factor) is not Tensor or is_in_torch_dispatch_mode() or is_batched(factor):
         return grad * factor
     return KERNELS[backend].multiply_(grad, factor)
 

@@ -145,10 +145,11 @@ def check_heads(name: str, heads: Sequence[Tensor], axes: str) -> None:
     for head in heads:
         check_logits(f"each head's {name}", head, axes)
     for what in ("shape", "dtype", "device"):
-        found = {str(getattr(head, what)).removeprefix("torch.") for head in heads}
-        if len(found) > 1:
+        found = [getattr(head, what) for head in heads]
+        if any(other != found[0] for other in found):
+            names = sorted({str(other).removeprefix("torch.") for other in found})
             raise ValueError(
-                f"all heads' {name} must have one {what}, got {' and '.join(sorted(found))}: "
+                f"all heads' {name} must have one {what}, got {' and '.join(names)}: "
                 f"pass H tensors {axes} that are alike"
             )
 

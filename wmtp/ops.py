@@ -34,10 +34,12 @@ from wmtp.derivatives import constant_of, no_second_derivative, upstream, weight
 from wmtp.inplace import GRADIENT_IS_TAKEN, Overwritten, note_overwritten
 from wmtp.layout import heads_share_storage, is_aligned
 from wmtp.reduction import accumulation_dtype
+from wmtp.transforms import is_batched
 
 LOGITS_ARE_GONE = (
-    "inplace=True has put the gradient of the loss where the logits were: neither "
-    "ce_per_head nor the gradient itself can be differentiated then, pass inplace=False"
+    "inplace=True has put the gradient of the loss where the logits were: it serves one upstream "
+    "gradient, not a batch of them, and neither it nor ce_per_head can be differentiated then, "
+    "pass inplace=False"
 )
 
 library = torch.library.Library("wmtp", "DEF")
@@ -242,7 +244,7 @@ def gradients(ctx, grad_loss, grad_ce):
     if ctx.inplace:
         if ctx.spent:
             raise RuntimeError(GRADIENT_IS_TAKEN)
-        if differentiable or grad_ce is not None:
+        if differentiable or grad_ce is not None or is_batched(grad_loss):
             raise RuntimeError(LOGITS_ARE_GONE)
         ctx.spent = True
     tensors, named = ctx.saved_tensors, len(Saved._fields) - 1

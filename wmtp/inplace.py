@@ -45,8 +45,8 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
     if _autograd_forbids_overwriting(logits):
         raise ValueError(
             "inplace=True would overwrite one of several views that an operation returned together "
-            "(chunk, split, unbind) or a view that autograd does not follow: pass a slice of your "
-            "own, logits[begin:end], or inplace=False"
+            "(chunk, split, unbind) or a view that autograd does not follow (a DTensor's part): "
+            "pass a slice of your own, logits[begin:end], or inplace=False"
         )
 
 

@@ -61,13 +61,14 @@ def _part_of_scores(name: str, scores: Any, first: Any) -> Tensor:
         )
     if not _is_dtensor(scores):
         return scores
-    for placement in scores.placements:
-        if not _is_whole(placement, scores.dim()):
-            raise ValueError(
-                f"{name} must be a tensor of which each process has whole rows, got "
-                f"{_placed(scores)}: gather it first, {name}.redistribute(placements=[Replicate()]"
-                f" * {scores.device_mesh.ndim}); only batch and sequence may stay sharded"
-            )
+    whole = [_is_whole(placement, scores.dim()) for placement in scores.placements]
+    if not all(whole):
+        pairs = zip(scores.placements, whole, strict=True)
+        wanted = ", ".join(repr(p) if kept else "Replicate()" for p, kept in pairs)
+        raise ValueError(
+            f"{name} may be sharded along batch and sequence alone, got {_placed(scores)}: gather "
+            f"it first with {name}.redistribute(placements=[{wanted}])"
+        )
     return scores.to_local()
 
 
@@ -76,10 +77,13 @@ def _part(name: str, value: Any, scores_name: str, scores: Any) -> Any:
     if not _is_dtensor(value):
         _check_local_shape(name, value, scores_name, scores)
         return value
-    alike = _placed_alike(value, scores)
     if value.dim() == 0:
-        alike = all(placement.is_replicate() for placement in value.placements)
-    if not alike:
+        if not all(placement.is_replicate() for placement in value.placements):
+            raise ValueError(
+                f"{name} must be one number for all processes, got {_placed(value)}: pass "
+                f"{name}.full_tensor()"
+            )
+    elif not _placed_alike(value, scores):
         raise ValueError(
             f"{name} must be placed as {scores_name}, got {_placed(value)} and {_placed(scores)}: "
             f"pass the part that goes with this process's {scores_name}, a plain tensor"

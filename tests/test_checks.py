@@ -85,7 +85,7 @@ BAD_CALLS = {
     "mixed devices": (
         dict(target_ids=IDS.to("meta")),
         ValueError,
-        "target_ids is on meta, and what it goes with on cpu: .*to",
+        "target_ids is on meta, and logits on cpu: move it with .*to",
     ),
     "weights elsewhere": (dict(head_weights=WEIGHTS.to("meta")), ValueError, "head_weights is on"),
 }

@@ -47,8 +47,9 @@ def check_loss_arguments(
         check_logits("ref_logits", ref_logits, "[B, S, V]")
         shape = (*logits.shape[:2], ref_logits.shape[2])
         check_shape("ref_logits", ref_logits, "[B, S, V]", shape, "same batch as the logits")
-        check_same_device(logits, ref_logits=ref_logits)
+        check_same_device("logits", logits, ref_logits=ref_logits)
     check_weighting(
+        "logits",
         logits,
         target_ids,
         head_weights,
@@ -63,6 +64,7 @@ def check_loss_arguments(
 
 
 def check_weighting(
+    name: str,
     scores: Tensor,
     target_ids: Tensor,
     head_weights: Tensor | None,
@@ -75,9 +77,9 @@ def check_weighting(
     ignore_index: int,
     horizon: int | None,
 ) -> None:
-    """What goes with logits [B, S, H, V] or hidden states [B, S, H, D], checked before."""
+    """What goes with logits [B, S, H, V] or hidden states [B, S, H, D], `name`, checked before."""
     batch, length, heads, _ = scores.shape
-    check_target_ids(target_ids, scores)
+    check_target_ids(target_ids, name, scores)
     check_horizon(horizon, heads)
     check_one_weighting(head_weights=head_weights, ref_ce=ref_ce)
     if head_weights is not None:
@@ -91,6 +93,7 @@ def check_weighting(
     check_normalizer(normalizer)
     check_ignore_index(ignore_index)
     check_same_device(
+        name,
         scores,
         target_ids=target_ids,
         head_weights=head_weights,
@@ -100,11 +103,11 @@ def check_weighting(
     )
 
 
-def check_targets_of(scores: Tensor, target_ids: Tensor, ignore_index: int) -> None:
-    """What goes with [B, S, ...] whose cross entropies alone are wanted."""
-    check_target_ids(target_ids, scores)
+def check_targets_of(name: str, scores: Tensor, target_ids: Tensor, ignore_index: int) -> None:
+    """What goes with [B, S, ...] where no weights do."""
+    check_target_ids(target_ids, name, scores)
     check_ignore_index(ignore_index)
-    check_same_device(scores, target_ids=target_ids)
+    check_same_device(name, scores, target_ids=target_ids)
 
 
 def check_ref_ce(ref_ce: Tensor, batch: int, length: int) -> None:
@@ -158,7 +161,8 @@ def check_lm_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """lm_head_weight [V, D], and the bias [V] that goes with it."""
     dim = hidden.shape[-1]
     remedy = "pass lm_head.weight as torch.nn.Linear has it"
-    vocab_size = len(weight) if isinstance(weight, Tensor) and weight.dim() else 1
+    check_tensor("lm_head_weight", weight, "[V, D]")
+    vocab_size = len(weight) if weight.dim() else 1
     check_float_tensor("lm_head_weight", weight, "[V, D]", (vocab_size, dim), remedy)
     if vocab_size == 0:
         raise ValueError(
@@ -167,7 +171,7 @@ def check_lm_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         remedy = "one number for each row of lm_head_weight"
         check_float_tensor("lm_head_bias", bias, "[V]", (vocab_size,), remedy)
-    check_same_device(hidden, lm_head_weight=weight, lm_head_bias=bias)
+    check_same_device("hidden", hidden, lm_head_weight=weight, lm_head_bias=bias)
 
 
 def check_one_dtype(found: Sequence[torch.dtype]) -> None:
@@ -197,17 +201,17 @@ def check_chunk_bytes(chunk_bytes: int | None) -> None:
         check_whole("chunk_bytes", chunk_bytes, 1, remedy)
 
 
-def check_target_ids(target_ids: Tensor, scores: Tensor) -> None:
-    """The targets of [B, S, ...]."""
+def check_target_ids(target_ids: Tensor, name: str, scores: Tensor) -> None:
+    """The targets of `name`, [B, S, ...]."""
     check_integers("target_ids", target_ids, "[B, S]")
     shape, found = tuple(scores.shape[:2]), tuple(target_ids.shape)
     if found == shape:
         return
-    remedy = "pass unshifted ids"
+    remedy = f"pass unshifted ids, one for each position of {name}"
     if scores.dim() == 4 and found == (scores.shape[0], scores.shape[2]):
-        remedy = "what they go with looks like [B, H, S, ...]: pass its transpose(1, 2)"
+        remedy = f"{name} seems to be [B, H, S, ...], pass {name}.transpose(1, 2)"
     elif found == shape[::-1]:
-        remedy = "what they go with looks like [S, B, ...]: pass its transpose(0, 1)"
+        remedy = f"{name} seems to be [S, B, ...], pass {name}.transpose(0, 1)"
     raise ValueError(shape_message("target_ids", "[B, S]", shape, target_ids, remedy))
 
 

@@ -74,12 +74,12 @@ def check_scores(name: str, value: Tensor, axes: str) -> tuple[int, ...]:
     check_tensor(name, value, axes)
     if value.dim() != axes.count(",") + 1:
         raise ValueError(shape_message(name, axes, None, value, "pass one number for each"))
-    _check_floating(name, value)
+    _check_floating(name, value, FLOAT_DTYPES)
     return tuple(value.shape)
 
 
-def _check_floating(name: str, value: Tensor) -> None:
-    if not value.is_floating_point():
+def _check_floating(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> None:
+    if not value.is_floating_point() or (dtypes and value.dtype not in dtypes):
         raise TypeError(f"{name} must be floating point, got {value.dtype}: pass {name}.float()")
 
 
@@ -101,15 +101,16 @@ def shape_message(
     return f"{name} must be {wanted}, got {tuple(value.shape)}: {remedy}"
 
 
-def check_same_device(scores: Tensor, **others: Tensor | float | None) -> None:
-    for name, other in others.items():
+def check_same_device(name: str, scores: Tensor, **others: Tensor | float | None) -> None:
+    """That of `name`, the scores."""
+    for key, other in others.items():
         if not isinstance(other, Tensor) or other.device == scores.device:
             continue
         # A 0-d tensor on the CPU mixes with any device, as everywhere in torch.
         if other.dim() > 0 or other.device.type != "cpu":
             raise ValueError(
-                f"{name} is on {other.device}, and what it goes with on {scores.device}: "
-                f"move it with {name}.to({str(scores.device)!r})"
+                f"{key} is on {other.device}, and {name} on {scores.device}: move it with "
+                f"{key}.to({str(scores.device)!r})"
             )
 
 

@@ -101,6 +101,7 @@ def fused_linear_weighted_mtp_loss(
         hidden = torch.stack(tuple(hidden), 2)
     dtype = _check_product(hidden, "[B, S, H, D]", lm_head_weight, lm_head_bias, chunk_bytes)
     checks.check_weighting(
+        "hidden",
         hidden,
         target_ids,
         head_weights,
@@ -177,7 +178,7 @@ def linear_next_token_cross_entropy(
     """
     hidden, target_ids = local_parts("hidden", hidden, target_ids=target_ids)
     dtype = _check_product(hidden, "[B, S, D]", lm_head_weight, lm_head_bias, chunk_bytes)
-    checks.check_targets_of(hidden, target_ids, ignore_index)
+    checks.check_targets_of("hidden", hidden, target_ids, ignore_index)
     chosen = choose_backend(backend, hidden.device.type, dtype)
     with torch.no_grad():
         weight = gathered(lm_head_weight)

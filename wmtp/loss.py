@@ -268,5 +268,5 @@ def _checked_backend(
     logits: Tensor, axes: str, target_ids: Tensor, ignore_index: int, backend: str
 ) -> str:
     checks.check_logits("logits", logits, axes)
-    checks.check_targets_of(logits, target_ids, ignore_index)
+    checks.check_targets_of("logits", logits, target_ids, ignore_index)
     return choose_backend(backend, logits.device.type, logits.dtype)

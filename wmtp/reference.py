@@ -221,9 +221,9 @@ def excess_head_weights(
                 [0.0000, 0.0000]])
     """
     score = excess_loss(ce_per_head, ref_ce, excess)
-    checks.check_targets_of(ce_per_head, target_ids, ignore_index)
+    checks.check_targets_of("ce_per_head", ce_per_head, target_ids, ignore_index)
     checks.check_temperature(temperature)
-    check_same_device(ce_per_head, temperature=temperature)
+    check_same_device("ce_per_head", ce_per_head, temperature=temperature)
     valid = has_target(target_ids, score.shape[2], int(ignore_index))
     return softmax_over_heads(score, valid, as_tensor(temperature))
 
@@ -232,7 +232,7 @@ def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
     """[B, S, H], detached: ce[b, t, k] - ref_ce[b, t + k], or its absolute value."""
     batch, length, _ = check_scores("ce_per_head", ce_per_head, "[B, S, H]")
     checks.check_ref_ce(ref_ce, batch, length)
-    check_same_device(ce_per_head, ref_ce=ref_ce)
+    check_same_device("ce_per_head", ce_per_head, ref_ce=ref_ce)
     check_choice("excess", excess, checks.EXCESSES)
     return aligned_difference(ce_per_head, ref_ce, excess)
 
@@ -295,14 +295,14 @@ def td_head_weights(
                 [0.0000, 0.0000]])
     """
     _, length = check_scores("values", values, "[B, S]")
-    checks.check_targets_of(values, target_ids, ignore_index)
+    checks.check_targets_of("values", values, target_ids, ignore_index)
     checks.check_temperature(temperature)
-    check_same_device(values, temperature=temperature)
+    check_same_device("values", values, temperature=temperature)
     check_whole("horizon", horizon, 1, "it is the number of heads, H")
     checks.check_discount(discount)
     values = values.detach()
     previous = F.pad(values, (1, 0))[:, :length]
-    score = shift_to_heads(values - discount * previous, horizon, 0.0)
+    score = shift_to_heads(values - float(discount) * previous, horizon, 0.0)
     valid = has_target(target_ids, horizon, int(ignore_index))
     return softmax_over_heads(score, valid, as_tensor(temperature))
 

@@ -105,13 +105,13 @@ class _Note:
     def __init__(self, logits: Tensor):
         self.layout = Layout.of(logits)
         self.written_since = False  # somebody else has written, somewhere in the storage
-        self.sizes = tuple(map(min, logits.shape, SAMPLES))
-        self.strides = tuple(
-            max(size - 1, 0) // max(samples - 1, 1) * stride
-            for size, samples, stride in zip(logits.shape, self.sizes, logits.stride(), strict=True)
-        )
+        self.sizes, self.strides = [], []
+        for size, stride, most in zip(logits.shape, logits.stride(), SAMPLES, strict=False):
+            samples = min(size, most)
+            self.sizes.append(samples)
+            self.strides.append((size - 1) // (samples - 1) * stride if samples > 1 else 0)
         self.offset = logits.storage_offset()
-        self.values = logits.as_strided(self.sizes, self.strides).clone()
+        self.values = torch.as_strided_copy(logits, self.sizes, self.strides)
 
     def stands(self, storage: torch.UntypedStorage, where: Layout) -> bool:
         """Whether some of the gradient is still there, on a GPU by waiting for it."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from wmtp.layout import PLAIN
 
 BATCH, SEQUENCE = 0, 1  # dimensions that may be sharded
+_LOCAL = (*PLAIN, type(None), float, int)  # no DTensor, nor a list that may hold some
 
 
 def local_parts(name: str, scores: Any, **others: Any) -> tuple[Any, ...]:
@@ -22,6 +23,11 @@ def local_parts(name: str, scores: Any, **others: Any) -> tuple[Any, ...]:
         ValueError: scores of which no process has a whole row, or others placed elsewhere.
     """
     values = scores, *others.values()
+    for value in values:
+        if type(value) not in _LOCAL:
+            break
+    else:  # as good as always
+        return values
     listed = isinstance(scores, (list, tuple))
     parts = scores if listed else (scores,)
     if not any(map(_is_dtensor, (*parts, *others.values()))):

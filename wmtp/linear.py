@@ -51,7 +51,9 @@ def fused_linear_weighted_mtp_loss(
     target cost nothing. On a GPU the call waits for the device once, to learn which these are.
 
     Args:
-        hidden: [B, S, H, D] float32, bfloat16 or float16 (float64 on the CPU), any strides.
+        hidden: [B, S, H, D] float32, bfloat16 or float16 (float64 on the CPU), any strides; or a
+            list of H tensors [B, S, D], which are stacked, a copy. DTensors as the logits of
+            `fused_weighted_mtp_loss`.
         lm_head_weight: [V, D] of the same dtype, or anything floating under autocast, whose dtype
             the products then have. May be the embedding's (tied), or a DTensor, FSDP's for one: it
             is gathered once a call, and its gradient averaged over the processes.
@@ -160,7 +162,8 @@ def linear_next_token_cross_entropy(
         ref_ce[b, t] = next_token_cross_entropy(hidden @ lm_head_weight.T + lm_head_bias)[b, t]
 
     Args:
-        hidden: [B, S, D] float32, bfloat16 or float16 (float64 on the CPU), any strides.
+        hidden: [B, S, D] float32, bfloat16 or float16 (float64 on the CPU), any strides; DTensors
+            as in `fused_weighted_mtp_loss`.
         lm_head_weight, lm_head_bias, chunk_bytes, backend: as in `fused_linear_weighted_mtp_loss`.
         target_ids: [B, S] integer, unshifted.
         ignore_index: a target of this id has no cross entropy, and its logits are not computed.

@@ -56,13 +56,17 @@ def fused_weighted_mtp_loss(
             of the gradients of such heads only the sum, which autograd hands on, has a meaning.
             Or a list of H tensors [B, S, V], which are read where they lie (stacked in compiled
             code, by backend="eager", in a second backward, and to differentiate `ce_per_head`).
+            Of a DTensor, replicated or sharded along batch and sequence alone, this process's part
+            is taken, and of what goes with it: DTensors placed alike, or plain tensors of that
+            part. The loss is this part's own: divide it by a `normalizer` of all processes.
+            Nothing follows the end of a part of the sequence. Gradients are DTensors again.
         target_ids: [B, S] integer, the *unshifted* token ids.
         head_weights: [B, S, H] float, finite and >= 0 (checked on the CPU, where there is a
             target; on a GPU the check would cost a sync and is not made).
         ref_logits: [B, S, V'] float, a reference model's next-token logits; read once.
         ref_ce: [B, S - 1] float, nats, a reference model's cross entropy: position t predicting
             `target_ids[t + 1]`, as `next_token_cross_entropy` returns it.
-        temperature: > 0, nats; only with `ref_*`.
+        temperature: > 0, nats, a number or a 0-d tensor; only with `ref_*`.
         excess: "abs" for |ce - ref_ce|, "signed" for ce - ref_ce (Rho-1, Lin et al. 2024,
             arXiv 2404.07965, eq. 3); only with `ref_*`.
         reduction: "token_mean", "weight_mean" or "sum".
@@ -72,7 +76,9 @@ def fused_weighted_mtp_loss(
         horizon: when given, must equal H.
         inplace: lets the loss write the gradient over the logits, whose values are then gone.
             Another loss of ours from them raises, a second backward, and a backward that saved
-            them; whatever else reads them afterwards sees the gradient. `ce_per_head` cannot be
+            them; whatever else reads them afterwards sees the gradient. Slices that share no
+            element do not concern each other, and memory that is filled again holds logits again
+            (to see that its values are new takes a wait on a GPU). `ce_per_head` cannot be
             differentiated then. Eager torch has no use for the permission.
         backend: "auto", "cpu", "triton" or "eager". A backend asked for by name never falls back;
             "auto" warns once if it must run in eager.
@@ -86,6 +92,8 @@ def fused_weighted_mtp_loss(
         ValueError: wrong shapes, mixed devices, two weightings at once, temperature <= 0, unknown
             excess / reduction / backend, horizon != H, on the CPU negative or non-finite weights.
         TypeError: logits or weights not floating point, target_ids not integer.
+        NotImplementedError: inside torch.func (grad, jvp, vmap, ...) and under forward-mode AD, but
+            for backend="eager".
         IndexError: on the CPU, a target outside [0, V). On a GPU that token's loss is NaN.
         RuntimeError: a backend asked for by name is not available.
 
@@ -182,7 +190,8 @@ def mtp_cross_entropy(
     For losses of your own making: the gradient of each element reaches its row of logits.
 
     Args:
-        logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU).
+        logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU), or a list of H
+            [B, S, V]; DTensors as in `fused_weighted_mtp_loss`.
         target_ids: [B, S] integer, unshifted.
         ignore_index: a target of this id has no cross entropy.
         backend: "auto", "cpu", "triton" or "eager".
@@ -233,7 +242,8 @@ def next_token_cross_entropy(
         ref_ce[b, t] = logsumexp(logits[b, t, :]) - logits[b, t, target_ids[b, t + 1]]
 
     Args:
-        logits: [B, S, V] float32, bfloat16 or float16 (float64 on the CPU).
+        logits: [B, S, V] float32, bfloat16 or float16 (float64 on the CPU); DTensors as in
+            `fused_weighted_mtp_loss`.
         target_ids: [B, S] integer, unshifted.
         ignore_index: a target of this id has no cross entropy.
         backend: "auto", "cpu", "triton" or "eager".

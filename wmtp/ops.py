@@ -248,7 +248,7 @@ def gradients(ctx, grad_loss, grad_ce):
             raise RuntimeError(LOGITS_ARE_GONE)
         ctx.spent = True
     tensors, named = ctx.saved_tensors, len(Saved._fields) - 1
-    saved = Saved(*tensors[:named], tensors[named:])
+    saved = Saved._make((*tensors[:named], tensors[named:]))
     if ctx.needs_input_grad[2] and grad_loss is not None:
         ce = _cross_entropies(ctx, saved) if differentiable else saved.ce
         of_weights = weights_gradient(saved, ce, grad_loss, ctx.reduction, ctx.ignore_index)

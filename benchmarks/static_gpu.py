@@ -230,7 +230,7 @@ def _small_variants(modules: dict[str, Any]) -> Iterator[Variant]:
     yield Variant("finish", "fp32", 0, weights.finish_kernel, tokens, once, False, False)
     scale = modules["scale_kernel"].scale_kernel
     for dtype in ITEMSIZE:
-        constants = {"H": HEADS, "BLOCK": 4096}
+        constants = {"BLOCK": modules["scale_kernel"].BLOCK_BYTES // ITEMSIZE[dtype]}
         yield Variant("scale", dtype, 0, scale, constants, once, False, False)
 
 
@@ -250,12 +250,13 @@ def compile_variant(variant: Variant, target: str) -> Any:
             of_logits = name in ("logits_ptr", "grad_ptr")
             known = {"target_ptr": "i64", "offset_ptr": "i64", "valid_mask_ptr": "i1"}
             signature[name] = f"*{variant.dtype if of_logits else known.get(name, 'fp32')}"
-            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
         elif name == "heads_share":
             signature[name] = "fp32"
         else:
             assert parameter.do_not_specialize, f"{name} would make a binary for every value"
-            signature[name] = "i64" if "stride" in name else "i32"
+            signature[name] = parameter.annotation_type or "i32"
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, _warp(target))
     source = ASTSource(variant.kernel, signature, variant.constants, attributes)

@@ -19,7 +19,7 @@ from test_kernels import (
 )
 
 from agreement import GRADIENT_TOLERANCE, correctly_rounded, relative_error
-from wmtp import fused_weighted_mtp_loss, kernels
+from wmtp import fused_weighted_mtp_loss
 from wmtp.labels import has_target
 
 TIERS = ["token", "row", "online"]
@@ -265,16 +265,6 @@ def test_what_is_chosen():
     assert {launch.tier for launch in choices(Machine(32, True, 132), gradient=False).values()} == {
         "online"
     }
-
-
-@pytest.mark.parametrize("factor", [1.0, -2.5])
-def test_multiply(device, factor):
-    for shape in ((0, 3, 2, 9), (1, 1, 1, 5), (2, 3, 2, 5000), (2, 3, 7)):
-        grad = torch.randn(shape, device=device).to(torch.bfloat16)[..., : shape[-1] - 1]
-        wanted = (grad.float() * factor).to(torch.bfloat16)
-        product = kernels.multiply_(grad, torch.tensor(factor, device=device))
-        assert product.data_ptr() == grad.data_ptr()
-        assert torch.equal(product, wanted)
 
 
 @pytest.mark.gpu

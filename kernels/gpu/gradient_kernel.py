@@ -16,6 +16,8 @@ import triton.language as tl
 
 from wmtp.kernels.heads import head_targets
 from wmtp.kernels.rows import (
+    ONE_BINARY,
+    OPTIONS,
     UNIT_BYTES,
     aligned_base,
     edge_columns,
@@ -85,24 +87,22 @@ def gradient(x, column, shift, scale, targets, scalars):
     return (scale * tl.exp(x.to(tl.float32) - shift) - onehots).to(x.dtype)
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
-                               "grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h",
-                               "seq_len", "vocab_size", "ignore_index"])  # fmt: skip
+@triton.jit(**ONE_BINARY)
 def row_gradient_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
     row_max_ptr,  # [B, S, H]
     log_sum_ptr,  # [B, S, H]
-    row_scalar_ptr,  # [B, S, H]
+    c_ptr,  # [B, S, H]
     grad_ptr,  # likewise aligned
     lead,
-    stride_b,
-    stride_s,
-    stride_h,
+    stride_b: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
     grad_lead,
-    grad_stride_b,
-    grad_stride_s,
-    grad_stride_h,
+    grad_stride_b: tl.int64,
+    grad_stride_s: tl.int64,
+    grad_stride_h: tl.int64,
     seq_len,
     vocab_size,
     ignore_index,
@@ -129,7 +129,7 @@ def row_gradient_kernel(
         target, valid, _ = head_targets(
             target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
         )
-        c = tl.load(row_scalar_ptr + token * H + head, mask=valid, other=0.0)
+        c = tl.load(c_ptr + token * H + head, mask=valid, other=0.0)
         row_m = tl.load(row_max_ptr + token * H + head, mask=valid, other=0.0)
         row_log_s = tl.load(log_sum_ptr + token * H + head, mask=valid, other=0.0)
         targets += (tl.where(valid, target, -1).to(tl.int32),)
@@ -197,6 +197,7 @@ def row_gradient(
             IN_PHASE=in_phase(rows, grad, (lead, grad_lead)),
             BLOCK=block,
             num_warps=num_warps,
+            **OPTIONS,
             **register_limit(shared_heads, num_warps * warp),
         )
     return grad

@@ -56,6 +56,20 @@ def settle_heads(
 
 
 @triton.jit
+def with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H: tl.constexpr,
+                EXCESS: tl.constexpr):  # fmt: skip
+    """Which heads' c, as `settle_heads` finds it, is not 0: what can be said of it beforehand.
+
+    Excess weights are not known yet; but where one is 0 the cross entropies of its token are
+    finite, so that its row times 0 is 0.
+    """
+    if EXCESS:
+        return valid
+    row_scalar = tl.load(row_scalar_ptr + token * H + head, mask=valid, other=0.0)
+    return valid & (rounded_product(row_scalar, tl.load(factors_ptr + 2)) != 0)
+
+
+@triton.jit
 def head_offset(row, stride_h, offset_ptr, H: tl.constexpr, LISTED: tl.constexpr):
     """Where the row of a head begins, from the lowest: heads that are listed say so."""
     if LISTED:

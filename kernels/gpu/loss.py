@@ -9,6 +9,7 @@ import torch
 import triton
 
 from wmtp.kernels.launch import Case, launch
+from wmtp.kernels.rows import OPTIONS
 from wmtp.kernels.weights_kernel import (
     EXCESS,
     GIVEN,
@@ -95,6 +96,7 @@ def weighted_loss(
             SCALED=logits.dtype == torch.float16,
             TOKENS=tokens_a_step,
             num_warps=8,
+            **OPTIONS,
         )
         if logits.numel():
             known = (factors, row_scalar, weight_sum)
@@ -116,7 +118,7 @@ def weighted_loss(
             launch(case)
         finish_kernel[(1,)](
             ce, row_scalar, factors, token_loss, loss, tokens,
-            H=heads, TOKENS=tokens_a_step, num_warps=8,
+            H=heads, TOKENS=tokens_a_step, num_warps=8, **OPTIONS,
         )  # fmt: skip
     of_rows = (row_scalar, row_max, log_sum)
     return loss, valid_mask, ce, token_loss, weight_sum, *of_rows, factors[:2], grad

@@ -9,18 +9,25 @@ import torch
 import triton
 import triton.language as tl
 
-from wmtp.kernels.rows import aligned_base, cross_entropy, launch_shape, row_max_sum, warp_size
+from wmtp.kernels.rows import (
+    ONE_BINARY,
+    OPTIONS,
+    aligned_base,
+    cross_entropy,
+    launch_shape,
+    row_max_sum,
+    warp_size,
+)
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "seq_len", "vocab_size",
-                               "ignore_index"])  # fmt: skip
+@triton.jit(**ONE_BINARY)
 def next_token_ce_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
     ref_ce_ptr,  # [B, S-1]
     lead,
-    stride_b,
-    stride_s,
+    stride_b: tl.int64,
+    stride_s: tl.int64,
     seq_len,
     vocab_size,
     ignore_index,
@@ -69,5 +76,6 @@ def next_token_ce(
                 ignore_index,
                 BLOCK=block,
                 num_warps=num_warps,
+                **OPTIONS,
             )
     return ref_ce

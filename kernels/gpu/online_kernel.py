@@ -20,12 +20,10 @@ import triton.language as tl
 from wmtp.kernels.gradient_kernel import write_gradient
 from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads
 from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
-from wmtp.kernels.rows import cross_entropy, row_max_sum
+from wmtp.kernels.rows import ONE_BINARY, cross_entropy, row_max_sum
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
-                               "grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h",
-                               "seq_len", "vocab_size", "ignore_index"])  # fmt: skip
+@triton.jit(**ONE_BINARY)
 def online_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
@@ -42,13 +40,13 @@ def online_kernel(
     log_sum_ptr,  # [B, S, H]
     grad_ptr,  # aligned like the logits; in place: logits_ptr itself; unused without GRAD
     lead,
-    stride_b,
-    stride_s,
-    stride_h,
+    stride_b: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
     grad_lead,
-    grad_stride_b,
-    grad_stride_s,
-    grad_stride_h,
+    grad_stride_b: tl.int64,
+    grad_stride_s: tl.int64,
+    grad_stride_h: tl.int64,
     seq_len,
     vocab_size,
     ignore_index,

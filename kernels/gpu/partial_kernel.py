@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from wmtp.kernels.heads import head_offset, head_targets
-from wmtp.kernels.rows import UNIT_BYTES, finite_or_zero, rounded_product, row_max_sum
+from wmtp.kernels.rows import ONE_BINARY, UNIT_BYTES, finite_or_zero, rounded_product, row_max_sum
 
 
 @triton.jit
@@ -24,8 +24,7 @@ def part_of_row(split, vocab_size, SPLITS: tl.constexpr, ITEMSIZE: tl.constexpr)
     return first, tl.minimum(columns, vocab_size - first)
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h", "seq_len", "vocab_size",
-                               "ignore_index"])  # fmt: skip
+@triton.jit(**ONE_BINARY)
 def partial_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
@@ -33,9 +32,9 @@ def partial_kernel(
     partial_ptr,  # [rows, SPLITS, 2]
     x_target_ptr,  # [B, S, H]
     lead,
-    stride_b,
-    stride_s,
-    stride_h,
+    stride_b: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
     seq_len,
     vocab_size,
     ignore_index,

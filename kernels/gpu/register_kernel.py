@@ -20,8 +20,9 @@ All arithmetic is float32.
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads
+from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads, with_weight
 from wmtp.kernels.rows import (
+    ONE_BINARY,
     UNIT_BYTES,
     cross_entropy,
     edge_columns,
@@ -35,9 +36,7 @@ EDGE_LANES = tl.constexpr(128)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 
 
-@triton.jit(do_not_specialize=["lead", "stride_b", "stride_s", "stride_h",
-                               "grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h",
-                               "seq_len", "vocab_size", "ignore_index"])  # fmt: skip
+@triton.jit(**ONE_BINARY)
 def register_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
@@ -52,13 +51,13 @@ def register_kernel(
     log_sum_ptr,  # [B, S, H]
     grad_ptr,  # aligned like the logits; in place: logits_ptr itself
     lead,
-    stride_b,
-    stride_s,
-    stride_h,
+    stride_b: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
     grad_lead,
-    grad_stride_b,
-    grad_stride_s,
-    grad_stride_h,
+    grad_stride_b: tl.int64,
+    grad_stride_s: tl.int64,
+    grad_stride_h: tl.int64,
     seq_len,
     vocab_size,
     ignore_index,
@@ -85,28 +84,30 @@ def register_kernel(
     )
     row = first + tl.arange(0, ROWS).to(tl.int64)
     real = (row < H)[:, None]
-    live = valid
+    read = valid
+    live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H, EXCESS)
     if SHARED:
-        live = tl.max(valid.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
+        read = tl.max(read.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
+        live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
     begin = lead + b * stride_b + t * stride_s
     begin += head_offset(row, stride_h, offset_ptr, H, LISTED)
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s
     grad_begin += head_offset(row, grad_stride_h, offset_ptr, H, GRAD_LISTED)
     peel, inner = inner_part(grad_begin, vocab_size, UNIT)
 
-    # First of all: in place, another thread of this program will overwrite it.
+    # In place, another thread of this program will overwrite it: see the barrier below.
     x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0).to(tl.float32)
     lane = tl.arange(0, EDGE_LANES)[None, :]
     column = edge_columns(lane, peel[:, None], inner[:, None], UNIT)
     edge_inside = (lane < 2 * UNIT) & (column >= 0) & (column < vocab_size)
     edge_ptr = logits_ptr + begin[:, None] + column
-    edge = tl.load(edge_ptr, mask=edge_inside & live[:, None], other=float("-inf"))
+    edge = tl.load(edge_ptr, mask=edge_inside & read[:, None], other=float("-inf"))
     edge = edge.to(tl.float32)
     offset = tl.arange(0, BLOCK)[None, :]
     inner_inside = offset < inner[:, None]
     inner_begin = first_unit(begin, UNIT) if IN_PHASE else begin + peel
     inner_ptr = logits_ptr + inner_begin[:, None] + offset
-    x = tl.load(inner_ptr, mask=inner_inside & live[:, None], other=float("-inf"))
+    x = tl.load(inner_ptr, mask=inner_inside & read[:, None], other=float("-inf"))
     x = x.to(tl.float32)
 
     m = tl.maximum(tl.max(x, axis=1), tl.max(edge, axis=1))
@@ -124,12 +125,13 @@ def register_kernel(
         factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
         H, EXCESS, SIGNED,
     )  # fmt: skip
+    # All threads have read before one writes. A row of several warps has passed barriers by then,
+    # for its maximum and its sum; one that a single warp holds has not.
+    tl.debug_barrier()
     target = tl.where(valid, target, -1).to(tl.int32)
     row_c = c
-    live = c != 0
     if SHARED:
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
-        live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
     scale = (row_c / s)[:, None]
     g = scale * x
     g = minus_targets(g, peel[:, None] + offset, target, c, head, SHARED, H)

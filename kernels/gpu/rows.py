@@ -13,6 +13,21 @@ import torch
 import triton
 import triton.language as tl
 
+# What every kernel is decorated with: it is compiled once, and not again, in the middle of
+# training, for an integer that happens to be 1 or a multiple of 16, or for a small tensor of the
+# caller's that begins anywhere. Of logits and gradients the alignment is wanted: `aligned_base`.
+ONE_BINARY = {
+    "do_not_specialize": [
+        *("lead", "stride_b", "stride_s", "stride_h", "tokens", "seq_len", "vocab_size"),
+        *("heads", "blocks"),
+        *("grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h", "ignore_index"),
+    ],
+    "do_not_specialize_on_alignment": [
+        *("target_ptr", "weight_ptr", "normalizer_ptr", "ref_ce_ptr", "temperature_ptr"),
+        *("row_max_ptr", "log_sum_ptr", "c_ptr", "factor_ptr"),
+    ],
+}
+OPTIONS = {"enable_fp_fusion": True}  # of every launch; from Triton 3.10 on not the default
 UNIT_BYTES = tl.constexpr(128)  # a cache line
 VECTOR_BYTES = tl.constexpr(16)  # the widest access of one thread
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from wmtp.kernels.rows import launch_shape, warp_size
+from wmtp.kernels.rows import OPTIONS, launch_shape, warp_size
 
 TIERS = ("token", "row", "online")
 PREFERRED, MOST = 16384, 32768  # logits a CTA
@@ -53,8 +53,8 @@ class Launch(NamedTuple):
     max_registers: int | None = None  # a thread's, where the compiler would take some more
 
     def options(self) -> dict[str, int]:
-        """Triton's; AMD's compiler knows the first alone."""
-        found = {"num_warps": self.num_warps}
+        """Triton's; AMD's compiler knows the first two alone."""
+        found = {**OPTIONS, "num_warps": self.num_warps}
         if self.num_ctas > 1:
             found["num_ctas"] = self.num_ctas
         if self.max_registers is not None:

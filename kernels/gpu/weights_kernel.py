@@ -13,14 +13,14 @@ import triton
 import triton.language as tl
 
 from wmtp.kernels.heads import head_targets
-from wmtp.kernels.rows import rounded_product
+from wmtp.kernels.rows import ONE_BINARY, rounded_product
 
 UNIFORM, GIVEN, EXCESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SUM, TOKEN_MEAN, WEIGHT_MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 REDUCTIONS = {"sum": SUM, "token_mean": TOKEN_MEAN, "weight_mean": WEIGHT_MEAN}
 
 
-@triton.jit(do_not_specialize=["tokens", "seq_len", "vocab_size", "ignore_index"])
+@triton.jit(**ONE_BINARY)
 def weights_kernel(
     target_ptr,  # [B, S] int64, unshifted
     weight_ptr,  # [B, S, H] head_weights, or unused
@@ -101,7 +101,7 @@ def fp16_scale(largest):
     return ((14 - exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit(**ONE_BINARY)
 def finish_kernel(
     ce_ptr,  # [B, S, H]
     row_scalar_ptr,  # [B, S, H] d token_loss / d ce; becomes d loss / d ce

@@ -121,8 +121,11 @@ def weighted_loss(
         *(logits, target_ids, head_weights, ref_ce, normalizer, temperature, signed, reduction),
         *(ignore_index, backend, shared, ahead, inplace and differentiated and not traced),
     )
-    call = torch.ops.wmtp.weighted_loss if traced else _WeightedLoss.apply
-    return call(*arguments)[:3]
+    if traced:
+        return torch.ops.wmtp.weighted_loss(*arguments)[:3]
+    learning = head_weights is not None and head_weights.requires_grad
+    recorded = differentiated or (torch.is_grad_enabled() and learning)
+    return (_WeightedLoss.apply if recorded else _weighted_loss)(*arguments)[:3]
 
 
 def _rows(logits: Tensor, shared_heads: bool) -> Tensor:

@@ -17,11 +17,12 @@ from wmtp.kernels.rows import UNIT_BYTES
 from wmtp.reference import max_and_log_sum
 
 BOUNDARY = UNIT_BYTES.value
-# Bytes from a storage's begin to the tensor's: the boundary before it is not in the storage, or is.
-INTO = (0, BOUNDARY)
+# Bytes from a storage's begin to the tensor's: no boundary before it is in the storage, or one of
+# 16 bytes, or one of 128.
+INTO = (0, 16, BOUNDARY)
 PLACES = {
-    dtype: list(itertools.product(range(0, BOUNDARY, dtype.itemsize), INTO))
-    for dtype in (torch.float32, torch.bfloat16)
+    torch.float32: list(itertools.product(range(0, BOUNDARY, 4), INTO)),
+    torch.bfloat16: list(zip(range(0, BOUNDARY, 2), itertools.cycle(INTO), strict=False)),
 }
 
 
@@ -80,7 +81,8 @@ def placed(dtype, same_phase):
     otherwise into its storage, or with another phase."""
     places = PLACES[dtype]
     for i, (phase, into) in enumerate(places):
-        other = (phase, BOUNDARY - into) if same_phase else places[(5 * i + 3) % len(places)]
+        other_into = INTO[(INTO.index(into) + 1 + i % 2) % 3]
+        other = (phase, other_into) if same_phase else places[(5 * i + 3) % len(places)]
         yield (phase, into), other
 
 

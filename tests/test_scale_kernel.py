@@ -31,6 +31,13 @@ def test_any_layout(device, dtype, factor):
             assert torch.equal(storage.isnan(), gaps)
 
 
+def test_times_0_nothing_is_left(device):
+    grad = torch.tensor([[[[1.0, torch.nan, torch.inf, -2.0]]]], device=device)
+    assert torch.equal(
+        kernels.multiply_(grad, torch.zeros((), device=device)), torch.zeros_like(grad)
+    )
+
+
 def test_heads_first(device):
     grad = torch.randn(3, 2, 4, 100, device=device).permute(1, 2, 0, 3)
     wanted = grad * 3

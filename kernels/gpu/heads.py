@@ -58,10 +58,10 @@ def settle_heads(
 @triton.jit
 def with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H: tl.constexpr,
                 EXCESS: tl.constexpr):  # fmt: skip
-    """Which heads' c, as `settle_heads` finds it, is not 0: what can be said of it beforehand.
+    """Which heads' c is not 0, from memory: asked of c itself, rows in registers would spill.
 
-    Excess weights are not known yet; but where one is 0 the cross entropies of its token are
-    finite, so that its row times 0 is 0.
+    Where an excess weight is 0 the cross entropies of its token are finite, so that its row times
+    0 is 0.
     """
     if EXCESS:
         return valid

@@ -85,10 +85,8 @@ def register_kernel(
     row = first + tl.arange(0, ROWS).to(tl.int64)
     real = (row < H)[:, None]
     read = valid
-    live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H, EXCESS)
     if SHARED:
         read = tl.max(read.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
-        live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
     begin = lead + b * stride_b + t * stride_s
     begin += head_offset(row, stride_h, offset_ptr, H, LISTED)
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s
@@ -130,7 +128,9 @@ def register_kernel(
     tl.debug_barrier()
     target = tl.where(valid, target, -1).to(tl.int32)
     row_c = c
+    live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H, EXCESS)
     if SHARED:
+        live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
     scale = (row_c / s)[:, None]
     g = scale * x

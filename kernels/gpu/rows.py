@@ -60,14 +60,18 @@ def warp_size(device: torch.device) -> int:
 def aligned_base(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """A view that begins on a 128-byte boundary, and how many elements before `tensor` that is.
 
-    Triton proves 16-byte accesses from a pointer that is a multiple of 16. Where the storage itself
-    begins later than the boundary the tensor is returned as it is: right, only slower.
+    Triton proves 16-byte accesses from a pointer that is a multiple of 16: where the storage itself
+    begins later than the boundary, one of those will do. Where it begins later than both the tensor
+    is returned as it is: right, only slower.
     """
-    lead = tensor.data_ptr() % UNIT_BYTES.value // tensor.element_size()
-    offset = tensor.storage_offset() - lead
-    if lead == 0 or offset < 0:
-        return tensor, 0
-    return tensor.as_strided((1,), (1,), offset), lead
+    offset = tensor.storage_offset()
+    for boundary in (UNIT_BYTES.value, VECTOR_BYTES.value):
+        lead = tensor.data_ptr() % boundary // tensor.element_size()
+        if lead == 0:
+            return tensor, 0
+        if lead <= offset:
+            return tensor.as_strided((1,), (1,), offset - lead), lead
+    return tensor, 0
 
 
 def in_phase(

@@ -61,7 +61,9 @@ def scale_kernel(
 
 @triton.jit
 def times(ptr, factor, mask):
+    """Times 0 even NaN and inf are 0: a loss that nobody wants leaves no gradient."""
     value = tl.load(ptr, mask=mask).to(tl.float32) * factor
+    value = tl.where(factor == 0, 0.0, value)
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 
 

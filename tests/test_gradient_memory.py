@@ -116,7 +116,7 @@ def test_small_gradients_are_not_kept(allocations):
         assert new_gradient((3, 5), torch.float32, allocations).shape == (3, 5)
     new_gradient((KEPT_FROM_BYTES // 4 - 1,), torch.float32, allocations)
     assert len(allocations) == 3
-    assert gradient_memory._kept is None
+    assert not gradient_memory._kept
 
 
 def test_small_gradients_leave_the_large_one_alone(allocations):
@@ -129,7 +129,7 @@ def test_small_gradients_leave_the_large_one_alone(allocations):
 def test_release_memory_gives_it_back(allocations):
     new_gradient(SHAPE, torch.float32, allocations)
     release_memory()
-    assert gradient_memory._kept is None
+    assert not gradient_memory._kept
     held = new_gradient(SHAPE, torch.float32, allocations)
     assert len(allocations) == 2
     held.fill_(1)
@@ -144,7 +144,7 @@ def test_the_environment_switches_it_off(monkeypatch, allocations):
     for _ in range(2):
         new_gradient(SHAPE, torch.float32, allocations)
     assert len(allocations) == 2
-    assert gradient_memory._kept is None
+    assert not gradient_memory._kept
 
 
 def test_where_torch_cannot_count_users_nothing_is_kept():
@@ -154,7 +154,7 @@ def test_where_torch_cannot_count_users_nothing_is_kept():
         "new = []\n"
         "for _ in range(2): new_gradient((KEPT_FROM_BYTES,), torch.int8, lambda _: new.append(1))\n"
         "import wmtp.gradient_memory\n"
-        "assert len(new) == 2 and wmtp.gradient_memory._kept is None"
+        "assert len(new) == 2 and not wmtp.gradient_memory._kept"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

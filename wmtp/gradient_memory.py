@@ -17,20 +17,18 @@ from torch import Tensor
 KEPT_FROM_BYTES = 32 << 20
 
 _lock = threading.Lock()
-_kept: torch.UntypedStorage | None = None
+_kept: list[torch.UntypedStorage] = []  # one at most
 
 
-def _references(storage: torch.UntypedStorage | None) -> tuple[int, int] | None:
-    """How many hold it, in torch and in Python; None where that is not known."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None or storage is None:
-        return None
-    return count(storage._cdata), sys.getrefcount(storage)
+def _references(held: list[torch.UntypedStorage]) -> tuple[int, int]:
+    """How many hold it, in torch and in Python."""
+    return torch._C._storage_Use_Count(held[0]._cdata), sys.getrefcount(held[0])
 
 
-# Nothing else refers to this one: what is found of it, here and now, is what idle memory has. A
-# constant would not do: in compiled code Python itself holds one more reference.
-_idle = torch.empty(1, device="cpu").untyped_storage()
+def _references_of_nobody() -> tuple[int, int]:
+    """What is found here and now of memory that nothing but a list refers to: no constant, for in
+    compiled code Python itself may hold some more."""
+    return _references([torch.empty(1, device="cpu").untyped_storage()])
 
 
 def new_gradient(shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable) -> Tensor:
@@ -39,20 +37,20 @@ def new_gradient(shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable) 
     Args:
         prepare: called with memory that is really new, before it is touched.
     """
-    global _kept
     nbytes = torch.Size(shape).numel() * dtype.itemsize
     with _lock:
         if _is_free(nbytes):
             new = torch.empty(0, dtype=dtype, device="cpu")
-            return new.set_(_kept, 0, shape)  # type: ignore[call-overload]
-        allowed = _references(_idle) is not None and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
+            return new.set_(_kept[0], 0, shape)  # type: ignore[call-overload]
+        can_count = hasattr(torch._C, "_storage_Use_Count")
+        allowed = can_count and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
         is_kept = allowed and nbytes >= KEPT_FROM_BYTES
         if is_kept:
-            _kept = None  # before the new one is allocated: never two
+            _kept.clear()  # before the new one is allocated: never two
         new = torch.empty(shape, dtype=dtype, device="cpu")
         prepare(new)
         if is_kept:
-            _kept = new.untyped_storage()
+            _kept.append(new.untyped_storage())
         return new
 
 
@@ -61,13 +59,12 @@ def release_memory() -> None:
 
     >>> release_memory()
     """
-    global _kept
     with _lock:
-        _kept = None
+        _kept.clear()
 
 
 def _is_free(nbytes: int) -> bool:
     """Whether there is memory of this size that nobody uses, not in another process either."""
-    if _kept is None or _kept.nbytes() != nbytes or _kept.is_shared():
+    if not _kept or _kept[0].nbytes() != nbytes or _kept[0].is_shared():
         return False
-    return _references(_kept) == _references(_idle)
+    return _references(_kept) == _references_of_nobody()

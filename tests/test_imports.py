@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from lower layers and its own package only.
 LAYERS = [
-    {"labels", "layout", "reduction", "registry", "gradient_memory", "transforms"},
+    {"transforms"},
+    {"exact_zero"},
+    {"labels", "layout", "reduction", "registry", "gradient_memory"},
     {"inplace", "kinds", "sharded"},
     {"checks"},
     {"reference", "cpu", "kernels"},

@@ -183,8 +183,11 @@ def row_gradient(
 
 
 def multiply_(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad *= factor []; nothing is read where that is 1. Returns grad."""
-    return grad if factor == 1 else grad.mul_(factor)
+    """grad *= factor [], which is returned; nothing is read where that is 1 or 0: no NaN then."""
+    number = factor.item()
+    if number == 0:
+        return grad.zero_()
+    return grad if number == 1 else grad.mul_(factor)
 
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
@@ -363,9 +366,7 @@ def _rows(
     offsets = None if head_offsets is None else (ctypes.c_int64 * len(head_offsets))(*head_offsets)
     return _Rows(
         logits.data_ptr(),
-        stride_b,
-        stride_s,
-        stride_h if offsets is None else stride_s,  # not 0, which would mean one row for all heads
+        *(stride_b, stride_s, stride_h),
         *(batch, length, target_ids.shape[1], heads, vocabulary),
         offsets,
         target_ids.data_ptr(),

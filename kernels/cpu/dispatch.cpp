@@ -118,7 +118,8 @@ WMTP_EXPORT void wmtp_cpu_ask_for_huge_pages(const void* memory, size_t bytes) {
 
 // Bytes that Output::scratch must have.
 WMTP_EXPORT int64_t wmtp_cpu_scratch_bytes(const Rows* rows, const Weighting* how, int with_grad) {
-  return useful_threads(*rows) * scratch_of_thread(*rows, *how, with_grad).all;
+  const int64_t of_threads = useful_threads(*rows) * scratch_of_thread(*rows, *how, with_grad).all;
+  return of_threads + rows->B * rows->S * int64_t(sizeof(double));
 }
 
 WMTP_EXPORT int wmtp_cpu_weighted_loss(const Rows* rows, const Weighting* how, const Output* out,

@@ -15,6 +15,7 @@ LAYERS = [
     {"labels", "layout", "reduction", "registry", "gradient_memory"},
     {"inplace", "kinds", "sharded"},
     {"checks"},
+    {"cpu_library"},
     {"reference", "cpu", "kernels"},
     {"backends", "derivatives"},
     {"ops", "chunks"},

@@ -86,7 +86,7 @@ template <class T> bool weights_ok(const Rows& r, const T* w, int64_t* position)
 
 }  // namespace
 
-// Compared by wmtp/cpu.py before it calls anything. Data, for a library of another version may not have the
+// Compared by wmtp/cpu_library.py before it calls anything. Data, for a library of another version may not have the
 // function that would be called to ask.
 WMTP_EXPORT const int32_t wmtp_cpu_abi[] = {
     kAbiVersion, sizeof(Rows), sizeof(Weighting), sizeof(Output)};

@@ -50,7 +50,7 @@ struct Output {
   double grad_scale;    // grad is that of grad_scale x loss
 };
 
-// Library and cpu.py must mean the same by all this: raise the version with every change of it.
+// Library and cpu_library.py must mean the same by all this: raise the version with every change of it.
 constexpr int32_t kAbiVersion = 1;
 
 struct Kernels {

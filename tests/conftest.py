@@ -20,7 +20,7 @@ import pytest
 from torch.utils import deterministic
 
 import interpreter
-from wmtp import cpu, kernels
+from wmtp import cpu_library, kernels
 
 if kernels.interpreted():
     interpreter.amend()
@@ -114,16 +114,16 @@ def tier(request, monkeypatch):
 @pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
 def instruction_set(request, one_thread):
     """The C++ kernel with every instruction set of this machine."""
-    if reason := cpu.unavailable():
+    if reason := cpu_library.unavailable():
         pytest.skip(f"no CPU kernel: {reason}")
     try:
-        cpu._select_instruction_set(cpu._library(), request.param)
+        cpu_library.select_instruction_set(cpu_library.load(), request.param)
     except RuntimeError as missing:
         if request.param == "baseline":
             raise
         pytest.skip(str(missing))
     yield request.param
-    cpu._select_instruction_set(cpu._library(), "")
+    cpu_library.select_instruction_set(cpu_library.load(), "")
 
 
 def pytest_collection_modifyitems(items):

@@ -146,7 +146,7 @@ def test_gradient_written_with_the_loss_is_that_of_its_row_scalars(dtype, shared
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_nan_scalar_and_nan_row_of_weight_zero_give_nan(dtype):
+def test_nan_scalar_gives_nan_and_nan_row_of_scalar_zero_gives_zero(dtype):
     case = make_case((1, 3, 1, 77), dtype, ignored=0)
     case.logits[0, 1, 0, 9] = math.nan
     row_scalar = cpu_loss(case.logits, case.target_ids).row_scalar
@@ -155,8 +155,8 @@ def test_nan_scalar_and_nan_row_of_weight_zero_give_nan(dtype):
         row_scalar.view(torch.int32)[0, 0] = 0x7FFFFFFF
     row_scalar[0, 1] = 0.0
     grad = cpu_gradient(case.logits, case.target_ids, row_scalar)
-    assert grad[0, :2].isnan().all()
-    assert (grad[0, 2] == 0).all()
+    assert grad[0, 0].isnan().all()
+    assert (grad[0, 1:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)

@@ -54,6 +54,24 @@ def test_every_tier_takes_a_list(monkeypatch, tier):
             torch.testing.assert_close(grad, stacked[:, :, k], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("dims", [(1,), (0,), (0, 1)])
+@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+def test_heads_that_are_expanded_themselves(target, weighting, dims):
+    """Strides of 0 within a head are not the one stride of 0 that shared heads have."""
+    backend, device = target
+    shape = [1 if dim in dims else size for dim, size in enumerate(SHAPE)]
+    rows = torch.randn(shape, device=device)
+    case, logits, _ = stacked_and_listed(weighting, device=device)
+    logits = rows.expand(SHAPE).contiguous().requires_grad_()
+    heads = [head.expand(*SHAPE[:2], -1).requires_grad_() for head in rows.unbind(2)]
+    wanted = fused_weighted_mtp_loss(logits, case.target_ids, **case.options, backend=backend)
+    found = fused_weighted_mtp_loss(heads, case.target_ids, **case.options, backend=backend)
+    torch.testing.assert_close(found.ce_per_head, wanted.ce_per_head)
+    (stacked,) = torch.autograd.grad(wanted.loss, logits)
+    grads = torch.autograd.grad(found.loss, heads)
+    torch.testing.assert_close(torch.stack(grads, 2), stacked)
+
+
 def test_in_place_each_head_holds_its_gradient(target):
     backend, device = target
     case, logits, leaves = stacked_and_listed(device=device)

@@ -10,9 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A module imports from lower layers and its own package only.
 LAYERS = [
-    {"labels", "layout", "reduction", "registry", "gradient_memory", "transforms"},
+    {"transforms"},
+    {"exact_zero"},
+    {"labels", "layout", "reduction", "registry", "gradient_memory"},
     {"inplace", "kinds", "sharded"},
     {"checks"},
+    {"cpu_library"},
     {"reference", "cpu", "kernels"},
     {"backends", "derivatives"},
     {"ops", "chunks"},

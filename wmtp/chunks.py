@@ -8,9 +8,10 @@ Of the rows (b, t, k) some have a target; a chunk has R of them, all heads of it
     c [R]          = dloss/dce
     grad_hidden    = c (g @ weight)      grad_weight += g.T @ (c x)      grad_bias += c @ g
 
-A c that is known before is multiplied with where g is written, in float32. One that follows from
-the ce of the chunk's tokens meets the small operands, so that excess weights cost neither a second
-product nor a second pass over the logits. B batch, S sequence, H heads, D hidden, V vocabulary.
+What is known of c before is multiplied with where g is written, in float32. A weight that follows
+from the ce of the chunk's tokens meets the small operands, so that excess weights cost neither a
+second product nor a second pass over the logits. B batch, S sequence, H heads, D hidden, V
+vocabulary.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wmtp.backends import KERNELS, multiply
+from wmtp.exact_zero import product
 from wmtp.labels import shift_to_heads
 from wmtp.reference import raise_on_bad_target
 
@@ -28,8 +30,10 @@ MIB = 1 << 20
 # Parts of a 16-bit product on the CPU that are added up in float32 while they are in its caches.
 PART_BYTES = 2 * MIB
 # float16 keeps three digits only of what is above 6e-5, and holds no more than 65504: g is written
-# times so much that it is at most this. Sums over rows are made in float32.
-FP16_LARGEST = 16.0
+# times so much that it is at most the first of these, and what is summed up in float16 at most the
+# second. That is g @ weight; sums over rows are made in float32, unless the caller wants it so.
+FP16_LARGEST_G = 16.0
+FP16_LARGEST_PRODUCT = 2.0**15
 
 
 class Chunk(NamedTuple):
@@ -93,11 +97,6 @@ class Linear(NamedTuple):
         dtype = self.weight.dtype if whole else self.accum_dtype
         return dtype if dtype in (self.dtype, torch.float32) else torch.float32
 
-    @property
-    def scale(self) -> float:
-        """What g is written times where its row scalar is not known yet."""
-        return FP16_LARGEST if self.dtype == torch.float16 else 1.0
-
 
 def default_chunk_bytes(row_bytes: int) -> int:
     """2048 rows, but no more than 1 GiB.
@@ -147,16 +146,16 @@ def run_chunks(
     plan: Plan,
     row_scalar: Tensor,
     unscale: Tensor,
-    weigh: Callable[[Tensor, slice], None] | None,
+    weigh: Callable[[Tensor, slice], Tensor] | None,
     wanted: Wanted,
 ) -> tuple[Tensor, Gradients]:
     """Cross entropies [B, S, H], and the gradients wanted, which `finish_gradients` finishes.
 
     Args:
-        row_scalar: [B, S, H], dloss/dce.
+        row_scalar: [B, S, H], dloss/dce, but for the weights that `weigh` finds.
         unscale: [], what the gradients are left to be multiplied with.
-        weigh: called with all cross entropies [B S, H] and which tokens are new, to fill in the
-            row_scalar of these.
+        weigh: called with the cross entropies of some tokens and which these are, to say their
+            weights, both [tokens, H].
     """
     hidden, dtype, kernels = linear.hidden, linear.dtype, KERNELS[linear.backend]
     weight = linear.weight.to(dtype)
@@ -176,15 +175,14 @@ def run_chunks(
             torch.mm(x, weight.T, out=logits)
         else:
             torch.addmm(bias, x, weight.T, out=logits)
-        written = after = None  # what g is multiplied with: where it is written, and afterwards
-        if any(wanted):
-            known = scalars[rows] / unscale
-            written = known if weigh is None else torch.full_like(known, linear.scale)
+        # What g is multiplied with: where it is written, and afterwards.
+        written, after = scalars[rows] / unscale if any(wanted) else None, None
         ce.view(-1)[rows] = kernels.rows_ce_(logits, targets, written)
         if weigh is not None:
-            weigh(ce.flatten(0, 1), chunk.tokens)
-            after = scalars[rows] / (unscale * linear.scale)
-        if any(wanted):
+            weights = weigh(ce.flatten(0, 1)[chunk.tokens], chunk.tokens)
+            after = weights.flatten()[rows - chunk.tokens.start * heads]
+        if written is not None:
+            x.masked_fill_((written == 0)[:, None], 0.0)
             sums.add(logits, x, weight, rows, after)
     return ce, sums.gradients()
 
@@ -257,9 +255,22 @@ def _multiply(total: Tensor, factor: Tensor | None, backend: str) -> Tensor:
     return multiply(rows, factor, backend).view(total.shape)
 
 
-def find_unscale(largest: Tensor, linear: Linear) -> Tensor:
-    """[], from row scalars of which none is larger: 1, but for float16, whose range is small."""
-    if linear.dtype != torch.float16 or not largest.numel():
-        return largest.new_ones(())
-    most = largest.abs().where(largest.isfinite(), 0.0).amax()
-    return torch.where(most == 0, 1.0, most) / linear.scale
+def find_unscale(row_scalar: Tensor, linear: Linear) -> Tensor:
+    """[], which row scalars are divided by where g is written: 1, but for float16's small range."""
+    if linear.dtype != torch.float16 or not row_scalar.numel():
+        return row_scalar.new_ones(())
+    scalars = row_scalar.abs().where(row_scalar.isfinite(), 0.0)
+    largest = scalars.amax()
+    unscale = largest / FP16_LARGEST_G
+    bounds = [2.0 * largest * _largest(linear.weight).amax()]  # of g @ weight
+    if linear.sum_dtype == torch.float16:  # of g.T @ x and of the bias's gradient
+        bounds.append(product(scalars, _largest(linear.hidden).clamp(min=1.0)).sum())
+    for bound in bounds:
+        unscale = torch.maximum(unscale, bound.where(bound.isfinite(), 0.0) / FP16_LARGEST_PRODUCT)
+    return torch.where(largest == 0, 1.0, unscale.clamp(min=torch.finfo(largest.dtype).tiny))
+
+
+def _largest(values: Tensor) -> Tensor:
+    """float32, the largest absolute values of the last axis, by one read."""
+    smallest, largest = torch.aminmax(values, dim=-1)
+    return torch.maximum(-smallest, largest).float()

@@ -7,79 +7,29 @@
     rows_ce_       the CE of rows, which softmax - onehot overwrites: one read and one write
 
 B batch, S sequence, H heads, V vocabulary. Logits are float32, bfloat16, float16 or float64, with
-last stride 1 and any other strides; "acc" is float32, float64 for float64 logits. The library is
-loaded at first use; `WMTP_CPU_ISA=avx512_bf16|avx512|avx2|baseline` overrides its choice of
-instruction set.
+last stride 1 and any other strides; "acc" is float32, float64 for float64 logits.
 """
 
 import ctypes
-import functools
 import os
-from pathlib import Path
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from wmtp.checks import target_error, weight_error
+from wmtp.cpu_library import Output, Rows, Weighting, load
+from wmtp.cpu_library import instruction_set as instruction_set
+from wmtp.cpu_library import unavailable as unavailable
 from wmtp.gradient_memory import new_gradient
 from wmtp.layout import heads_share_storage
 from wmtp.reduction import accumulation_dtype
-
-# The variable is for a build of another kind, `make sanitize` for one.
-LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parent / "libwmtp_cpu.so")
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCTIONS = {"sum": 0, "token_mean": 1, "weight_mean": 2}
 _CE = 2  # the place of ce among the outputs
 _NO_ID = -1  # ignore_index where no target is to be ignored
-_BAD_TARGET, _BAD_WEIGHT, _UNKNOWN_ISA, _MISSING_ISA = 1, 2, 3, 4
-
-
-class _Rows(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
-    _fields_ = [
-        ("logits", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("stride_b", "stride_s", "stride_h")),
-        *((name, ctypes.c_int64) for name in ("B", "S", "T", "H", "V")),
-        ("head_offsets", ctypes.POINTER(ctypes.c_int64)),
-        ("target_ids", ctypes.c_void_p),
-        ("ignore_index", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    ]
-
-
-class _Weighting(ctypes.Structure):
-    _fields_ = [
-        ("head_weights", ctypes.c_void_p),
-        ("ref_ce", ctypes.c_void_p),
-        ("temperature", ctypes.c_double),
-        ("normalizer", ctypes.c_double),
-        ("has_normalizer", ctypes.c_int32),
-        ("is_signed", ctypes.c_int32),
-        ("reduction", ctypes.c_int32),
-        ("are_row_scalars", ctypes.c_int32),
-    ]
-
-
-class _Output(ctypes.Structure):
-    _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("loss", "valid_mask", "ce", "token_loss", "weight_sum", "row_scalar"),
-                *("row_max", "log_sum", "factors", "grad", "scratch"),
-            )
-        ),
-        ("grad_scale", ctypes.c_double),
-    ]
-
-
-_ABI = (1, *map(ctypes.sizeof, (_Rows, _Weighting, _Output)))  # wmtp_cpu_abi of dispatch.cpp
-
-
-class _VersionError(OSError):
-    """The library is not the one that this file was written for."""
+_BAD_TARGET, _BAD_WEIGHT = 1, 2
 
 
 def weighted_loss(
@@ -125,7 +75,7 @@ def weighted_loss(
         IndexError: a target outside [0, V).
         ValueError: a negative or non-finite weight where there is a target.
     """
-    how = _Weighting(
+    how = Weighting(
         _pointer(head_weights),
         _pointer(ref_ce),
         1.0 if temperature is None else temperature.item(),
@@ -174,7 +124,7 @@ def row_gradient(
     Raises:
         IndexError: a target outside [0, V).
     """
-    how = _Weighting(row_scalar.data_ptr(), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
+    how = Weighting(row_scalar.data_ptr(), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
     grad = _gradient_memory(logits, heads_share_storage(logits))
     _, status, position = _run(logits, target_ids, how, ignore_index, grad, 1.0)
     if status == _BAD_TARGET:
@@ -183,8 +133,11 @@ def row_gradient(
 
 
 def multiply_(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad *= factor []; nothing is read where that is 1. Returns grad."""
-    return grad if factor == 1 else grad.mul_(factor)
+    """grad *= factor [], which is returned; nothing is read where that is 1 or 0: no NaN then."""
+    number = factor.item()
+    if number == 0:
+        return grad.zero_()
+    return grad if number == 1 else grad.mul_(factor)
 
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
@@ -201,7 +154,7 @@ def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tens
     Raises:
         IndexError: a target outside [0, V).
     """
-    how = _Weighting(reduction=_REDUCTIONS["sum"])
+    how = Weighting(reduction=_REDUCTIONS["sum"])
     outputs, status, position = _run(logits[:, :, None], target_ids, how, ignore_index, None, 1.0)
     if status == _BAD_TARGET:
         _raise_target_error(target_ids, position, logits.shape[-1], ignore_index)
@@ -223,7 +176,7 @@ def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> T
     Raises:
         IndexError: a target outside [0, V).
     """
-    how = _Weighting(_pointer(row_scalar), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
+    how = Weighting(_pointer(row_scalar), reduction=_REDUCTIONS["sum"], are_row_scalars=True)
     rows = logits[None, :, None]
     grad = None if row_scalar is None else rows
     outputs, status, position = _run(rows, target_ids[None], how, _NO_ID, grad, 1.0)
@@ -240,14 +193,14 @@ def new_rows(count: int, weight: Tensor) -> Tensor:
 def _run(
     logits: Tensor,
     target_ids: Tensor,
-    how: _Weighting,
+    how: Weighting,
     ignore_index: int,
     grad: Tensor | None,
     grad_scale: float,
     head_offsets: tuple[int, ...] | None = None,
 ) -> tuple[list[Tensor], int, int]:
     """All of `weighted_loss`'s outputs but the gradient, which goes to `grad`; status, position."""
-    library = _library()
+    library = load()
     batch, length, heads, _ = logits.shape
     dtype = accumulation_dtype(logits)
     tokens, rows = (batch, length), (batch, length, heads)
@@ -259,7 +212,7 @@ def _run(
     data = _rows(logits, target_ids, ignore_index, head_offsets)
     scratch_bytes = library.wmtp_cpu_scratch_bytes(data, how, grad is not None)
     scratch = _empty((scratch_bytes,), torch.uint8)
-    output = _Output(
+    output = Output(
         *(tensor.data_ptr() for tensor in outputs),
         _pointer(grad),
         scratch.data_ptr(),
@@ -282,90 +235,18 @@ def _gradient_memory(logits: Tensor, shared_heads: bool) -> Tensor:
 
 
 def _ask_for_huge_pages(new: Tensor) -> None:
-    _library().wmtp_cpu_ask_for_huge_pages(new.data_ptr(), new.nbytes)
-
-
-def unavailable() -> str | None:
-    """Why the CPU kernel cannot run here, with the remedy; None when it can.
-
-    Raises:
-        RuntimeError: WMTP_CPU_ISA names an instruction set that is unknown or missing here.
-    """
-    remedy = "install a C++17 compiler, CMake and Ninja, then install wmtp again"
-    try:
-        _library()
-    except _VersionError as error:
-        return f"{error}: install wmtp again"
-    except OSError as error:
-        if not LIBRARY.exists():
-            return f"its C++ kernel was not built when wmtp was installed: {remedy}"
-        return f"its C++ kernel does not load ({error}): {remedy}"
-    return None
-
-
-def instruction_set() -> str:
-    """ "avx512_bf16", "avx512", "avx2" or "baseline": what the kernel runs with here.
-
-    Raises:
-        OSError: the kernel is not there, or of another version; `unavailable` says why.
-        RuntimeError: WMTP_CPU_ISA names an instruction set that is unknown or missing here.
-    """
-    return _library().wmtp_cpu_instruction_set().decode()
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(str(LIBRARY))
-    _check_version(library)
-    rows, how = ctypes.POINTER(_Rows), ctypes.POINTER(_Weighting)
-    library.wmtp_cpu_select.argtypes = [ctypes.c_char_p]
-    library.wmtp_cpu_instruction_set.restype = ctypes.c_char_p
-    library.wmtp_cpu_ask_for_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    library.wmtp_cpu_scratch_bytes.argtypes = [rows, how, ctypes.c_int]
-    library.wmtp_cpu_scratch_bytes.restype = ctypes.c_int64
-    library.wmtp_cpu_weighted_loss.argtypes = [
-        *(rows, how, ctypes.POINTER(_Output)),
-        ctypes.POINTER(ctypes.c_int64),
-    ]
-    _select_instruction_set(library, os.environ.get("WMTP_CPU_ISA", ""))
-    return library
-
-
-def _check_version(library: ctypes.CDLL) -> None:
-    """Before anything of it is called: after `git pull` an editable install has the last build."""
-    try:
-        found = tuple((ctypes.c_int32 * len(_ABI)).in_dll(library, "wmtp_cpu_abi"))
-    except ValueError:  # no such symbol
-        found = None
-    if found != _ABI:
-        raise _VersionError(
-            f"its C++ kernel {LIBRARY} was built from another version of wmtp "
-            f"(ABI {found}, wanted {_ABI})"
-        )
-
-
-def _select_instruction_set(library: ctypes.CDLL, name: str) -> None:
-    status = library.wmtp_cpu_select(name.encode())
-    if status == _UNKNOWN_ISA:
-        raise RuntimeError(
-            f"WMTP_CPU_ISA must be avx512_bf16, avx512, avx2 or baseline (the last only, elsewhere "
-            f"than on x86-64), got {name!r}: unset it to choose the best"
-        )
-    if status == _MISSING_ISA:
-        raise RuntimeError(f"WMTP_CPU_ISA is {name}, which this CPU lacks: unset it")
+    load().wmtp_cpu_ask_for_huge_pages(new.data_ptr(), new.nbytes)
 
 
 def _rows(
     logits: Tensor, target_ids: Tensor, ignore_index: int, head_offsets: tuple[int, ...] | None
-) -> _Rows:
+) -> Rows:
     stride_b, stride_s, stride_h, _ = logits.stride()
     batch, length, heads, vocabulary = logits.shape
     offsets = None if head_offsets is None else (ctypes.c_int64 * len(head_offsets))(*head_offsets)
-    return _Rows(
+    return Rows(
         logits.data_ptr(),
-        stride_b,
-        stride_s,
-        stride_h if offsets is None else stride_s,  # not 0, which would mean one row for all heads
+        *(stride_b, stride_s, stride_h),
         *(batch, length, target_ids.shape[1], heads, vocabulary),
         offsets,
         target_ids.data_ptr(),

@@ -6,6 +6,7 @@ B batch, S sequence, H heads.
 import torch
 
 from wmtp import reference
+from wmtp.exact_zero import product
 
 
 def no_second_derivative(ctx, *_):
@@ -50,4 +51,4 @@ def constant_of(row_scalar, head_weights):
 def upstream(row_scalar, grad_loss, grad_ce):
     """d/dce of what backward was called on, [B, S, H]."""
     scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
-    return scalar if grad_loss is None else scalar + row_scalar * grad_loss
+    return scalar if grad_loss is None else scalar + product(grad_loss, row_scalar)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wmtp import checks, linear_ops, reference
 from wmtp.backends import choose_backend
+from wmtp.labels import has_target
 from wmtp.ops import gradients_ahead
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
@@ -120,8 +121,10 @@ def fused_linear_weighted_mtp_loss(
     weight = gathered(lm_head_weight)
     bias = None if lm_head_bias is None else gathered(lm_head_bias)
     if chosen == "eager":
+        # Where there is no target, not even NaN may reach the weight's gradient.
+        valid = has_target(target_ids, hidden.shape[2], ignore_index)
         return reference.compute_weighted_mtp_loss(
-            F.linear(hidden, weight, bias),
+            F.linear(hidden.masked_fill(~valid[..., None], 0.0), weight, bias),
             target_ids,
             head_weights,
             hidden.shape[2],

@@ -32,8 +32,9 @@ from wmtp.chunks import (
     run_chunks,
 )
 from wmtp.derivatives import constant_of, no_second_derivative, upstream, weights_gradient
+from wmtp.exact_zero import product
 from wmtp.labels import has_target
-from wmtp.reduction import accumulation_dtype, find_denominator, to_row_scalar
+from wmtp.reduction import accumulation_dtype, counted_tokens, to_row_scalar, to_token_scalar
 
 PRODUCT = 10  # arguments that both operators begin with:
 _PRODUCT = (
@@ -88,38 +89,33 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, ...]:
         reference.raise_on_bad_weight(head_weights, valid)
     if ref_ce is None:
         weights = reference.known_weights(valid, head_weights, dtype)
-        weight_sum = weights.sum(-1)
+        valid_mask = counted_tokens(weights.sum(-1))
+        row_scalar, weigh = to_row_scalar(weights, reduction, normalizer).contiguous(), None
     else:  # weights that sum to 1 on each token with a target, and follow from its ce
-        weight_sum = valid.any(-1).to(dtype)
-    denominator = find_denominator(weight_sum, reduction, normalizer).to(valid.device)
-    if ref_ce is None:
-        row_scalar = (to_row_scalar(weights, weight_sum, reduction) / denominator).contiguous()
-        unscale, weigh = find_unscale(row_scalar, linear), None
-    else:
-        row_scalar = torch.zeros(valid.shape, dtype=dtype, device=valid.device)
-        unscale = find_unscale(1 / denominator, linear)
-        how = (temperature, excess, reduction)
-        weigh = _excess_weights(valid, ref_ce, denominator, row_scalar, *how)
+        valid_mask = valid.any(-1)
+        of_token = to_token_scalar(valid, dtype, reduction, normalizer)
+        row_scalar = product(valid.to(dtype), of_token).contiguous()
+        weigh = _excess_weights(valid, ref_ce, row_scalar, temperature, excess)
+    unscale = find_unscale(row_scalar, linear)
     plan = make_plan(target_ids, linear, ignore_index)
     now = wanted if ahead else Wanted()
     ce, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
-    loss, valid_mask, _ = reference.loss_of_cross_entropies(
-        *(ce, target_ids, head_weights, ref_ce, normalizer),
-        *(temperature, excess, reduction, ignore_index),
-    )
+    loss = product(row_scalar, ce).sum()
     return loss, valid_mask, ce, row_scalar, unscale, *sums
 
 
-def _excess_weights(valid, ref_ce, denominator, row_scalar, temperature, excess, reduction):
-    """What fills in the row scalars of some tokens from the cross entropies."""
+def _excess_weights(valid, ref_ce, row_scalar, temperature, excess):
+    """What finds the weights of some tokens from their cross entropies, and multiplies with them
+    the row scalars."""
     _, length, heads = valid.shape
     aligned = reference.align_ref_ce(ref_ce, length, heads).reshape(-1, heads)
     valid, scalars = valid.reshape(-1, heads), row_scalar.view(-1, heads)
 
-    def weigh(ce: Tensor, tokens: slice) -> None:
-        score = reference.difference(ce[tokens], aligned[tokens], excess)
+    def weigh(ce: Tensor, tokens: slice) -> Tensor:
+        score = reference.difference(ce, aligned[tokens], excess)
         weights = reference.softmax_over_heads(score, valid[tokens], temperature)
-        scalars[tokens] = to_row_scalar(weights, weights.sum(-1), reduction) / denominator
+        scalars[tokens] = product(weights, scalars[tokens])
+        return weights
 
     return weigh
 

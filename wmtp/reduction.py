@@ -1,10 +1,12 @@
-"""From token losses to the scalar loss: in which dtype, which tokens count, what divides their sum.
+"""From weights to the scalar loss: in which dtype, which tokens count, what divides their sum.
 
 B batch, S sequence, H heads. Part of the definition in `wmtp.reference`.
 """
 
 import torch
 from torch import Tensor
+
+from wmtp.exact_zero import product
 
 MIN_WEIGHT_SUM = 1e-8
 
@@ -19,24 +21,50 @@ def counted_tokens(weight_sum: Tensor) -> Tensor:
     return ~(weight_sum <= MIN_WEIGHT_SUM)
 
 
-def to_row_scalar(weights: Tensor, weight_sum: Tensor, reduction: str) -> Tensor:
-    """[B, S, H], d token_loss / d ce: w / sum_k w, 0 where the token does not count; else w."""
-    if reduction != "token_mean":
-        return weights
-    counted = counted_tokens(weight_sum)[..., None]
-    return torch.where(counted, weights, 0.0) / torch.where(counted, weight_sum[..., None], 1.0)
+def to_row_scalar(weights: Tensor, reduction: str, normalizer: Tensor | None) -> Tensor:
+    """[B, S, H], d loss / d ce of loss = sum row_scalar ce: a weight's share of its token's, or of
+    all, or itself; over the denominator. A weight of 0 has a row scalar of 0, whatever divides it,
+    so that an empty batch has a loss and gradients of 0.
 
-
-def find_denominator(weight_sum: Tensor, reduction: str, normalizer: Tensor | None) -> Tensor:
-    """[], what divides the sum of the token losses.
-
-    An empty batch has token losses 0 and is divided by 1, so its loss and gradients are 0.
+    Args:
+        weights: [B, S, H], 0 where there is no valid target.
+        normalizer: [], replaces the denominator, or None.
     """
-    if normalizer is not None:
-        return normalizer.to(weight_sum.dtype)
     if reduction == "token_mean":
-        return counted_tokens(weight_sum).sum().clamp(min=1).to(weight_sum.dtype)
-    total = weight_sum.sum()
-    if reduction == "weight_mean":
-        return torch.where(total == 0, torch.ones_like(total), total)
-    return torch.ones_like(total)
+        counted = counted_tokens(weights.sum(-1))
+        row_scalar = torch.where(counted[..., None], _shares(weights, (-1,)), 0.0)
+        if normalizer is None:
+            return row_scalar / counted.sum().clamp(min=1)
+    elif reduction == "weight_mean" and normalizer is None:
+        return _shares(weights, (0, 1, 2))
+    else:
+        row_scalar = weights
+    return row_scalar if normalizer is None else _divided(row_scalar, normalizer)
+
+
+def _divided(row_scalar: Tensor, normalizer: Tensor) -> Tensor:
+    """In two steps, for it may be a sum of weights that is out of their dtype's range."""
+    dtype, limit = row_scalar.dtype, torch.finfo(row_scalar.dtype).max
+    normalizer = normalizer.to(torch.promote_types(normalizer.dtype, dtype))
+    divisor, rest = (
+        normalizer.clamp(max=limit).to(dtype),
+        (normalizer / limit).clamp(min=1).to(dtype),
+    )
+    return row_scalar / torch.where((row_scalar == 0) & (divisor == 0), 1.0, divisor) / rest
+
+
+def to_token_scalar(
+    valid: Tensor, dtype: torch.dtype, reduction: str, normalizer: Tensor | None
+) -> Tensor:
+    """[B, S, 1], d loss / d token_loss of weights that sum to 1 over the valid heads of each token,
+    as excess weights do: it follows from `valid` [B, S, H], even where a weight comes out as NaN.
+    """
+    return to_row_scalar(valid.any(-1, keepdim=True).to(dtype), reduction, normalizer)
+
+
+def _shares(weights: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """w / sum w, also where the sum is out of the dtype's range; 0 where all of them are 0."""
+    largest = weights.detach().amax(dims, keepdim=True) if weights.numel() else weights
+    relative = weights / torch.where(largest > 0, largest, 1.0)
+    total = relative.sum(dims, keepdim=True)
+    return product(relative, torch.where(total == 0, 1.0, total).reciprocal())

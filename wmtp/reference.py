@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks
+from wmtp.exact_zero import log_sum_exp, product
 from wmtp.kinds import check_choice, check_same_device, check_scores, check_whole, is_readable
 from wmtp.labels import has_target, shift_to_heads
-from wmtp.reduction import accumulation_dtype, counted_tokens, find_denominator, to_row_scalar
+from wmtp.reduction import accumulation_dtype, counted_tokens, to_row_scalar, to_token_scalar
 
 
 class MTPLoss(NamedTuple):
@@ -109,13 +110,12 @@ def loss_of_cross_entropies(
         assert temperature is not None
         score = aligned_difference(ce, ref_ce, excess)
         weights = softmax_over_heads(score, valid, temperature)
+        row_scalar = product(weights, to_token_scalar(valid, ce.dtype, reduction, normalizer))
     else:
         weights = known_weights(valid, head_weights, ce.dtype)
-    weight_sum = weights.sum(-1)
-    row_scalar = to_row_scalar(weights, weight_sum, reduction)
-    denominator = find_denominator(weight_sum, reduction, normalizer)
-    loss = (row_scalar * ce).sum() / denominator
-    return MTPLoss(loss, counted_tokens(weight_sum), ce)
+        row_scalar = to_row_scalar(weights, reduction, normalizer)
+    loss = product(row_scalar, ce).sum()
+    return MTPLoss(loss, counted_tokens(weights.sum(-1)), ce)
 
 
 def known_weights(valid: Tensor, head_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -174,7 +174,7 @@ def max_and_log_sum(rows: Tensor) -> tuple[Tensor, Tensor]:
     """
     limits = torch.finfo(rows.dtype)
     row_max = rows.detach().amax(-1).clamp(limits.min, limits.max)
-    return row_max, (rows - row_max[..., None]).exp().sum(-1).log()
+    return row_max, log_sum_exp(rows, row_max)
 
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
@@ -309,8 +309,9 @@ def td_head_weights(
 
 def softmax_over_heads(score: Tensor, valid: Tensor, temperature: Tensor) -> Tensor:
     """softmax of score [..., H] / temperature over the valid heads of each token; 0 elsewhere."""
-    weights = (score / temperature).masked_fill(~valid, float("-inf")).softmax(-1)
-    return torch.where(valid, weights, 0.0)
+    score = score.masked_fill(~valid, float("-inf"))
+    below_max = (score - score.amax(-1, keepdim=True)) / temperature  # in range, unlike the score's
+    return torch.where(valid, below_max.softmax(-1), 0.0)
 
 
 def raise_on_bad_target(targets: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -7,19 +7,19 @@ from torch.autograd import forward_ad
 
 def refuse_transforms(*tensors: Tensor | None) -> None:
     """Raises where torch itself would raise, or take the loss for a constant."""
-    if _in_torch_func() or any(map(_has_tangent, tensors)):
+    if in_torch_func() or any(map(_has_tangent, tensors)):
         raise NotImplementedError(
             "the fused losses cannot be transformed by torch.func (grad, vjp, jvp, jacrev, vmap) "
             "or by forward-mode AD: pass backend='eager', which all of them go through"
         )
 
 
-def _in_torch_func() -> bool:
+def in_torch_func() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
 # While torch.compile traces, a transformation is under way as elsewhere; see backends.py.
-_in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
+in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _has_tangent(tensor: Tensor | None) -> bool:

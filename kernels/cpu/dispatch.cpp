@@ -86,7 +86,7 @@ template <class T> bool weights_ok(const Rows& r, const T* w, int64_t* position)
 
 }  // namespace
 
-// Compared by wmtp/cpu.py before it calls anything. Data, for a library of another version may not have the
+// Compared by wmtp/cpu_library.py before it calls anything. Data, for a library of another version may not have the
 // function that would be called to ask.
 WMTP_EXPORT const int32_t wmtp_cpu_abi[] = {
     kAbiVersion, sizeof(Rows), sizeof(Weighting), sizeof(Output)};
@@ -118,7 +118,8 @@ WMTP_EXPORT void wmtp_cpu_ask_for_huge_pages(const void* memory, size_t bytes) {
 
 // Bytes that Output::scratch must have.
 WMTP_EXPORT int64_t wmtp_cpu_scratch_bytes(const Rows* rows, const Weighting* how, int with_grad) {
-  return useful_threads(*rows) * scratch_of_thread(*rows, *how, with_grad).all;
+  const int64_t of_threads = useful_threads(*rows) * scratch_of_thread(*rows, *how, with_grad).all;
+  return of_threads + rows->B * rows->S * int64_t(sizeof(double));
 }
 
 WMTP_EXPORT int wmtp_cpu_weighted_loss(const Rows* rows, const Weighting* how, const Output* out,

@@ -5,6 +5,8 @@
 #pragma once
 #include <math.h>
 
+#include <limits>
+
 #include "simd.h"
 #include "wmtp_cpu.h"
 
@@ -13,6 +15,7 @@ namespace WMTP_ISA {
 
 constexpr int64_t kProbe = 256;  // the first shift is the maximum of so many
 constexpr int kSlack = 40;       // e^40 summed over 2^31 columns is far from overflow
+template <class T> constexpr T kAllDigits = std::numeric_limits<T>::min() / std::numeric_limits<T>::epsilon();
 
 inline float log(float x) { return ::logf(x); }
 inline double log(double x) { return ::log(x); }
@@ -169,25 +172,30 @@ void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, co
   if (i < n) store_first(out + i, load(e + i) * scale, n - i);
 }
 
-// out [V] = c exp(x - max) / sum, from the kept exponentials; ahead [V] is what will be read next.
-template <class E>
-void write_softmax(Exponentials<Acc<E>> kept, int64_t V, LogSumExp<Acc<E>> of, Acc<E> c,
-                   bool past_caches, const E* ahead, E* out) {
-  for (int64_t begin = 0, end; begin < V; begin = end) {  // runs of blocks with one shift
-    const Acc<E> shift = kept.shifts[begin / kBlock];
-    for (end = begin + kBlock; end < V && kept.shifts[end / kBlock] == shift;) end += kBlock;
-    if (end > V) end = V;
-    const Acc<E> scale = c / of.sum * exp_one(shift - of.max);
-    write_scaled(kept.e + begin, end - begin, scale, past_caches, ahead + begin, out + begin);
+// out [n] = exp(x - shift) scale, from x itself. out may be x.
+template <class E> void write_exp(const E* x, int64_t n, Acc<E> shift, Acc<E> scale, E* out) {
+  constexpr int L = kLanes<Acc<E>>;
+  for (int64_t i = 0; i < n; i += L) {
+    const int64_t count = n - i < L ? n - i : L;
+    store_first(out + i, exp<E>(load_first(x + i, count) - shift) * scale, count);
   }
 }
 
-// The same from x itself, for rows of special values. out may be x.
-template <class E> void write_special(const E* x, int64_t V, Acc<E> lse, Acc<E> c, E* out) {
-  constexpr int L = kLanes<Acc<E>>;
-  for (int64_t i = 0; i < V; i += L) {
-    const int64_t count = V - i < L ? V - i : L;
-    store_first(out + i, exp<E>(load_first(x + i, count) - lse) * c, count);
+// out [V] = c exp(x - max) / sum, from the kept exponentials, of which some are as large as e^kSlack: where
+// their factor is too small to have all its digits, from x. x [V] + ahead is what will be read next.
+template <class E>
+void write_softmax(Exponentials<Acc<E>> kept, int64_t V, LogSumExp<Acc<E>> of, double c, bool past_caches,
+                   const E* x, int64_t ahead, E* out) {
+  using T = Acc<E>;
+  for (int64_t begin = 0, end; begin < V; begin = end) {  // runs of blocks with one shift
+    const T shift = kept.shifts[begin / kBlock];
+    for (end = begin + kBlock; end < V && kept.shifts[end / kBlock] == shift;) end += kBlock;
+    if (end > V) end = V;
+    const T scale = T(c / of.sum * exp_one(shift - of.max));
+    if (scale < kAllDigits<T> && -scale < kAllDigits<T>)
+      write_exp(x + begin, end - begin, of.max, T(c / of.sum), out + begin);
+    else
+      write_scaled(kept.e + begin, end - begin, scale, past_caches, x + ahead + begin, out + begin);
   }
 }
 

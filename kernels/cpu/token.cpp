@@ -23,8 +23,6 @@ template <class E> inline const E* row_of(const Rows& r, const Token& token, int
   return static_cast<const E*>(r.logits) + token.b * r.stride_b + token.t * r.stride_s + head;
 }
 
-inline bool shared_heads(const Rows& r) { return r.H > 1 && r.stride_h == 0; }
-
 // The heads that a row of logits serves: all of them, or the one.
 struct Heads { int64_t first, last; };
 inline Heads heads_of(const Rows& r, int64_t row) {
@@ -86,8 +84,8 @@ void read_rows(const Rows& r, const Output& out, const Token& token, Heads rows,
 constexpr int64_t kPastCachesBytes = int64_t(32) << 20;
 
 // out [V] = (sum_k c_k) softmax - sum_k c_k onehot(target_k) over the row's heads k: this thread's
-// columns. A finite lse says that the row is free of NaN and +inf, so that c = 0 gives exactly 0. What will
-// mostly be read next, `ahead` elements further, is fetched meanwhile.
+// columns. A row of which every c is 0 gives exactly 0, NaN and infinities too. What will mostly be read
+// next, `ahead` elements further, is fetched meanwhile.
 template <class E>
 void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& team,
                     Exponentials<Acc<E>> kept, const TokenState<Acc<E>>& state, int64_t ahead, E* out) {
@@ -98,59 +96,67 @@ void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& 
   const LogSumExp<T>& stats = state.stats[row];
   const int64_t columns = team.end - team.begin;
   const Heads heads = heads_of(r, row);
-  T c = 0;
-  for (int64_t k = heads.first; k < heads.last; ++k)
-    if (target_of(r, token, k) >= 0) c += state.c[k];
-  const bool live = row_has_target(r, token, row);
+  double c = 0;
+  bool weighs = false;
+  for (int64_t k = heads.first; k < heads.last; ++k) {
+    if (target_of(r, token, k) < 0) continue;
+    c += state.c[k];
+    weighs |= state.c[k] != 0;
+  }
   const E* x = row_of<E>(r, token, row) + team.begin;
-  if (live && !finite(stats.lse()))
-    write_special(x, columns, stats.lse(), c, out + team.begin);
-  else if (live && c != 0)
-    write_softmax(kept, columns, stats, c, past_caches, x + ahead, out + team.begin);
+  if (weighs && !finite(stats.lse()))
+    write_exp(x, columns, stats.lse(), T(c), out + team.begin);
+  else if (c != 0)
+    write_softmax(kept, columns, stats, c, past_caches, x, ahead, out + team.begin);
   else
     std::memset(out + team.begin, 0, columns * sizeof(E));
+  if (!weighs) return;
   for (int64_t k = heads.first; k < heads.last; ++k) {
     const int64_t target = target_of(r, token, k);
     if (target < team.begin || target >= team.end) continue;
     const T p = finite(stats.lse()) ? exp_one(state.x_target[k] - stats.max) / stats.sum
                                     : exp_one(state.x_target[k] - stats.lse());
-    T own = 0;
+    double own = 0;
     for (int64_t j = heads.first; j < heads.last; ++j)  // heads may predict the same id
       if (target_of(r, token, j) == target) own += state.c[j];
-    const T column = own * (p - 1) + (c - own) * p;  // exactly 0 where p is 1
-    store_first(out + target, broadcast(column), 1);
+    const double column = own * (p - 1) + (c - own) * p;  // exactly 0 where p is 1
+    store_first(out + target, broadcast(T(column)), 1);
   }
 }
 
+// w times a factor that may be infinite.
+template <class T> inline T times(T w, double factor) { return w != 0 ? T(w * factor) : T(0); }
+
 template <class T>
-void write_token(const Rows& r, const Output& out, const Token& token, T weight_sum, double inverse,
-                 const TokenState<T>& state) {
-  T loss = 0;
+void write_token(const Rows& r, const Output& out, const Token& token, double weight_sum, double inverse,
+                 const TokenState<T>& state, double* loss_of_token) {
+  double loss = 0;
   for (int64_t k = 0; k < r.H; ++k) {
     const bool valid = target_of(r, token, k) >= 0;
     const LogSumExp<T>& stats = state.stats[shared_heads(r) ? 0 : k];
-    loss += state.w[k] * state.ce[k];
+    if (state.w[k] != 0) loss += double(state.w[k]) * state.ce[k];
     static_cast<T*>(out.ce)[token.index * r.H + k] = state.ce[k];
     static_cast<T*>(out.row_max)[token.index * r.H + k] = valid ? stats.max : T(0);
     static_cast<T*>(out.log_sum)[token.index * r.H + k] = valid ? stats.log_sum : T(0);
-    static_cast<T*>(out.row_scalar)[token.index * r.H + k] = T(state.w[k] * inverse);
+    static_cast<T*>(out.row_scalar)[token.index * r.H + k] = times(state.w[k], inverse);
   }
-  static_cast<T*>(out.token_loss)[token.index] = loss;
-  static_cast<T*>(out.weight_sum)[token.index] = weight_sum;
-  out.valid_mask[token.index] = counts(weight_sum);
+  loss_of_token[token.index] = loss;
+  static_cast<T*>(out.token_loss)[token.index] = T(loss);
+  static_cast<T*>(out.weight_sum)[token.index] = T(weight_sum);
+  out.valid_mask[token.index] = counts(T(weight_sum));
 }
 
 // state.w: weights, and then d token_loss / d ce; state.c: d loss / d ce, as the gradient is written.
 template <class E>
 void token_pass(const Rows& r, const Weighting& how, const Output& out, const Token& token, const Team& team,
-                double inverse, double scale) {
+                double inverse, double scale, double* loss_of_token) {
   using T = Acc<E>;
   const int64_t rows = shared_heads(r) ? 1 : r.H, step = waiting_rows(r, how);
   const int64_t ahead = step == rows ? r.stride_s : r.stride_h;
   T* const numbers = reinterpret_cast<T*>(team.numbers);  // seven for each head
   const TokenState<T> state = {reinterpret_cast<LogSumExp<T>*>(numbers), numbers + 3 * r.H,
                                numbers + 4 * r.H, numbers + 5 * r.H, numbers + 6 * r.H};
-  T weight_sum = 0;
+  double weight_sum = 0;
   if (!how.ref_ce) {
     for (int64_t k = 0; k < r.H; ++k) weight_sum += state.w[k] = known_weight<T>(r, how, token, k);
     to_row_scalars(how, weight_sum, r.H, state.w);
@@ -163,33 +169,35 @@ void token_pass(const Rows& r, const Weighting& how, const Output& out, const To
       if (finite(weight_sum)) weight_sum = has_target(r, token);
       to_row_scalars(how, weight_sum, r.H, state.w);
     }
-    for (int64_t k = 0; k < r.H; ++k) state.c[k] = T(state.w[k] * scale);
+    for (int64_t k = 0; k < r.H; ++k) state.c[k] = times(state.w[k], scale);
     for (int64_t row = first; row < first + step && out.grad; ++row) {
       E* const grad_row = gradient_row<E>(r, out, token, row);
       write_gradient<E>(r, token, row, team, exponentials(team, row - first, grad_row), state, ahead, grad_row);
     }
   }
-  if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state);
+  if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state, loss_of_token);
 }
 
 // What the gradient is written times, instead of 1 / denominator, which would carry most of an fp16
 // gradient below the smallest number before it meets the loss scale in backward: the power of two that puts
 // the largest possible entry at 2^14 .. 2^15.
 inline double fp16_scale(const Totals& totals) {
-  return totals.largest > 1e-30 ? std::ldexp(1.0, 14 - std::ilogb(totals.largest)) : 1;
+  return totals.largest > 0 ? std::ldexp(1.0, 14 - std::ilogb(totals.largest)) : 1;
 }
 
 template <class E> void weighted_loss(const Rows& r, const Weighting& how, const Output& out) {
   using T = Acc<E>;
   const Totals totals = find_totals<T>(r, how);
   const double inverse = 1 / totals.denominator;
-  const bool scaled = std::is_same<E, Fp16>::value && !how.are_row_scalars;
+  const bool scaled = std::is_same<E, Fp16>::value && !how.are_row_scalars && finite(inverse);
   const double scale = scaled ? fp16_scale(totals) : inverse;
+  const int64_t of_threads = useful_threads(r) * scratch_of_thread(r, how, out.grad).all;
+  double* const losses = reinterpret_cast<double*>(static_cast<char*>(out.scratch) + of_threads);
   for_each_token(r, how, out, totals.live, [&](const Token& token, const Team& team) {
-    token_pass<E>(r, how, out, token, team, inverse, out.grad_scale * scale);
+    token_pass<E>(r, how, out, token, team, inverse, out.grad_scale * scale, losses);
   });
   double sum = 0;
-  for (int64_t token = 0; token < r.B * r.S; ++token) sum += static_cast<T*>(out.token_loss)[token];
+  for (int64_t token = 0; token < r.B * r.S; ++token) sum += losses[token];
   *static_cast<T*>(out.loss) = T(sum / totals.denominator);
   static_cast<T*>(out.factors)[0] = T(inverse);
   static_cast<T*>(out.factors)[1] = scaled ? T(inverse / scale) : T(1);

@@ -43,11 +43,11 @@ void excess_weights(const Rows& r, const Weighting& how, const Token& token, con
     w[k] = 0;
     if (target_of(r, token, k) < 0) continue;
     const T excess = ce[k] - ref_ce[k];
-    w[k] = (how.is_signed || excess >= 0 ? excess : -excess) / T(how.temperature);
+    w[k] = how.is_signed || excess >= 0 ? excess : -excess;
     if (w[k] > max) max = w[k];
   }
   for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) sum += w[k] = exp_one(w[k] - max);
+    if (target_of(r, token, k) >= 0) sum += w[k] = exp_one((w[k] - max) / T(how.temperature));
   for (int64_t k = 0; k < r.H; ++k)
     if (target_of(r, token, k) >= 0) w[k] /= sum;
 }
@@ -60,11 +60,11 @@ template <class T> T sum_of(const T* w, int64_t H) {
 
 template <class T> bool counts(T weight_sum) { return !(weight_sum <= T(1e-8)); }  // so does NaN
 
-// w -> d token_loss / d ce.
+// w -> d token_loss / d ce. In double there is no sum of float weights that is out of range.
 template <class T>
-void to_row_scalars(const Weighting& how, T weight_sum, int64_t H, T* w) {
+void to_row_scalars(const Weighting& how, double weight_sum, int64_t H, T* w) {
   if (how.reduction != kTokenMean) return;
-  for (int64_t k = 0; k < H; ++k) w[k] = counts(weight_sum) ? w[k] / weight_sum : T(0);
+  for (int64_t k = 0; k < H; ++k) w[k] = counts(T(weight_sum)) ? T(w[k] / weight_sum) : T(0);
 }
 
 // Known before the first logit is read, since excess weights sum to 1.
@@ -80,7 +80,7 @@ template <class T> Totals find_totals(const Rows& r, const Weighting& how) {
   for (int64_t i = 0; i < r.B * r.S; ++i) {
     const Token token = token_at(r, i);
     const bool lives = has_target(r, token);
-    T weight_sum = 0;
+    double weight_sum = 0;
     for (int64_t k = 0; k < r.H && !how.ref_ce; ++k) {
       const T w = known_weight<T>(r, how, token, k);
       weight_sum += w;
@@ -88,13 +88,14 @@ template <class T> Totals find_totals(const Rows& r, const Weighting& how) {
     }
     if (how.ref_ce) weight_sum = lives;
     live += lives;
-    counted += counts(weight_sum);
+    counted += counts(T(weight_sum));
     total += weight_sum;
   }
   if (how.reduction == kTokenMean || how.ref_ce) largest = 1;
+  const bool by_token = how.reduction == kTokenMean;
+  if (by_token ? !counted : total == 0) return {live, 1, largest};  // nothing weighs: 0 over whatever is 0
   if (how.has_normalizer) return {live, how.normalizer, largest};
-  if (how.reduction == kTokenMean) return {live, counted ? double(counted) : 1, largest};
-  return {live, how.reduction == kWeightMean && total != 0 ? total : 1, largest};
+  return {live, by_token ? double(counted) : how.reduction == kWeightMean ? total : 1, largest};
 }
 
 }  // namespace WMTP_ISA

@@ -13,7 +13,8 @@ struct Rows {
   const void* logits;                    // [B, S, H, V], last stride 1
   int64_t stride_b, stride_s, stride_h;  // in elements, any value; stride_h = 0: shared heads
   int64_t B, S, T, H, V;
-  const int64_t* head_offsets;  // [H], instead of k stride_h: heads of memory of their own; or null
+  const int64_t* head_offsets;  // [H], instead of k stride_h: heads of memory of their own, whatever stride_h
+                                // is; or null
   const int64_t* target_ids;  // [B, T] unshifted: head k at t predicts target_ids[b, t + k + 1]
   int64_t ignore_index;
   int32_t dtype;
@@ -49,7 +50,7 @@ struct Output {
   double grad_scale;    // grad is that of grad_scale x loss
 };
 
-// Library and cpu.py must mean the same by all this: raise the version with every change of it.
+// Library and cpu_library.py must mean the same by all this: raise the version with every change of it.
 constexpr int32_t kAbiVersion = 1;
 
 struct Kernels {
@@ -65,21 +66,23 @@ namespace avx512_bf16 { extern const Kernels kernels; }
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kPadding = 16;  // a vector, before the exponentials; after them, the last is stored whole
 
+inline bool shared_heads(const Rows& r) { return r.H > 1 && !r.head_offsets && r.stride_h == 0; }
+
 // A sleeping thread takes about as long to wake as one takes for so many logits.
 inline int useful_threads(const Rows& r) {
   const int64_t worth = 1 << 17, last = r.S && r.S == r.T;  // nothing follows the last token
-  const int64_t rows = r.B * (r.S - last) * (r.stride_h ? r.H : 1);
+  const int64_t rows = r.B * (r.S - last) * (shared_heads(r) ? 1 : r.H);
   const int64_t most = 1 + rows * r.V / worth;
   return int(most < r.threads ? most : r.threads);
 }
 
 inline int64_t waiting_rows(const Rows& r, const Weighting& how) {
-  return how.ref_ce && r.stride_h ? r.H : 1;
+  return how.ref_ce && !shared_heads(r) ? r.H : 1;
 }
 
 // Scratch of one thread, in bytes: `kept`, the exponentials of the rows whose gradient waits for the weights
-// (`row` each), with a shift for every block; `numbers`, up to eight for each head of a token; and 2 x H x threads
-// partial sums of three numbers.
+// (`row` each), with a shift for every block; `numbers`, up to eight for each head of a token; and 2 x H x
+// threads partial sums of three numbers. After that of all threads, a double for each token.
 struct ScratchBytes {
   int64_t row, kept, numbers, all;
 };

@@ -13,7 +13,7 @@ from fuzz import layouts
 from fuzz.options import OPTIONS
 from fuzz.problem import Problem, as_dtype
 from wmtp import (
-    cpu,
+    cpu_library,
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,
     mtp_cross_entropy,
@@ -180,13 +180,13 @@ def surroundings(problem: Problem) -> Iterator[None]:
         patch.setenv("WMTP_TRITON_TIER", case["tier"])
         torch.set_num_threads(case["threads"])
         if case["backend"] == "cpu":
-            cpu._select_instruction_set(cpu._library(), case["instruction_set"])
+            cpu_library.select_instruction_set(cpu_library.load(), case["instruction_set"])
         try:
             yield
         finally:
             torch.set_num_threads(threads)
             if case["backend"] == "cpu":
-                cpu._select_instruction_set(cpu._library(), "")
+                cpu_library.select_instruction_set(cpu_library.load(), "")
 
 
 class Product(torch.autograd.Function):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fuzz import layouts
-from wmtp import cpu
+from wmtp import cpu_library
 from wmtp.checks import EXCESSES, REDUCTIONS
 
 Case = dict[str, Any]
@@ -111,11 +111,11 @@ def instruction_sets() -> tuple[str, ...]:
     found = [""]
     for name in ("avx512_bf16", "avx512", "avx2", "baseline"):
         try:
-            cpu._select_instruction_set(cpu._library(), name)
+            cpu_library.select_instruction_set(cpu_library.load(), name)
         except RuntimeError:
             continue
         found.append(name)
-    cpu._select_instruction_set(cpu._library(), "")
+    cpu_library.select_instruction_set(cpu_library.load(), "")
     return tuple(found)
 
 

@@ -91,7 +91,8 @@ class Overwritten:
     def take(self) -> list[Tensor]:
         """Raises where they are gone: autograd's own check would raise for other slices too."""
         for gradient, note in zip(self._gradients, self._notes, strict=True):
-            if note not in _notes(gradient) or note.written_since:
+            gone = note not in _notes(gradient) or note.written_since
+            if gone and gradient.numel():  # where there is nothing, notes replace one another
                 raise RuntimeError(
                     "inplace=True put the gradient where the logits were, and it has been modified "
                     "by an inplace operation since: go backward before, or pass inplace=False"

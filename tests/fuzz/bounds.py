@@ -121,12 +121,13 @@ class Bounds:
         """weights [B, S, H], what 1 / denominator is [], and dloss/dce [B, S, H]."""
         case = self.case
         if case["weighting"] in ("ref_ce", "ref_logits"):
-            weights = self._excess_weights()
+            weights = self._excess_weights()  # which sum to 1, even where they are NaN
+            self.weight_sum = self.valid.any(-1, keepdim=True).double()
         else:
             known = self.given.get("head_weights", torch.ones(())).double()
             weights = Off(torch.where(self.valid, known, 0.0), torch.zeros(()))
+            self.weight_sum = weights.value.sum(-1, keepdim=True)
         self.weights = weights.value
-        self.weight_sum = self.weights.sum(-1, keepdim=True)
         self.inverse = self._inverse()
         slope = self.exact.slope
         by = self.sum.eps * slope.abs() + torch.where(slope == 0, 0.0, self.acc.least)

@@ -261,7 +261,7 @@ class Bounds:
         found = {"rows": torch.where(self.valid[..., None], to_hidden, 0.0)}
         for name, operand in (("matrix", x), ("bias", torch.ones_like(x[:, :1]))):
             by = times_rows((off + summed * size).T, operand.abs())
-            by = by + kept.least * (operand.abs().sum() + len(x))
+            by = by + kept.least * (operand.abs().nan_to_num(0.0, 0.0).sum() + len(x))
             by = by + self.kept(times_rows(g.value.flatten(0, 2).T, operand))
             found[name] = by if name == "matrix" else by[:, 0]
         return found

@@ -101,6 +101,9 @@ def keywords(problem: Problem, *whose: str) -> dict[str, Any]:
     found["ignore_index"] = problem.ignore_index
     if isinstance(divisor := found.get("normalizer"), tuple):
         found["normalizer"] = torch.tensor(divisor[1], dtype=as_dtype(divisor[0]))
+    if case["temperature_as"] != "number":
+        dtype = as_dtype(case["temperature_as"])
+        found["temperature"] = torch.tensor(found["temperature"], dtype=dtype)
     return found
 
 

@@ -1,6 +1,6 @@
 """Kernels compiled elsewhere, by a Triton that knows clusters, in place of those made here.
 
-    python -m benchmarks.static_gpu --cubins FOLDER cuda:90      # anywhere, with Triton >= 3.8
+    python -m benchmarks.static_gpu --cubins FOLDER cuda:90      # anywhere, with Triton >= 3.9
     python -m benchmarks.gpu --cubins FOLDER --out DIR           # on the card, with any Triton
 
 `installed` puts itself where wmtp.kernels.launch launches its kernel, so that everything around
@@ -69,7 +69,7 @@ def installed(folder: Path, clusters_only: bool = False) -> Iterator[None]:
 
     launch.launch_as = launch_either
     # Few rows are not split: there is one kernel a case.
-    tiers.machine = lambda device: machine(device)._replace(has_clusters=True, processors=1)
+    tiers.machine = lambda device: machine(device)._replace(most_ctas=16, processors=1)
     try:
         yield
     finally:

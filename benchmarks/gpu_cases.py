@@ -11,7 +11,7 @@ from wmtp.benchmarks.gpu_peers import PEERS
 from wmtp.benchmarks.problem import Case, Shape
 from wmtp.benchmarks.providers import COMPILED, DIRECTIONS
 from wmtp.benchmarks.report import logits_bytes
-from wmtp.benchmarks.static_gpu import CARDS, Card
+from wmtp.benchmarks.static_variants import CARDS, Card
 
 VOCABULARIES = (32000, 50257, 128256, 256000)
 DTYPES = ("bfloat16", "float32")
@@ -129,7 +129,7 @@ def predicted_tier(job: Job, card: Card = PREDICTED_CARD) -> str:
     if job.case.provider not in OURS:
         return ""
     try:
-        return launch_of(job, Machine(32, card.has_clusters, card.processors)).tier
+        return launch_of(job, Machine(32, card.most_ctas, card.processors)).tier
     except ValueError:
         return ""
 
@@ -154,7 +154,7 @@ def _rereads_from_memory(job: Job, card: Card) -> bool:
     case = job.case
     batch, length, heads, vocabulary = case.shape
     rows_a_program = heads if case.weighting == "ref_ce" else 1
-    threads = 32 * launch_of(job, Machine(32, card.has_clusters, card.processors)).num_warps
+    threads = 32 * launch_of(job, Machine(32, card.most_ctas, card.processors)).num_warps
     programs = min(
         batch * length * heads // rows_a_program, card.processors * (card.threads // threads)
     )

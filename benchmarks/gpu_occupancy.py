@@ -73,11 +73,11 @@ def launch(vocabulary: int, ctas_per_sm: int, machine: Any) -> Any:
     block = triton.next_power_of_2(vocabulary)
     held = min(tiers.MOST // ctas_per_sm, block)
     num_ctas = block // held
-    if num_ctas > 1 and not machine.has_clusters:
+    if num_ctas > machine.most_ctas == 1:
         held, num_ctas = block, 1
     threads = held // LOGITS_A_THREAD
     registers = min(REGISTERS // (threads * ctas_per_sm), 128)
-    if threads > MOST_THREADS or registers < FEWEST_REGISTERS or num_ctas > tiers.MOST_CTAS:
+    if threads > MOST_THREADS or registers < FEWEST_REGISTERS or num_ctas > machine.most_ctas:
         raise ValueError(
             f"{forced_as('row', ctas_per_sm)}: {vocabulary} logits need a cluster, that is a "
             f"Triton that reduces across it, or --cubins"

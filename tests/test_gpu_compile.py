@@ -61,7 +61,7 @@ from wmtp.kernels import tiers
 
 backends.DEFAULT_FOR_DEVICE["cpu"] = "triton"
 kernels.interpreted = lambda: True
-tiers.machine = lambda device: tiers.Machine(32, False, 4)
+tiers.machine = lambda device: tiers.Machine(32, 1, 4)
 cache, (job, linear, unservable, broken) = Path(sys.argv[1]), [
     Job(Case(*case, dim=dim), *forced) for case, dim, forced in json.loads(sys.argv[2])
 ]

@@ -61,7 +61,7 @@ def test_short_memory_takes_fewer_tokens():
     ],
 )
 def test_launches_by_hand(vocabulary, ctas_per_sm, clusters, warps, num_ctas, registers):
-    machine = tiers.Machine(32, clusters, 132)
+    machine = tiers.Machine(32, 16 if clusters else 1, 132)
     if warps is None:
         with pytest.raises(ValueError, match=f"{vocabulary} logits need a cluster"):
             gpu_occupancy.launch(vocabulary, ctas_per_sm, machine)

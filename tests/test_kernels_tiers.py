@@ -208,7 +208,7 @@ def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
     from wmtp.kernels import tiers
 
     monkeypatch.setenv("WMTP_TRITON_TIER", "online")
-    monkeypatch.setattr(tiers, "machine", lambda _: tiers.Machine(32, False, 64))
+    monkeypatch.setattr(tiers, "machine", lambda _: tiers.Machine(32, 1, 64))
     logits, target_ids = make((1, 3, 2, vocabulary), dtype, device, ignored=0.0)
     target_ids[0, 1] = vocabulary - 1
     logits[0, 0, 0, :20_000] = -INF  # whole parts, and some of the next
@@ -234,7 +234,7 @@ def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
 def test_into_how_many_parts(programs, vocabulary, wanted):
     from wmtp.kernels import tiers
 
-    assert tiers.splits(vocabulary, 2, programs, tiers.Machine(32, False, 132)) == wanted
+    assert tiers.splits(vocabulary, 2, programs, tiers.Machine(32, 1, 132)) == wanted
 
 
 def choices(machine, gradient=True):
@@ -250,19 +250,19 @@ def choices(machine, gradient=True):
 def test_what_is_chosen():
     from wmtp.kernels.tiers import Machine
 
-    hopper = choices(Machine(32, True, 132))
+    hopper = choices(Machine(32, 16, 132))
     assert {case: launch.tier for case, launch in hopper.items() if launch.tier == "online"} == {
         (256000, 4, True): "online"  # 2^20 logits a token: 16 CTAs of registers hold half
     }
     assert all(launch.tier == "token" for (_, rows, excess), launch in hopper.items()
                if excess and rows > 1 and launch.tier != "online")  # fmt: skip
     assert max(launch.num_ctas for launch in hopper.values()) == 16
-    older = choices(Machine(32, False, 132))
+    older = choices(Machine(32, 1, 132))
     assert {launch.num_ctas for launch in older.values()} == {1}
     assert older[32000, 4, False].tier == "row"
     assert older[50257, 4, False].tier == older[32000, 4, True].tier == "online"
     assert older[1000, 4, True].tier == "token"
-    assert {launch.tier for launch in choices(Machine(32, True, 132), gradient=False).values()} == {
+    assert {launch.tier for launch in choices(Machine(32, 16, 132), gradient=False).values()} == {
         "online"
     }
 

@@ -39,12 +39,16 @@ def write_gradient(
     live,
     shift,
     scale,
-    targets,  # tuples of the row's targets and of what belongs to each
-    scalars,
+    target,
+    entry,
     IN_PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad[v] = scale exp(logits[v] - shift) - sum_i scalars_i [v == targets_i]; 0 unless live."""
+    """grad[v] = scale exp(logits[v] - shift), but entry_i where v == target_i; 0 unless live.
+
+    The entries (at_targets) are written last: to hold every column against the targets takes
+    instructions for each, and for several targets registers that there are not.
+    """
     UNIT: tl.constexpr = UNIT_BYTES // (grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
     peel, inner = inner_part(grad_begin, vocab_size, UNIT)
     row_ptr = logits_ptr + begin
@@ -60,16 +64,19 @@ def write_gradient(
     rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
     if live:
         edge = tl.load(row_ptr + column, mask=inside)
-        edge = gradient(edge, column, shift, scale, targets, scalars)
+        edge = of_softmax(edge, shift, scale)
         tl.store(grad_row_ptr + column, edge, mask=inside)
         for start in range(0, full, BLOCK):
             x = tl.load(inner_ptr + start + offset, eviction_policy="evict_first")
-            x = gradient(x, peel + start + offset, shift, scale, targets, scalars)
+            x = of_softmax(x, shift, scale)
             tl.store(grad_inner_ptr + start + offset, x, eviction_policy="evict_first")
         if full < inner:
             x = tl.load(inner_ptr + full + offset, mask=rest, eviction_policy="evict_first")
-            x = gradient(x, peel + full + offset, shift, scale, targets, scalars)
+            x = of_softmax(x, shift, scale)
             tl.store(grad_inner_ptr + full + offset, x, mask=rest, eviction_policy="evict_first")
+        tl.debug_barrier()  # another thread has stored there
+        written = (target >= 0) & (target < vocab_size)
+        tl.store(grad_row_ptr + target, entry.to(grad_ptr.dtype.element_ty), mask=written)
     else:
         tl.store(grad_row_ptr + column, tl.zeros(lane.shape, tl.float32), mask=inside)
         zeros = tl.zeros(offset.shape, tl.float32)
@@ -79,12 +86,18 @@ def write_gradient(
 
 
 @triton.jit
-def gradient(x, column, shift, scale, targets, scalars):
-    """scale exp(x - shift) - sum_i scalars_i [column == targets_i], in x's dtype."""
-    onehots = tl.where(column == targets[0], scalars[0], 0.0)
-    for i in tl.static_range(1, len(targets)):
-        onehots += tl.where(column == targets[i], scalars[i], 0.0)
-    return (scale * tl.exp(x.to(tl.float32) - shift) - onehots).to(x.dtype)
+def of_softmax(x, shift, scale):
+    """scale exp(x - shift), in x's dtype."""
+    return (scale * tl.exp(x.to(tl.float32) - shift)).to(x.dtype)
+
+
+@triton.jit
+def at_targets(x_target, shift, scale, target, c):
+    """The gradient of a row at the targets of its heads [HEADS]: those that agree add up, and a
+    head that has no part in the row has a target of -1 and a c of 0."""
+    same = target[:, None] == target[None, :]
+    onehots = tl.sum(tl.where(same, c[None, :], 0.0), axis=1)
+    return scale * tl.exp(x_target - shift) - onehots
 
 
 @triton.jit(**ONE_BINARY)
@@ -112,39 +125,32 @@ def row_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     ROWS: tl.constexpr = 1 if SHARED_HEADS else H
-    TARGETS: tl.constexpr = H if SHARED_HEADS else 1
+    HEADS: tl.constexpr = triton.next_power_of_2(H) if SHARED_HEADS else 1
     token = tl.program_id(0).to(tl.int64) // ROWS
     row = tl.program_id(0).to(tl.int64) % ROWS
     b = token // seq_len
     t = token % seq_len
-
-    targets = ()
-    scalars = ()
-    scalar = 0.0
-    m = 0.0
-    log_s = 0.0
-    live = False
-    for i in tl.static_range(TARGETS):
-        head = row + i
-        target, valid, _ = head_targets(
-            target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
-        )
-        c = tl.load(c_ptr + token * H + head, mask=valid, other=0.0)
-        row_m = tl.load(row_max_ptr + token * H + head, mask=valid, other=0.0)
-        row_log_s = tl.load(log_sum_ptr + token * H + head, mask=valid, other=0.0)
-        targets += (tl.where(valid, target, -1).to(tl.int32),)
-        scalars += (c,)
-        scalar += c
-        # Shared heads share both, but for the NaN of a target out of range: that stays.
-        m = tl.where(valid, row_m, m)
-        log_s = tl.where(valid & (log_s == log_s), row_log_s, log_s)
-        live |= valid & (c != 0)
-
     begin = lead + b * stride_b + t * stride_s + row * stride_h
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
+
+    head = row + tl.arange(0, HEADS)
+    target, valid, in_range = head_targets(
+        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
+    )
+    head_ptr = token * H + head
+    c = tl.load(c_ptr + head_ptr, mask=valid, other=0.0)
+    live = tl.max((c != 0).to(tl.int32), axis=0) > 0
+    # Shared heads share both, but for the NaN of a target out of range: that stays.
+    m = tl.max(tl.load(row_max_ptr + head_ptr, mask=valid, other=float("-inf")), axis=0)
+    log_s = tl.load(log_sum_ptr + head_ptr, mask=valid, other=float("-inf"))
+    bad = tl.sum(tl.where(log_s == log_s, 0.0, log_s), axis=0)
+    scale = tl.sum(c, axis=0) * tl.exp(-(tl.max(log_s, axis=0) + bad))
+    target = tl.where(valid, target, -1).to(tl.int32)
+    x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0)
+    entry = at_targets(x_target.to(tl.float32), m, scale, target, c)
     write_gradient(
-        logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, m, scalar * tl.exp(-log_s),
-        targets, scalars, IN_PHASE, BLOCK,
+        logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, m, scale, target, entry,
+        IN_PHASE, BLOCK,
     )  # fmt: skip
 
 
@@ -198,12 +204,5 @@ def row_gradient(
             BLOCK=block,
             num_warps=num_warps,
             **OPTIONS,
-            **register_limit(shared_heads, num_warps * warp),
         )
     return grad
-
-
-def register_limit(shared_heads: bool, threads: int) -> dict[str, int]:
-    """For several targets a row the compiler takes a few registers more than four CTAs allow."""
-    nvidia = torch.version.hip is None
-    return {"maxnreg": 64} if nvidia and shared_heads and threads == 256 else {}

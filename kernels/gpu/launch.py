@@ -35,31 +35,42 @@ class Call(NamedTuple):
     constants: dict[str, Any]
 
 
-_unschedulable: set[tiers.Launch] = set()
+_without_clusters: set[torch.device] = set()  # where a launch with clusters has failed
 
 
 def launch(case: Case) -> None:
-    """Launch; in the online tier, saying so once, where the device schedules no such cluster."""
-    machine = tiers.machine(case.rows.device)
-    shape = case.rows.shape[-1], case.heads, case.rows.shape[2]
-    itemsize = case.rows.element_size()
-    wanted = case.grad is not None
-    chosen = tiers.choose(*shape, itemsize, case.excess, wanted, machine, tiers.forced_tier())
-    if chosen not in _unschedulable:
-        try:
-            return launch_as(chosen, case)
-        except RuntimeError as error:
-            unschedulable = chosen.num_ctas > 1 and "cluster" in str(error).lower()
-            if not unschedulable or tiers.forced_tier():
-                raise
-            _unschedulable.add(chosen)
-            warnings.warn(
-                f"this device does not schedule clusters of {chosen.num_ctas} blocks ({error}): "
-                f"the loss reads its logits twice instead of once",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-    launch_as(tiers.online(shape[0], shape[2], itemsize, case.excess, machine), case)
+    """Launch; where one with clusters fails, without them from then on, saying so once a device."""
+    device = case.rows.device
+    machine = tiers.machine(device)
+    alone = machine._replace(most_ctas=1)
+    chosen = choose(case, alone if device in _without_clusters else machine)
+    if chosen.num_ctas == 1 or tiers.forced_tier():
+        return launch_as(chosen, case)
+    try:
+        launch_as(chosen, case)
+    except Exception as error:  # the driver's, the compiler's, the assembler's
+        launch_as(choose(case, alone), case)
+        _without_clusters.add(device)
+        warnings.warn(
+            f"a launch in clusters of {chosen.num_ctas} blocks failed on {device} "
+            f"({type(error).__name__}: {error}): there the loss does without them from now on, "
+            f"and may read its logits twice instead of once",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def choose(case: Case, machine: tiers.Machine) -> tiers.Launch:
+    return tiers.choose(
+        vocab_size=case.rows.shape[-1],
+        heads=case.heads,
+        rows=case.rows.shape[2],
+        itemsize=case.rows.element_size(),
+        excess=case.excess,
+        gradient=case.grad is not None,
+        machine=machine,
+        forced=tiers.forced_tier(),
+    )
 
 
 def launch_as(chosen: tiers.Launch, case: Case) -> None:

@@ -6,7 +6,6 @@ a fixed order).
 """
 
 import torch
-import triton
 
 from wmtp.kernels.launch import Case, launch
 from wmtp.kernels.rows import OPTIONS
@@ -16,6 +15,7 @@ from wmtp.kernels.weights_kernel import (
     REDUCTIONS,
     UNIFORM,
     finish_kernel,
+    tokens_a_step,
     weights_kernel,
 )
 
@@ -63,7 +63,7 @@ def weighted_loss(
     row_scalar, ce, row_max, log_sum = (new(batch, seq_len, heads) for _ in range(4))
     weight_sum, token_loss = new(batch, seq_len), new(batch, seq_len)
     valid_mask = new(batch, seq_len, dtype=torch.bool)
-    factors, loss = new(3), new()
+    factors, loss = new(4), new()
     grad = {
         "none": lambda: logits.new_empty(0),
         "new": lambda: torch.empty_like(rows, memory_format=torch.contiguous_format),
@@ -74,7 +74,7 @@ def weighted_loss(
         weighting, weights = GIVEN, head_weights
     elif ref_ce is not None:
         weighting = EXCESS
-    tokens_a_step = max(2048 // triton.next_power_of_2(heads), 1)
+    step = tokens_a_step(heads)
     with torch.cuda.device_of(logits):
         weights_kernel[(1,)](
             target_ids,
@@ -88,13 +88,13 @@ def weighted_loss(
             seq_len,
             vocab_size,
             ignore_index,
+            int(normalizer is not None),
+            int(logits.dtype == torch.float16),
             1 / heads if shared_heads else 1.0,
             H=heads,
             WEIGHTING=weighting,
             REDUCTION=REDUCTIONS[reduction],
-            HAS_NORMALIZER=normalizer is not None,
-            SCALED=logits.dtype == torch.float16,
-            TOKENS=tokens_a_step,
+            TOKENS=step,
             num_warps=8,
             **OPTIONS,
         )
@@ -118,7 +118,7 @@ def weighted_loss(
             launch(case)
         finish_kernel[(1,)](
             ce, row_scalar, factors, token_loss, loss, tokens,
-            H=heads, TOKENS=tokens_a_step, num_warps=8, **OPTIONS,
+            H=heads, TOKENS=step, num_warps=8, **OPTIONS,
         )  # fmt: skip
     of_rows = (row_scalar, row_max, log_sum)
     return loss, valid_mask, ce, token_loss, weight_sum, *of_rows, factors[:2], grad

@@ -17,7 +17,7 @@ All arithmetic is float32.
 import triton
 import triton.language as tl
 
-from wmtp.kernels.gradient_kernel import write_gradient
+from wmtp.kernels.gradient_kernel import at_targets, write_gradient
 from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads
 from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
 from wmtp.kernels.rows import ONE_BINARY, cross_entropy, row_max_sum
@@ -112,23 +112,15 @@ def online_kernel(
         target = tl.where(valid, target - column, -1).to(tl.int32)
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
-            live = tl.max(((c != 0) & of_row).to(tl.int32), axis=0) > 0
-            row_m, row_s = of_head(m, head, row), of_head(s, head, row)
-            targets = ()
-            scalars = ()
-            if SHARED:
-                scale = tl.sum(c, axis=0) / row_s
-                for k in tl.static_range(H):
-                    targets += (of_head(target, head, k),)
-                    scalars += (of_head(c, head, k),)
-            else:
-                targets += (of_head(target, head, row),)
-                scalars += (of_head(c, head, row),)
-                scale = scalars[0] / row_s
+            row_target, row_c = tl.where(of_row, target, -1), tl.where(of_row, c, 0.0)
+            live = tl.max((row_c != 0).to(tl.int32), axis=0) > 0
+            row_m = of_head(m, head, row)
+            scale = tl.sum(row_c, axis=0) / of_head(s, head, row)
+            entry = at_targets(x_target, row_m, scale, row_target, row_c)
             index = first.to(tl.int64) + (row - first)
             row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
             row_grad = grad_begin + head_offset(index, grad_stride_h, offset_ptr, H, GRAD_LISTED)
             write_gradient(
                 logits_ptr, row_begin + column, grad_ptr, row_grad + column, columns, live,
-                row_m, scale, targets, scalars, IN_PHASE, BLOCK,
+                row_m, scale, row_target, entry, IN_PHASE, BLOCK,
             )  # fmt: skip

@@ -19,7 +19,7 @@ import triton.language as tl
 ONE_BINARY = {
     "do_not_specialize": [
         *("lead", "stride_b", "stride_s", "stride_h", "tokens", "seq_len", "vocab_size"),
-        *("heads", "blocks"),
+        *("heads", "blocks", "has_normalizer", "scaled"),
         *("grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h", "ignore_index"),
     ],
     "do_not_specialize_on_alignment": [

@@ -9,14 +9,14 @@ BLOCK is the power of two that holds V. A program is a cluster of CTAs:
 
     logits a CTA   a thread   registers   CTAs an SM   when
     <= 16384       64         <= 128      2 and more   16-bit logits on NVIDIA: one CTA loads while
-                                                       another stores. Preferred, as long as 16
-                                                       CTAs, the largest cluster, suffice
+                                                       another stores. Preferred, as long as the
+                                                       largest cluster suffices: 16 CTAs, 8 on sm_120
     <= 16384       64         <= 144      1 and more   float32: 128 registers would spill
     <= 16384       32         <= 128      1 and more   one row for all heads, whose H targets take
                                                        registers; AMD, whose 64 lanes do
-    32768          64         <= 128      1            beyond 16 CTAs of 16384; no clusters
+    32768          64         <= 128      1            beyond that cluster; no clusters
 
-More than one CTA needs Triton >= 3.8 (reductions across a cluster) and sm_90. Excess weights need
+More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Excess weights need
 the whole token; known weights take the row, whose clusters are smaller. Without a gradient there is
 nothing to keep, and the online kernel reads once.
 """
@@ -31,14 +31,13 @@ from wmtp.kernels.rows import OPTIONS, launch_shape, warp_size
 
 TIERS = ("token", "row", "online")
 PREFERRED, MOST = 16384, 32768  # logits a CTA
-MOST_CTAS = 16
 
 
 class Machine(NamedTuple):
     """What the choice depends on, of the device and of Triton."""
 
     warp_size: int
-    has_clusters: bool
+    most_ctas: int  # of a cluster; 1: none
     processors: int  # SMs
     nvidia: bool = True
 
@@ -64,17 +63,25 @@ class Launch(NamedTuple):
 
 def machine(device: torch.device) -> Machine:
     if device.type != "cuda":  # the interpreter takes any cluster, and ignores it
-        return Machine(32, True, 1)
+        return Machine(32, 16, 1)
     nvidia = torch.version.hip is None
-    hopper = nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    clusters = hopper and triton_reduces_across_clusters()
-    return Machine(warp_size(device), clusters, processors, nvidia)
+    most_ctas = 1
+    if nvidia and triton_reduces_across_clusters():
+        most_ctas = largest_cluster(torch.cuda.get_device_capability(device))
+    return Machine(warp_size(device), most_ctas, processors, nvidia)
 
 
 def triton_reduces_across_clusters() -> bool:
     major, minor = triton.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (3, 8)
+    return (int(major), int(minor)) >= (3, 9)
+
+
+def largest_cluster(capability: tuple[int, int]) -> int:
+    """CTAs. 8 on every card that has clusters at all; more on the data centre's (sm_90, sm_10x)."""
+    if capability < (9, 0):
+        return 1
+    return 16 if capability < (11, 0) else 8
 
 
 def choose(
@@ -105,7 +112,7 @@ def choose(
     if forced and forced not in TIERS:
         raise ValueError(f"WMTP_TRITON_TIER must be one of {', '.join(TIERS)}, got {forced!r}")
     token = excess and rows > 1
-    below = online(vocab_size, rows, itemsize, excess, machine)
+    below = online(vocab_size, itemsize, machine)
     if forced == "online" or not gradient:
         return below
     tier = forced or ("token" if token else "row")
@@ -115,7 +122,7 @@ def choose(
             "token: use token or online"
         )
     held = rows if tier == "token" else 1
-    found = _in_registers(tier, held, vocab_size, itemsize, rows < heads, machine)
+    found = _in_registers(tier, held, vocab_size, itemsize, excess, rows < heads, machine)
     if found is None and forced:
         raise ValueError(
             f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers "
@@ -125,31 +132,36 @@ def choose(
 
 
 def _in_registers(
-    tier: str, rows: int, vocab_size: int, itemsize: int, shared: bool, machine: Machine
+    tier: str,
+    rows: int,
+    vocab_size: int,
+    itemsize: int,
+    excess: bool,
+    shared: bool,
+    machine: Machine,
 ) -> Launch | None:
     """The launch that holds so many rows; None where nothing does."""
     block = max(triton.next_power_of_2(vocab_size), 128)
-    logits = block * triton.next_power_of_2(rows)
-    num_ctas = min(max(logits // PREFERRED, 1), MOST_CTAS if machine.has_clusters else 1)
+    held = triton.next_power_of_2(rows)
+    logits = block * held
+    num_ctas = min(max(logits // PREFERRED, 1), machine.most_ctas)
     logits //= num_ctas
     nvidia = machine.nvidia
     if logits > (PREFERRED if shared else MOST):
         return None
-    # The edges of several rows are spread over the threads as well: not too few.
-    fewest = machine.warp_size * (4 if rows > 1 else 1)
-    threads = max(logits // (64 if nvidia and not shared else 32), fewest)
+    crowded = logits == MOST and (excess or rows > 1)
+    of_a_thread = (128 if crowded else 64) if nvidia else 32
+    # The edges of several rows are spread over the threads as well: a warp for each, or more.
+    fewest = machine.warp_size * (max(held, 4) if rows > 1 else 1)
+    threads = max(logits // of_a_thread, fewest)
     if threads > 1024:
         return None
-    two_fit = nvidia and not shared and itemsize == 2 and logits == PREFERRED and tier == "row"
-    return Launch(tier, block, threads // machine.warp_size, num_ctas, 128 if two_fit else None)
+    return Launch(tier, block, threads // machine.warp_size, num_ctas)
 
 
-def online(vocab_size: int, rows: int, itemsize: int, excess: bool, machine: Machine) -> Launch:
-    """Rows in steps. Over all rows of a token NVIDIA's compiler would rather spill than exceed 48
-    registers: it is told that 64 will do, which is four CTAs an SM."""
-    block, num_warps = launch_shape(vocab_size, itemsize, machine.warp_size)
-    limited = excess and rows > 1 and machine.nvidia
-    return Launch("online", block, num_warps, max_registers=64 if limited else None)
+def online(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
+    """Rows in steps."""
+    return Launch("online", *launch_shape(vocab_size, itemsize, machine.warp_size))
 
 
 def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> int:

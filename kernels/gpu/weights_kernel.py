@@ -3,10 +3,12 @@
     w[b,t,k]    = 1  |  head_weights[b,t,k]                          0 where (t, k) is not valid
     row_scalar  = w / sum_k w  (token_mean; 0 where the sum is <= 1e-8), else w
     denominator = normalizer  |  number of tokens with sum_k w > 1e-8  |  sum w  |  1
+                  1 where nothing weighs, so that an empty batch has loss 0
 
 Excess weights are not known yet, but they sum to 1 on every token that has a target. One program
 goes over all tokens, in a fixed order: that is 20 bytes for each row, beside its V logits. All
-arithmetic is float32.
+arithmetic is float32: where the denominator, or its inverse, would leave its range, the weights are
+stored in another unit, a power of two.
 """
 
 import triton
@@ -20,6 +22,10 @@ SUM, TOKEN_MEAN, WEIGHT_MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 REDUCTIONS = {"sum": SUM, "token_mean": TOKEN_MEAN, "weight_mean": WEIGHT_MEAN}
 
 
+def tokens_a_step(heads: int) -> int:
+    return max(2048 // triton.next_power_of_2(heads), 1)
+
+
 @triton.jit(**ONE_BINARY)
 def weights_kernel(
     target_ptr,  # [B, S] int64, unshifted
@@ -28,28 +34,32 @@ def weights_kernel(
     row_scalar_ptr,  # [B, S, H]; excess weights: not written
     weight_sum_ptr,  # [B, S]
     valid_mask_ptr,  # [B, S] bool
-    factors_ptr,  # [3]: 1 / denominator; what the gradient still needs, and what it has had
+    factors_ptr,  # [4]: 1 / denominator; what the gradient still needs, and what it has had;
+    # what row_scalar still needs
     tokens,
     seq_len,
     vocab_size,
     ignore_index,
+    has_normalizer,  # no constexpr, nor the next: one binary serves all four cases
+    scaled,  # float16: the gradient is written times a power of two instead
     heads_share,  # 1 / H where one gradient row stands for H heads, else 1
     H: tl.constexpr,
     WEIGHTING: tl.constexpr,
     REDUCTION: tl.constexpr,
-    HAS_NORMALIZER: tl.constexpr,
-    SCALED: tl.constexpr,  # float16: the gradient is written times a power of two instead
     TOKENS: tl.constexpr,
 ):
-    head = tl.arange(0, triton.next_power_of_2(H))[None, :]
+    OF_ANY_SIZE: tl.constexpr = (WEIGHTING == GIVEN) & (REDUCTION != TOKEN_MEAN)
+    HEADS: tl.constexpr = triton.next_power_of_2(H)
+    head = tl.arange(0, HEADS)[None, :]
     counted = tl.zeros((TOKENS,), tl.float32)
     total = tl.zeros((TOKENS,), tl.float32)
     largest = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, tokens, TOKENS):
-        token = start + tl.arange(0, TOKENS).to(tl.int64)
+        token = start + tl.arange(0, TOKENS)
         real = token < tokens
         # Past the last token there is no position, so nothing is valid.
         t = tl.where(real, token % seq_len, seq_len)[:, None]
+        token = token.to(tl.int64)
         _, valid, _ = head_targets(
             target_ptr, token[:, None], t, head, seq_len, vocab_size, ignore_index, H
         )
@@ -61,43 +71,79 @@ def weights_kernel(
         counts = real & ((weight_sum > 1e-8) | (weight_sum != weight_sum))  # a NaN surfaces
         counted += tl.where(counts, 1.0, 0.0)
         total += weight_sum
-        largest = tl.maximum(largest, tl.max(w, axis=1))
+        # Not the largest w: of a maximum over the heads LLVM's vectorizer dies (Triton 3.8, 3.9).
+        largest = tl.maximum(largest, weight_sum)
         if WEIGHTING != EXCESS:
             if REDUCTION == TOKEN_MEAN:
-                w = tl.where(counts[:, None], w / weight_sum[:, None], 0.0)
+                part = w * (1 / HEADS)  # their sum is finite
+                w = tl.where(counts[:, None], part / tl.sum(part, axis=1)[:, None], 0.0)
             tl.store(row_scalar_ptr + row, w, mask=real[:, None] & (head < H))
         tl.store(weight_sum_ptr + token, weight_sum, mask=real)
         tl.store(valid_mask_ptr + token, counts, mask=real)
 
-    denominator = 1.0
-    if HAS_NORMALIZER:
+    weighs = tl.sum(counted if REDUCTION == TOKEN_MEAN else total, axis=0)
+    denominator = weighs
+    if REDUCTION == SUM:
+        denominator = 1.0
+    if has_normalizer:
         denominator = tl.load(normalizer_ptr)
-    elif REDUCTION == TOKEN_MEAN:
-        denominator = tl.maximum(tl.sum(counted, axis=0), 1.0)
-    elif REDUCTION == WEIGHT_MEAN:
-        denominator = tl.sum(total, axis=0)
-        denominator = tl.where(denominator == 0, 1.0, denominator)
+    denominator = tl.where(weighs == 0, 1.0, denominator)
+    unit = 1.0
+    bound = 1.0  # of row_scalar
+    if OF_ANY_SIZE:
+        unit = unit_of(tl.abs(denominator))
+        bound = tl.max(largest, axis=0)
+        denominator *= unit
+        if unit != 1.0:
+            weighs, bound = times_unit(row_scalar_ptr, unit, tokens, H, TOKENS)
+            if REDUCTION == WEIGHT_MEAN:
+                denominator = tl.where(has_normalizer == 0, weighs, denominator)
     inverse = 1.0 / denominator
     scale = inverse
-    if SCALED:
-        bound = tl.full((), 1.0, tl.float32)
-        if REDUCTION != TOKEN_MEAN:
-            bound = tl.max(largest, axis=0)
+    remaining = 1.0
+    if scaled:
         scale = fp16_scale(bound)
-    tl.store(factors_ptr, inverse)
-    tl.store(factors_ptr + 1, inverse / scale if SCALED else 1.0)
+        remaining = inverse / scale
+    tl.store(factors_ptr, inverse * unit)
+    tl.store(factors_ptr + 1, remaining)
     tl.store(factors_ptr + 2, scale * heads_share)
+    tl.store(factors_ptr + 3, inverse)
 
 
 @triton.jit
-def fp16_scale(largest):
-    """The power of two that puts the largest possible gradient entry at 2^14 .. 2^15.
+def unit_of(size):
+    """1, or the power of two in which a denominator of this size has an inverse, and a sum that
+    has overflowed is finite."""
+    return tl.where(size < 2.0**-100, 2.0**100, tl.where(size > 2.0**100, 2.0**-64, 1.0))
+
+
+@triton.jit
+def times_unit(row_scalar_ptr, unit, tokens, H: tl.constexpr, TOKENS: tl.constexpr):
+    """Stores the weights again, times unit: their sum, and the largest of a token's sums."""
+    tl.debug_barrier()  # other threads have stored them
+    head = tl.arange(0, triton.next_power_of_2(H))[None, :]
+    total = tl.zeros((TOKENS,), tl.float32)
+    largest = tl.zeros((TOKENS,), tl.float32)
+    for start in range(0, tokens, TOKENS):
+        token = start + tl.arange(0, TOKENS).to(tl.int64)
+        row, real = token[:, None] * H + head, (token[:, None] < tokens) & (head < H)
+        w = tl.load(row_scalar_ptr + row, mask=real, other=0.0) * unit
+        tl.store(row_scalar_ptr + row, w, mask=real)
+        weight_sum = tl.sum(w, axis=1)
+        total += weight_sum
+        largest = tl.maximum(largest, weight_sum)
+    return tl.sum(total, axis=0), tl.max(largest, axis=0)
+
+
+@triton.jit
+def fp16_scale(bound):
+    """The power of two that puts the largest possible gradient entry at 2^15 at most.
 
     1 / denominator would carry most of a float16 gradient below the smallest number before it
     meets the loss scale in backward.
     """
-    largest = tl.maximum(largest, 1e-30)
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
+    bound = tl.maximum(bound, 1e-30)
+    exponent = (bound.to(tl.int32, bitcast=True) >> 23) - 127
     return ((14 - exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
@@ -113,7 +159,7 @@ def finish_kernel(
     TOKENS: tl.constexpr,
 ):
     head = tl.arange(0, triton.next_power_of_2(H))[None, :]
-    inverse = tl.load(factors_ptr)
+    inverse = tl.load(factors_ptr + 3)
     losses = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS).to(tl.int64)

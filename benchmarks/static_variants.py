@@ -1,0 +1,231 @@
+"""Which binaries the library can ask of Triton's compiler, and the cards they are for.
+
+A variant is one specialisation; two calls that would run the same binary are one variant.
+
+    H             1, 2, 3, 4, 5, 8; the logits of each head, or one row of logits for all of them
+    V             one of each class of block: a row in less than a CTA, in one, in clusters
+    loss          known weights and excess, each tier that serves them, with and without gradient
+    at V = 50257  few rows (split), heads in memory of their own (listed), gradients that lie
+                  otherwise than the logits (out of phase), signed excess: the last three of H = 4
+    weights       every weighting x reduction; dtype and normaliser are no part of the binary
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
+VOCABULARIES = (1000, 2000, 4000, 16000, 32000, 50257, 128256, 256000, 300000)
+ODD = 50257
+HEADS = (1, 2, 3, 4, 5, 8)
+
+
+class Card(NamedTuple):
+    """What a target's SM has, and one card's bandwidth and SMs, from its data sheet."""
+
+    name: str
+    registers: int
+    threads: int
+    shared_bytes: int
+    bytes_a_second: float
+    latency: float
+    processors: int
+    most_ctas: int  # of a cluster
+
+    def needed_bytes(self) -> int:
+        """In flight an SM, for the latency to be hidden."""
+        return round(self.bytes_a_second * self.latency / self.processors)
+
+
+CARDS = {
+    "cuda:80": Card("A100", 65536, 2048, 164 << 10, 2.0e12, 600e-9, 108, 1),
+    "cuda:90": Card("H100", 65536, 2048, 228 << 10, 3.35e12, 600e-9, 132, 16),
+    "cuda:100": Card("B200", 65536, 2048, 228 << 10, 8.0e12, 700e-9, 148, 16),
+    "hip:gfx942": Card("MI300X", 131072, 2048, 64 << 10, 5.3e12, 800e-9, 304, 1),
+}
+
+
+class Variant(NamedTuple):
+    """One binary."""
+
+    name: str
+    dtype: str
+    vocabulary: int  # the first that it serves
+    kernel: Any
+    constants: dict[str, Any]
+    launch: Any  # tiers.Launch
+    streams_logits: bool = False
+    stores_logits: bool = False
+
+    def specialisation(self) -> tuple[Any, ...]:
+        """What one binary is told from another by."""
+        return (self.kernel, self.dtype, self.launch[1:], *sorted(self.constants.items()))
+
+    def kind(self) -> tuple[Any, ...]:
+        """The class of which a sample holds one."""
+        return self.name, self.launch.num_ctas
+
+
+def variants(modules: dict[str, Any], target: str) -> Iterator[Variant]:
+    """Every binary that the launchers can ask for on this target, once."""
+    found = set()
+    for variant in _variants(modules, machine(modules, target)):
+        if variant.specialisation() not in found:
+            found.add(variant.specialisation())
+            yield variant
+
+
+def sample(
+    every: list[tuple[str, Variant]], seed: str, size: int = 80
+) -> list[tuple[str, Variant]]:
+    """One of each kind, and others up to `size`; which (target, H, V, dtype) is drawn by lot, the
+    same for the same seed."""
+
+    def lot(number: int) -> str:
+        return hashlib.sha256(f"{seed} {number}".encode()).hexdigest()
+
+    drawn = [every[number] for number in sorted(range(len(every)), key=lot)]
+    first = {variant.kind(): (target, variant) for target, variant in reversed(drawn)}
+    chosen = list(first.values())
+    others = [pair for pair in drawn if pair is not first[pair[1].kind()]]
+    return (chosen + others)[: max(size, len(chosen))]
+
+
+def machine(modules: dict[str, Any], target: str) -> Any:
+    tiers, card = modules["tiers"], CARDS[target]
+    nvidia = target.startswith("cuda")
+    most_ctas = card.most_ctas if tiers.triton_reduces_across_clusters() else 1
+    return tiers.Machine(32 if nvidia else 64, most_ctas, card.processors, nvidia)
+
+
+def _variants(modules: dict[str, Any], machine: Any) -> Iterator[Variant]:
+    for heads in HEADS:
+        for dtype in ITEMSIZE:
+            for vocabulary in VOCABULARIES:
+                yield from _loss_variants(modules, machine, dtype, vocabulary, heads)
+            for vocabulary in (1000, ODD):  # streaming in steps: two classes
+                yield from _streaming_variants(modules, machine, dtype, vocabulary, heads)
+        yield from _small_variants(modules, heads)
+
+
+def _loss_variants(
+    modules: dict[str, Any], machine: Any, dtype: str, vocabulary: int, heads: int
+) -> Iterator[Variant]:
+    """The loss: by weighting, one or all heads a row, with its gradient or without, by tier."""
+    tiers = modules["tiers"]
+    for weighting in ("known", "excess"):
+        for rows in sorted({heads, 1}, reverse=True):
+            for gradient in (True, False):
+                for forced in ("", *tiers.TIERS):
+                    try:
+                        launch = tiers.choose(
+                            vocabulary, heads, rows, ITEMSIZE[dtype], weighting != "known",
+                            gradient, machine, forced,
+                        )  # fmt: skip
+                    except ValueError:  # that tier does not serve this case
+                        continue
+                    variant = _loss_variant(
+                        modules, dtype, vocabulary, launch, weighting, (heads, rows), gradient
+                    )
+                    yield variant
+                    if vocabulary == ODD:
+                        yield from _further(modules, variant)
+
+
+def _loss_variant(
+    modules: dict[str, Any],
+    dtype: str,
+    vocabulary: int,
+    launch: Any,
+    weighting: str,
+    size: tuple[int, int],
+    gradient: bool,
+) -> Variant:
+    (heads, rows), excess = size, weighting != "known"
+    constants = modules["tiers"].constants(launch, heads, rows, excess)
+    constants |= {"H": heads, "EXCESS": excess, "SIGNED": False, "IN_PHASE": True}
+    constants |= {"LISTED": False, "GRAD_LISTED": False, "BLOCK": launch.block}
+    name, kernel = "register", modules["register_kernel"].register_kernel
+    if launch.tier == "online":
+        name, kernel = "online", modules["online_kernel"].online_kernel
+        constants |= {"GRAD": gradient, "SPLITS": 1}
+    name += f" {weighting}" + " shared" * (rows < heads) + " forward" * (not gradient)
+    return Variant(name, dtype, vocabulary, kernel, constants, launch, True, gradient)
+
+
+def _further(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
+    """What changes little of the stream, each on its own."""
+    constants = variant.constants
+    gradient, of_four = variant.stores_logits, constants["H"] == 4
+    if variant.launch.tier == "online" and (gradient or of_four):
+        yield from _split(modules, variant)
+    if not (gradient and of_four):
+        return
+    more = {
+        "listed": {"LISTED": True, "GRAD_LISTED": True},
+        "out of phase": {"IN_PHASE": False},
+        "signed": {"SIGNED": True},
+    }
+    if "shared" in variant.name:
+        del more["listed"]
+    if not constants["EXCESS"]:
+        del more["signed"]
+    for name, changed in more.items():
+        yield variant._replace(name=f"{variant.name} {name}", constants=constants | changed)
+
+
+def _split(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
+    """The same for rows fewer than the SMs."""
+    shared = "shared" in variant.name
+    constants = variant.constants | {"SPLITS": 8}
+    name = f"{variant.name} split"
+    # Its part of the logits is read for the gradient alone.
+    yield variant._replace(name=name, constants=constants, streams_logits=variant.stores_logits)
+    of_parts = {
+        "H": constants["H"],
+        "HEADS": constants["HEADS"] if shared else 1,
+        "ROWS": 1 if shared else constants["H"],
+        "LISTED": False,
+        "EVICT": "evict_last" if constants["GRAD"] else "evict_first",
+        "SPLITS": constants["SPLITS"],
+        "BLOCK": constants["BLOCK"],
+    }
+    kernel = modules["partial_kernel"].partial_kernel
+    name = "partial" + " shared" * shared
+    yield variant._replace(name=name, kernel=kernel, constants=of_parts, stores_logits=False)
+
+
+def _streaming_variants(
+    modules: dict[str, Any], machine: Any, dtype: str, vocabulary: int, heads: int
+) -> Iterator[Variant]:
+    """The kernels of the cross entropies themselves."""
+    tiers = modules["tiers"]
+    launch = tiers.online(vocabulary, ITEMSIZE[dtype], machine)
+    next_token = modules["next_token_kernel"].next_token_ce_kernel
+    block = {"BLOCK": launch.block}
+    yield Variant("next_token_ce", dtype, vocabulary, next_token, block, launch, True)
+    gradient = modules["gradient_kernel"].row_gradient_kernel
+    for shared in (False, True)[: heads]:
+        name = "row_gradient" + " shared" * shared
+        for in_phase in (True, False) if (vocabulary, heads) == (ODD, 4) else (True,):
+            constants = {"H": heads, "SHARED_HEADS": shared, "IN_PHASE": in_phase, **block}
+            yield Variant(
+                name + " out of phase" * (not in_phase),
+                *(dtype, vocabulary, gradient, constants, launch, True, True),
+            )
+
+
+def _small_variants(modules: dict[str, Any], heads: int) -> Iterator[Variant]:
+    """Those that stream no logits."""
+    weights, tiers = modules["weights_kernel"], modules["tiers"]
+    once = tiers.Launch("", 0, 8)
+    tokens = {"H": heads, "TOKENS": weights.tokens_a_step(heads)}
+    for weighting in (weights.UNIFORM, weights.GIVEN, weights.EXCESS):
+        for reduction in weights.REDUCTIONS.values():
+            constants = {"WEIGHTING": weighting.value, "REDUCTION": reduction.value, **tokens}
+            yield Variant("weights", "fp32", 0, weights.weights_kernel, constants, once)
+    yield Variant("finish", "fp32", 0, weights.finish_kernel, tokens, once)
+    scale = modules["scale_kernel"].scale_kernel
+    for dtype, itemsize in ITEMSIZE.items():
+        block = {"BLOCK": modules["scale_kernel"].BLOCK_BYTES // itemsize}
+        yield Variant("scale", dtype, 0, scale, block, once)

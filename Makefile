@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 OUT    ?= benchmarks/results/gpu
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test fuzz lint sanitize bench gpu clean
+.PHONY: demo test fuzz lint sanitize static bench gpu clean
 
 demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
@@ -29,6 +29,20 @@ sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undef
 	WMTP_CPU_LIBRARY=$(CURDIR)/build/sanitize/libwmtp_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	$(BIN)/python -m pytest tests/test_cpu*.py tests/test_inplace.py tests/test_rows_ce.py
+
+# Triton's compilers, each alone (no torch) in an environment of a GB.
+TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
+STATIC  ?= --summary benchmarks/results/static-gpu.json
+JOBS    ?= $(shell nproc)
+static: $(TRITONS:%=build/triton-%/.ready)  ## all 13,000 binaries of the kernels, by four versions of Triton for four cards: two hours of a core; STATIC=--sample: 80 a version
+	@failed=; for version in $(TRITONS); do \
+	build/triton-$$version/bin/python -m benchmarks.static_gpu --check --jobs $(JOBS) $(STATIC) || failed=1; \
+	done; [ -z "$$failed" ]
+
+build/triton-%/.ready:
+	$(PYTHON) -m venv $(@D)
+	PIP_CONSTRAINT= $(@D)/bin/pip install --quiet --no-deps triton==$*
+	touch $@
 
 bench: $(READY)  ## speed and memory against eager torch, torch.compile and a plain copy
 	$(BIN)/wmtp bench

@@ -5,14 +5,15 @@
 
 Every binary that the library can ask for (static_variants.py), as its own configuration function
 (kernels/gpu/tiers.py) would launch it, compiled for sm_80, sm_90, sm_100 and gfx942, each in a
-process of its own: a compiler that dies is a finding, not the end. It takes Triton alone (>= 3.6; no
-torch, no GPU), so that every version is checked from a venv of its own (`make static`). One object
-a binary:
+process of its own: a compiler that dies is a finding, not the end. It takes Triton alone (>= 3.6;
+no torch, no GPU), so that every version is checked from a venv of its own (`make static`). One
+object a binary:
 
     failure           why there is none; then nothing follows
     registers         of a thread
     spill_bytes       of a thread, to memory: 0
     shared_bytes      of a CTA
+    flushes           whether any arithmetic takes denormal numbers for 0
     main_loop_*_bytes widths of the accesses that move the logits: [16]. In a tier of registers
                       there is no loop: [16] says that accesses of 16 bytes move the whole tile
     occupancy         CTAs an SM: what registers, threads and shared memory allow

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-VOCABULARIES = (1000, 2000, 4000, 16000, 32000, 50257, 128256, 256000, 300000)
+VOCABULARIES = (1000, 2000, 4000, 8000, 16000, 32000, 50257, 128256, 256000, 300000)
 ODD = 50257
 HEADS = (1, 2, 3, 4, 5, 8)
 
@@ -205,7 +205,7 @@ def _streaming_variants(
     block = {"BLOCK": launch.block}
     yield Variant("next_token_ce", dtype, vocabulary, next_token, block, launch, True)
     gradient = modules["gradient_kernel"].row_gradient_kernel
-    for shared in (False, True)[: heads]:
+    for shared in (False, True)[:heads]:
         name = "row_gradient" + " shared" * shared
         for in_phase in (True, False) if (vocabulary, heads) == (ODD, 4) else (True,):
             constants = {"H": heads, "SHARED_HEADS": shared, "IN_PHASE": in_phase, **block}

@@ -17,7 +17,14 @@ from wmtp.benchmarks.problem import Case, Problem
 def cubin(folder, number, symbol="register_kernel", **constants):
     """What static_gpu.py leaves for one kernel of bf16 logits, V = 1000, H = 2."""
     held = {"ROWS": 1, "HEADS": 1, "PROGRAMS": 2, "H": 2, "EXCESS": False, "SIGNED": False}
-    held |= {"LISTED": False, "GRAD_LISTED": False, "IN_PHASE": True, "BLOCK": 1024, **constants}
+    held |= {
+        "LISTED": False,
+        "GRAD_LISTED": False,
+        "IN_PHASE": True,
+        "CLUSTER": False,
+        "BLOCK": 1024,
+        **constants,
+    }
     row = {"symbol": symbol, "dtype": "bf16", "threads": 32, "num_ctas": 1, "shared_bytes": 64}
     (folder / f"{number}.json").write_text(json.dumps({**row, "constants": held}))
     (folder / f"{number}.cubin").write_bytes(b"\x7fELF")

@@ -80,8 +80,9 @@ def test_the_report_has_what_it_promises():
 
 
 GOOD = {
-    "spill_bytes": 0, "streams_logits": True, "main_loop_load_bytes": [16],
-    "main_loop_store_bytes": [16], "in_flight": 20_000, "needed": 15_227,
+    "name": "row_gradient", "spill_bytes": 0, "flushes": True, "streams_logits": True,
+    "main_loop_load_bytes": [16], "main_loop_store_bytes": [16],
+    "in_flight": 20_000, "needed": 15_227,
 }  # fmt: skip
 
 
@@ -90,6 +91,7 @@ GOOD = {
     [
         ({}, None),
         ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"name": "weights"}, "takes denormal weights for 0"),
         ({"main_loop_load_bytes": [2, 16]}, "loads logits by [2, 16] bytes"),
         ({"main_loop_load_bytes": []}, "loads logits by [] bytes"),
         ({"main_loop_store_bytes": [4]}, "stores logits by [4] bytes"),

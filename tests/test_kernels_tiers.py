@@ -1,5 +1,7 @@
 """Loss and gradient in one launch: every tier gives the same numbers, and the right ones."""
 
+import types
+
 import pytest
 import torch
 from test_kernels import (
@@ -172,34 +174,6 @@ def test_a_forced_tier_that_cannot_serve_raises(monkeypatch):
         weighted_loss(logits, target_ids)
 
 
-def test_a_cluster_that_does_not_fit_the_device_falls_back_once(monkeypatch):
-    """The launch itself says so; the next step does not ask again."""
-    from wmtp.kernels import launch, tiers
-
-    big = tiers.Launch("token", 128, 4, num_ctas=8)
-    tried = []
-
-    def launch_as(chosen, case):
-        tried.append(chosen.tier)
-        if chosen.num_ctas > 1:
-            raise RuntimeError("Triton Error [CUDA]: cluster misconfiguration")
-        return run(chosen, case)
-
-    run = launch.launch_as
-    monkeypatch.setattr(launch, "launch_as", launch_as)
-    monkeypatch.setattr(launch, "_unschedulable", set())
-    monkeypatch.setattr(tiers, "choose", lambda *_: big)
-    logits, target_ids = make((1, 4, 2, 33), torch.float32, "cpu")
-    with pytest.warns(RuntimeWarning, match="does not schedule clusters of 8 blocks"):
-        assert_loss_and_gradient(logits, target_ids)
-    assert_loss_and_gradient(logits, target_ids)
-    assert tried == ["token", "online", "online"]
-    monkeypatch.setattr(launch, "_unschedulable", set())
-    monkeypatch.setenv("WMTP_TRITON_TIER", "token")
-    with pytest.raises(RuntimeError, match="cluster misconfiguration"):
-        weighted_loss(logits, target_ids)
-
-
 # In four parts; in two, the last of them of odd length.
 @pytest.mark.parametrize(
     ("dtype", "vocabulary"), [(torch.float32, 32_768), (torch.bfloat16, 33_333)]
@@ -237,34 +211,67 @@ def test_into_how_many_parts(programs, vocabulary, wanted):
     assert tiers.splits(vocabulary, 2, programs, tiers.Machine(32, 1, 132)) == wanted
 
 
-def choices(machine, gradient=True):
+# CTAs of the launch, by hand, of bfloat16 and H = 4; what is not named goes online. A CTA holds
+# 16384 logits, or 32768 where the cluster cannot grow and the row is one head's.
+CHOSEN = {
+    16: {
+        "row": {1000: 1, 32000: 2, 50257: 4, 128256: 8, 256000: 16},
+        "shared": {1000: 1, 32000: 2, 50257: 4, 128256: 8, 256000: 16},
+        "token": {1000: 1, 32000: 8, 50257: 16, 128256: 16},
+    },
+    8: {
+        "row": {1000: 1, 32000: 2, 50257: 4, 128256: 8, 256000: 8},
+        "shared": {1000: 1, 32000: 2, 50257: 4, 128256: 8},
+        "token": {1000: 1, 32000: 8, 50257: 8},
+    },
+    1: {"row": {1000: 1, 32000: 1}, "shared": {1000: 1}, "token": {1000: 1}},
+}
+CASES = {"row": (4, False), "shared": (1, True), "token": (4, True)}  # rows, excess
+
+
+@pytest.mark.parametrize("most_ctas", CHOSEN)
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_chosen(most_ctas, case):
+    from wmtp.kernels.tiers import Machine, choose
+
+    (rows, excess), machine = CASES[case], Machine(32, most_ctas, 132)
+    tier = "token" if case == "token" else "row"
+    for vocabulary in (1000, 32000, 50257, 128256, 256000):
+        found = choose(vocabulary, 4, rows, 2, excess, True, machine)
+        ctas = CHOSEN[most_ctas][case].get(vocabulary)
+        assert (found.tier, found.num_ctas) == ((tier, ctas) if ctas else ("online", 1))
+        assert choose(vocabulary, 4, rows, 2, excess, False, machine).tier == "online"
+
+
+@pytest.mark.parametrize(
+    ("version", "reduces"),
+    [("3.6.0", False), ("3.8.0", False), ("3.9.0", True), ("3.10.1+git", True), ("4.0.0", True)],
+)
+def test_clusters_take_a_triton_that_reduces_across_them(monkeypatch, version, reduces):
     from wmtp.kernels import tiers
 
-    return {
-        (vocabulary, rows, excess): tiers.choose(vocabulary, 4, rows, 2, excess, gradient, machine)
-        for vocabulary in (1000, 32000, 50257, 128256, 256000)
-        for rows, excess in ((4, True), (4, False), (1, True))
-    }
+    monkeypatch.setattr(tiers.triton, "__version__", version)
+    assert tiers.triton_reduces_across_clusters() == reduces
 
 
-def test_what_is_chosen():
-    from wmtp.kernels.tiers import Machine
+# A100, L40, H100, B200, B300, Thor, RTX 5090, DGX Spark.
+@pytest.mark.parametrize(
+    ("capability", "most"),
+    [((8, 0), 1), ((8, 9), 1), ((9, 0), 16), ((10, 0), 16), ((10, 3), 16), ((11, 0), 8),
+     ((12, 0), 8), ((12, 1), 8)],
+)  # fmt: skip
+@pytest.mark.parametrize(("version", "hip"), [("3.9.0", None), ("3.8.0", None), ("3.9.0", "7.0")])
+def test_the_largest_cluster_of_a_card(monkeypatch, capability, most, version, hip):
+    from wmtp.kernels import tiers
 
-    hopper = choices(Machine(32, 16, 132))
-    assert {case: launch.tier for case, launch in hopper.items() if launch.tier == "online"} == {
-        (256000, 4, True): "online"  # 2^20 logits a token: 16 CTAs of registers hold half
-    }
-    assert all(launch.tier == "token" for (_, rows, excess), launch in hopper.items()
-               if excess and rows > 1 and launch.tier != "online")  # fmt: skip
-    assert max(launch.num_ctas for launch in hopper.values()) == 16
-    older = choices(Machine(32, 1, 132))
-    assert {launch.num_ctas for launch in older.values()} == {1}
-    assert older[32000, 4, False].tier == "row"
-    assert older[50257, 4, False].tier == older[32000, 4, True].tier == "online"
-    assert older[1000, 4, True].tier == "token"
-    assert {launch.tier for launch in choices(Machine(32, 16, 132), gradient=False).values()} == {
-        "online"
-    }
+    properties = types.SimpleNamespace(multi_processor_count=84, warp_size=64 if hip else 32)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(tiers.triton, "__version__", version)
+    clusters = version == "3.9.0" and hip is None
+    wanted = tiers.Machine(64 if hip else 32, most if clusters else 1, 84, hip is None)
+    assert tiers.machine(torch.device("cuda:1")) == wanted
 
 
 @pytest.mark.gpu

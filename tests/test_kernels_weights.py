@@ -1,12 +1,12 @@
-"""weights_kernel and finish_kernel against the fp64 truth: any H, any denominator, empty batches."""
+"""weights_kernel and finish_kernel against the fp64 truth: any H, any denominator, no token."""
 
 import itertools
 
 import pytest
 import torch
+from test_kernels import DTYPES, IGNORED, make
 
 from agreement import GRADIENT_TOLERANCE, relative_error
-from test_kernels import DTYPES, IGNORED, make
 from wmtp import fused_weighted_mtp_loss
 from wmtp.reference import compute_weighted_mtp_loss
 
@@ -27,7 +27,11 @@ def truth(logits, target_ids, **options):
 
     options = {name: exact(value) for name, value in options.items()}
     return loss_and_gradient(
-        compute_weighted_mtp_loss, exact(logits), target_ids.cpu(), horizon=logits.shape[2], **options
+        compute_weighted_mtp_loss,
+        exact(logits),
+        target_ids.cpu(),
+        horizon=logits.shape[2],
+        **options,
     )
 
 
@@ -83,7 +87,12 @@ def test_a_normalizer_of_0_divides_what_weighs(device, weights):
     if weights == "given":
         options = {"head_weights": torch.tensor([1.0, 0.0], device=device).expand(1, 5, 2)}
     loss, grad = loss_and_gradient(
-        fused_weighted_mtp_loss, logits, target_ids, backend="triton", normalizer=torch.tensor(0.0), **options
+        fused_weighted_mtp_loss,
+        logits,
+        target_ids,
+        backend="triton",
+        normalizer=torch.tensor(0.0),
+        **options,
     )
     assert loss == float("inf")
     assert not grad[0, :3, 0].isfinite().any()
@@ -91,8 +100,12 @@ def test_a_normalizer_of_0_divides_what_weighs(device, weights):
 
 
 # The smallest of float32's, denormals, one whose inverse overflows; sums that overflow.
+SIZES = [2e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e30, 1e38, 3e38]
+
+
 @pytest.mark.parametrize(
-    ("size", "dtype"), list(zip([2e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e30, 1e38, 3e38], 3 * DTYPES, strict=False))
+    ("size", "dtype"),
+    list(zip([2e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e30, 1e38, 3e38], 3 * DTYPES, strict=False)),
 )
 def test_weight_mean_of_weights_of_any_size(device, dtype, size):
     logits, target_ids = make((1, 5, 2, 5), dtype, device)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import head_targets
+from wmtp.kernels.heads import head_targets, of_agreeing
 from wmtp.kernels.rows import (
     ONE_BINARY,
     OPTIONS,
@@ -46,8 +46,8 @@ def write_gradient(
 ):
     """grad[v] = scale exp(logits[v] - shift), but entry_i where v == target_i; 0 unless live.
 
-    The entries (at_targets) are written last: to hold every column against the targets takes
-    instructions for each, and for several targets registers that there are not.
+    The entries are written last: to hold every column against every target takes registers that
+    there are not. A head that has no part in the row has a target of -1.
     """
     UNIT: tl.constexpr = UNIT_BYTES // (grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
     peel, inner = inner_part(grad_begin, vocab_size, UNIT)
@@ -89,15 +89,6 @@ def write_gradient(
 def of_softmax(x, shift, scale):
     """scale exp(x - shift), in x's dtype."""
     return (scale * tl.exp(x.to(tl.float32) - shift)).to(x.dtype)
-
-
-@triton.jit
-def at_targets(x_target, shift, scale, target, c):
-    """The gradient of a row at the targets of its heads [HEADS]: those that agree add up, and a
-    head that has no part in the row has a target of -1 and a c of 0."""
-    same = target[:, None] == target[None, :]
-    onehots = tl.sum(tl.where(same, c[None, :], 0.0), axis=1)
-    return scale * tl.exp(x_target - shift) - onehots
 
 
 @triton.jit(**ONE_BINARY)
@@ -147,7 +138,7 @@ def row_gradient_kernel(
     scale = tl.sum(c, axis=0) * tl.exp(-(tl.max(log_s, axis=0) + bad))
     target = tl.where(valid, target, -1).to(tl.int32)
     x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0)
-    entry = at_targets(x_target.to(tl.float32), m, scale, target, c)
+    entry = scale * tl.exp(x_target.to(tl.float32) - m) - of_agreeing(target, c)
     write_gradient(
         logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, m, scale, target, entry,
         IN_PHASE, BLOCK,

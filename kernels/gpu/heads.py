@@ -81,3 +81,10 @@ def head_offset(row, stride_h, offset_ptr, H: tl.constexpr, LISTED: tl.constexpr
 def of_head(values, head, k):
     """The element of values [HEADS] that belongs to head k."""
     return tl.sum(tl.where(head == k, values, tl.zeros_like(values)), axis=0)
+
+
+@triton.jit
+def of_agreeing(target, values):
+    """For each head the sum of the values [HEADS] of those that have the same target."""
+    same = target[:, None] == target[None, :]
+    return tl.sum(tl.where(same, values[None, :], 0.0), axis=1)

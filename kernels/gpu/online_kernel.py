@@ -17,8 +17,8 @@ All arithmetic is float32.
 import triton
 import triton.language as tl
 
-from wmtp.kernels.gradient_kernel import at_targets, write_gradient
-from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads
+from wmtp.kernels.gradient_kernel import write_gradient
+from wmtp.kernels.heads import head_offset, head_targets, of_agreeing, of_head, settle_heads
 from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
 from wmtp.kernels.rows import ONE_BINARY, cross_entropy, row_max_sum
 
@@ -116,7 +116,7 @@ def online_kernel(
             live = tl.max((row_c != 0).to(tl.int32), axis=0) > 0
             row_m = of_head(m, head, row)
             scale = tl.sum(row_c, axis=0) / of_head(s, head, row)
-            entry = at_targets(x_target, row_m, scale, row_target, row_c)
+            entry = scale * tl.exp(x_target - row_m) - of_agreeing(row_target, row_c)
             index = first.to(tl.int64) + (row - first)
             row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
             row_grad = grad_begin + head_offset(index, grad_stride_h, offset_ptr, H, GRAD_LISTED)

@@ -20,7 +20,14 @@ All arithmetic is float32.
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import head_offset, head_targets, of_head, settle_heads, with_weight
+from wmtp.kernels.heads import (
+    head_offset,
+    head_targets,
+    of_agreeing,
+    of_head,
+    settle_heads,
+    with_weight,
+)
 from wmtp.kernels.rows import (
     ONE_BINARY,
     UNIT_BYTES,
@@ -70,6 +77,7 @@ def register_kernel(
     EXCESS: tl.constexpr,
     SIGNED: tl.constexpr,
     IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
+    CLUSTER: tl.constexpr,  # of several CTAs, which have no barrier of their own
     BLOCK: tl.constexpr,  # >= V
 ):
     SHARED: tl.constexpr = HEADS != ROWS
@@ -110,8 +118,8 @@ def register_kernel(
 
     m = tl.maximum(tl.max(x, axis=1), tl.max(edge, axis=1))
     # Finite, so that -inf gives 0 and +inf gives inf, beside which all others are 0.
-    shift = tl.where(m == float("-inf"), 0.0, tl.minimum(m, LARGEST))[:, None]
-    x, edge = tl.exp(x - shift), tl.exp(edge - shift)
+    shift = tl.where(m == float("-inf"), 0.0, tl.minimum(m, LARGEST))
+    x, edge = tl.exp(x - shift[:, None]), tl.exp(edge - shift[:, None])
     s = tl.sum(x, axis=1) + tl.sum(edge, axis=1)
     head_m, head_s = m, s
     if SHARED:
@@ -132,16 +140,23 @@ def register_kernel(
     if SHARED:
         live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
-    scale = (row_c / s)[:, None]
-    g = scale * x
-    g = minus_targets(g, peel[:, None] + offset, target, c, head, SHARED, H)
+    scale = row_c / s
+    g, edge = scale[:, None] * x, scale[:, None] * edge
+    if CLUSTER:
+        g = minus_targets(g, peel[:, None] + offset, target, c, head, SHARED, H)
+        edge = minus_targets(edge, column, target, c, head, SHARED, H)
     grad_ptr_inner = grad_ptr + first_unit(grad_begin, UNIT)[:, None] + offset
     g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr_inner, g, mask=inner_inside & real)
-    g = scale * edge
-    g = minus_targets(g, column, target, c, head, SHARED, H)
-    g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + grad_begin[:, None] + column, g, mask=edge_inside & real)
+    edge = tl.where(live[:, None], edge, 0.0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + grad_begin[:, None] + column, edge, mask=edge_inside & real)
+    if not CLUSTER:
+        if SHARED:
+            c = of_agreeing(target, c)
+        entry = scale * tl.exp(x_target - shift) - c  # [HEADS]
+        tl.debug_barrier()  # another thread has stored there
+        written = (target >= 0) & (target < vocab_size) & live
+        tl.store(grad_ptr + grad_begin + target, entry.to(grad_ptr.dtype.element_ty), mask=written)
 
 
 @triton.jit

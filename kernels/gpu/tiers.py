@@ -10,15 +10,15 @@ BLOCK is the power of two that holds V. A program is a cluster of CTAs:
     logits a CTA   a thread   registers   CTAs an SM   when
     <= 16384       64         <= 128      2 and more   16-bit logits on NVIDIA: one CTA loads while
                                                        another stores. Preferred, as long as the
-                                                       largest cluster suffices: 16 CTAs, 8 on sm_120
+                                                       largest cluster suffices: 16, on sm_120 8
     <= 16384       64         <= 144      1 and more   float32: 128 registers would spill
     <= 16384       32         <= 128      1 and more   one row for all heads, whose H targets take
                                                        registers; AMD, whose 64 lanes do
     32768          64         <= 128      1            beyond that cluster; no clusters
 
-More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Excess weights need
-the whole token; known weights take the row, whose clusters are smaller. Without a gradient there is
-nothing to keep, and the online kernel reads once.
+More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Excess
+weights need the whole token; known weights take the row, whose clusters are smaller. Without a
+gradient there is nothing to keep, and the online kernel reads once.
 """
 
 import os
@@ -122,7 +122,7 @@ def choose(
             "token: use token or online"
         )
     held = rows if tier == "token" else 1
-    found = _in_registers(tier, held, vocab_size, itemsize, excess, rows < heads, machine)
+    found = _in_registers(tier, held, vocab_size, rows < heads, machine)
     if found is None and forced:
         raise ValueError(
             f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers "
@@ -132,13 +132,7 @@ def choose(
 
 
 def _in_registers(
-    tier: str,
-    rows: int,
-    vocab_size: int,
-    itemsize: int,
-    excess: bool,
-    shared: bool,
-    machine: Machine,
+    tier: str, rows: int, vocab_size: int, shared: bool, machine: Machine
 ) -> Launch | None:
     """The launch that holds so many rows; None where nothing does."""
     block = max(triton.next_power_of_2(vocab_size), 128)
@@ -149,7 +143,7 @@ def _in_registers(
     nvidia = machine.nvidia
     if logits > (PREFERRED if shared else MOST):
         return None
-    crowded = logits == MOST and (excess or rows > 1)
+    crowded = num_ctas > 1 and logits == MOST
     of_a_thread = (128 if crowded else 64) if nvidia else 32
     # The edges of several rows are spread over the threads as well: a warp for each, or more.
     fewest = machine.warp_size * (max(held, 4) if rows > 1 else 1)
@@ -180,6 +174,7 @@ def constants(launch: Launch, heads: int, rows: int, excess: bool) -> dict[str, 
         held = {"ROWS": rows if whole_token else 1, "SHARED": shared}
     else:
         held = {"ROWS": triton.next_power_of_2(rows) if whole_token else 1}
+        held["CLUSTER"] = launch.num_ctas > 1
     return {
         **held,
         "HEADS": all_heads if whole_token or shared else 1,

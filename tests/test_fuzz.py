@@ -3,6 +3,7 @@
 WMTP_FUZZ_CASES: how many on the CPU, three twentieths as many interpreted. WMTP_FUZZ_SEED: others.
 """
 
+import math
 import os
 
 import pytest
@@ -56,6 +57,28 @@ def test_no_case_is_wrong(case):
 @fuzz(CASES * 3 // 20, shrink=False, backend=["triton"])
 def test_no_case_is_wrong_interpreted(case):
     assert_right(case)
+
+
+# What was wrong once, and is seldom drawn.
+PINNED = [
+    {"ignored": 1.0, "normalizer": ("float32", 0.0)},
+    {"weighting": "given", "weights": "denormal", "reduction": "weight_mean"},
+    {"weighting": "given", "weights": "huge"},
+    {"weighting": "given", "weights": "huge", "reduction": "weight_mean"},
+    {"length": 0, "form": "list", "leaf": False, "inplace": True, "objectives": ("loss",)},
+    {"weighting": "ref_ce", "reference": math.inf, "reduction": "weight_mean"},
+]
+
+
+@pytest.mark.parametrize("tier", ["", "token", "row", "online"])
+@pytest.mark.parametrize("options", PINNED, ids=str)
+def test_what_was_wrong_once(options, tier):
+    if tier == "row" and options.get("weighting") == "ref_ce":
+        pytest.skip("the row tier has known weights alone")
+    backend = {"backend": "triton", "tier": tier} if tier else {}
+    if tier and not kernels.interpreted():
+        pytest.skip("a GPU was found: Triton is not interpreted")
+    check(make_case(**options, **backend))
 
 
 # An operator with one thing wrong, in what it is given or in what it returns.

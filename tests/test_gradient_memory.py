@@ -1,5 +1,6 @@
 """One large gradient's memory is kept for the next one, and never while anybody can see it."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -185,6 +186,16 @@ def test_threads_never_share_it(monkeypatch):
         worker.join()
     assert len(found) == 3
     assert not any(overlap(found[i], found[j]) for i in range(3) for j in range(i))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_does_not_wait_for_a_thread_that_it_has_not():
+    with gradient_memory._lock:  # as another thread may, when the parent forks
+        child = os.fork()
+        if not child:
+            os._exit(0 if gradient_memory._lock.acquire(timeout=5) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.fixture

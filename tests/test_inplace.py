@@ -116,11 +116,12 @@ def test_under_saved_tensor_hooks(hooks):
         loss.backward()
 
 
-def test_a_parameter_is_not_overwritten():
+@pytest.mark.parametrize("view", [lambda p: p, lambda p: p[:, :], lambda p: p.view(p.shape)])
+def test_a_parameter_is_not_overwritten(view):
     logits, ids = torch.nn.Parameter(torch.randn(1, 6, 2, 40)), torch.randint(40, (1, 6))
     values = logits.detach().clone()
     with pytest.raises(ValueError, match="would overwrite a Parameter"):
-        cpu_loss(logits, ids, inplace=True)
+        cpu_loss(view(logits), ids, inplace=True)
     assert torch.equal(logits, values)
 
 

@@ -58,6 +58,18 @@ def test_compiled_whole(weighting, dtype, compiler):
             assert (ours - theirs).norm() <= 5e-3 * theirs.norm()
 
 
+def test_an_upstream_gradient_of_0_leaves_nothing_of_an_infinity():
+    (hidden, weight, _), options = make_case()
+    hidden.data[0, 1, 1] = float("inf")
+
+    def loss_of(hidden, weight):
+        return fused_linear_weighted_mtp_loss(hidden, weight, **options).loss
+
+    loss = torch.compile(loss_of, backend="aot_eager")(hidden, weight)
+    for gradient in torch.autograd.grad(loss, (hidden, weight), torch.tensor(0.0)):
+        assert not gradient.any()
+
+
 def test_chunk_bytes_may_follow_from_a_size():
     (hidden, weight, _), options = make_case()
 

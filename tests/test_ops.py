@@ -238,6 +238,22 @@ def test_a_compiled_loss_may_go_backward_twice():
     torch.testing.assert_close(first, second)
 
 
+def test_an_upstream_gradient_of_0_leaves_nothing_of_a_nan():
+    """Compiled as it is uncompiled: in the first backward, and in those that make it anew."""
+    case = make_case((2, 5, 3, 20), weighting="ref_ce")
+    case.options["ref_ce"][0, 2] = float("nan")
+    logits = case.logits.requires_grad_()
+    compiled = torch.compile(
+        lambda x: fused_weighted_mtp_loss(x * 1, case.target_ids, **case.options).loss,
+        backend="aot_eager",
+    )
+    loss = compiled(logits)
+    for _ in range(2):
+        zero = torch.tensor(0.0)
+        (gradient,) = torch.autograd.grad(loss, logits, zero, retain_graph=True)
+        assert not gradient.any()
+
+
 def test_a_gradient_that_waits_goes_with_its_graph():
     case = make_case((2, 5, 3, 20))
     waiting = []

@@ -65,7 +65,7 @@ def multiply(grad: Tensor, factor: Tensor | None, backend: str) -> Tensor:
     if factor is None:
         return grad
     if type(factor) is not Tensor or is_in_torch_dispatch_mode() or is_batched(factor):
-        return grad * factor
+        return torch.where(factor == 0, 0.0, grad * factor).to(grad.dtype)  # as the kernels do
     return KERNELS[backend].multiply_(grad, factor)
 
 

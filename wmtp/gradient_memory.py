@@ -20,6 +20,16 @@ _lock = threading.Lock()
 _kept: list[torch.UntypedStorage] = []  # one at most
 
 
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    # A thread of the parent may hold it, and does not exist in the child.
+    os.register_at_fork(after_in_child=_new_lock)
+
+
 def _references(held: list[torch.UntypedStorage]) -> tuple[int, int]:
     """How many hold it, in torch and in Python."""
     return torch._C._storage_Use_Count(held[0]._cdata), sys.getrefcount(held[0])

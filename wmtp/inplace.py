@@ -27,7 +27,7 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
         )
     if not has_storage(logits):  # then nothing is overwritten
         return
-    if isinstance(logits, torch.nn.Parameter):
+    if isinstance(logits, torch.nn.Parameter) or _is_view_of_leaf(logits):
         raise ValueError(
             "inplace=True would overwrite a Parameter with its gradient: pass inplace=False"
         )
@@ -66,6 +66,11 @@ def check_inplace_heads(inplace: bool, heads: Sequence[Tensor]) -> None:
             "inplace=True needs heads of memory of their own, got some that lie across each other: "
             "pass the tensor [B, S, H, V] that they are views of, or inplace=False"
         )
+
+
+def _is_view_of_leaf(logits: Tensor) -> bool:
+    base = logits._base
+    return base is not None and base.is_leaf and base.requires_grad
 
 
 def _autograd_forbids_overwriting(logits: Tensor) -> bool:

@@ -163,7 +163,7 @@ def _loss_gradient(logits, *arguments):
     grad = vars(row_scalar.untyped_storage()).pop("_wmtp_gradient", None)
     if grad is not None:
         return multiply(grad, _left_over(grad_loss, factors, logits.dtype), backend)
-    row_scalar = _for_each_row(row_scalar * grad_loss, shared_heads)
+    row_scalar = _for_each_row(upstream(row_scalar, grad_loss, None), shared_heads)
     return _row_gradient(logits, *saved, row_scalar, ignore_index, backend, shared_heads)
 
 

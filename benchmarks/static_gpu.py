@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the kernels, for cards that are not here.
 
-    python -m benchmarks.static_gpu [--check] [--sample] [--json FILE] [--summary FILE]
-                                    [--cubins FOLDER] [--only PATTERN] [--jobs N] [TARGET..]
+    python -m benchmarks.static_gpu [--check] [--sample N] [--json FILE] [--summary FILE]
+        [--cubins FOLDER] [--dtype D] [--only PATTERN] [--jobs N] [TARGET..]
 
 Every binary that the library can ask for (static_variants.py), as its own configuration function
 (kernels/gpu/tiers.py) would launch it, compiled for sm_80, sm_90, sm_100 and gfx942, each in a
@@ -161,7 +161,7 @@ def main() -> None:
     """Print a line a kernel, or write all as JSON; with --check, exit 1 if there is a complaint."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="print what is wrong, and fail")
-    parser.add_argument("--sample", action="store_true", help="one of each class, 80 in all")
+    parser.add_argument("--sample", type=int, help="one of each class, or so many if more")
     parser.add_argument("--json", type=Path, help="write the report there")
     parser.add_argument("--summary", type=Path, help="put this Triton's into that file")
     parser.add_argument("--cubins", type=Path, help="keep the binaries of the loss there")
@@ -179,8 +179,8 @@ def main() -> None:
         for variant in variants(modules, target)
         if options.dtype in (None, variant.dtype) and re.search(options.only, variant.name)
     ]
-    if options.sample:
-        work = sample(work, triton.__version__)
+    if options.sample is not None:
+        work = sample(work, options.sample, seed=triton.__version__)
     rows, complaints = [], 0
     for row in report(work, options.cubins, options.jobs):
         rows.append(row)

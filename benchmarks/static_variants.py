@@ -2,7 +2,8 @@
 
 A variant is one specialisation; two calls that would run the same binary are one variant.
 
-    H             1, 2, 3, 4, 5, 8; the logits of each head, or one row of logits for all of them
+    H             1, 2, 3, 4, 5, 8; the logits of each head, or one row of logits for all of them;
+                  of weights every H up to 8
     V             one of each class of block: a row in less than a CTA, in one, in clusters
     loss          known weights and excess, each tier that serves them, with and without gradient
     at V = 50257  few rows (split), heads in memory of their own (listed), gradients that lie
@@ -75,20 +76,21 @@ def variants(modules: dict[str, Any], target: str) -> Iterator[Variant]:
             yield variant
 
 
-def sample(
-    every: list[tuple[str, Variant]], seed: str, size: int = 80
-) -> list[tuple[str, Variant]]:
-    """One of each kind, and others up to `size`; which (target, H, V, dtype) is drawn by lot, the
-    same for the same seed."""
+def sample(every: list[tuple[str, Variant]], size: int, seed: str) -> list[tuple[str, Variant]]:
+    """One of each kind, then others up to `size`. Which target, H, V and dtype stands for a kind is
+    drawn by lot: the same for the same seed."""
 
     def lot(number: int) -> str:
         return hashlib.sha256(f"{seed} {number}".encode()).hexdigest()
 
     drawn = [every[number] for number in sorted(range(len(every)), key=lot)]
-    first = {variant.kind(): (target, variant) for target, variant in reversed(drawn)}
-    chosen = list(first.values())
-    others = [pair for pair in drawn if pair is not first[pair[1].kind()]]
-    return (chosen + others)[: max(size, len(chosen))]
+    kinds = set()
+    chosen: list[tuple[str, Variant]] = []
+    others: list[tuple[str, Variant]] = []
+    for target, variant in drawn:
+        (others if variant.kind() in kinds else chosen).append((target, variant))
+        kinds.add(variant.kind())
+    return chosen + others[: max(size - len(chosen), 0)]
 
 
 def machine(modules: dict[str, Any], target: str) -> Any:
@@ -105,6 +107,7 @@ def _variants(modules: dict[str, Any], machine: Any) -> Iterator[Variant]:
                 yield from _loss_variants(modules, machine, dtype, vocabulary, heads)
             for vocabulary in (1000, ODD):  # streaming in steps: two classes
                 yield from _streaming_variants(modules, machine, dtype, vocabulary, heads)
+    for heads in range(1, max(HEADS) + 1):
         yield from _small_variants(modules, heads)
 
 
@@ -220,10 +223,12 @@ def _small_variants(modules: dict[str, Any], heads: int) -> Iterator[Variant]:
     weights, tiers = modules["weights_kernel"], modules["tiers"]
     once = tiers.Launch("", 0, 8)
     tokens = {"H": heads, "TOKENS": weights.tokens_a_step(heads)}
-    for weighting in (weights.UNIFORM, weights.GIVEN, weights.EXCESS):
-        for reduction in weights.REDUCTIONS.values():
-            constants = {"WEIGHTING": weighting.value, "REDUCTION": reduction.value, **tokens}
-            yield Variant("weights", "fp32", 0, weights.weights_kernel, constants, once)
+    kernel = weights.weights_kernel
+    for weighting in ("UNIFORM", "GIVEN", "EXCESS"):
+        for reduction, code in weights.REDUCTIONS.items():
+            name = f"weights {weighting.lower()} {reduction}"
+            how = {"WEIGHTING": getattr(weights, weighting).value, "REDUCTION": code.value}
+            yield Variant(name, "fp32", 0, kernel, how | tokens, once)
     yield Variant("finish", "fp32", 0, weights.finish_kernel, tokens, once)
     scale = modules["scale_kernel"].scale_kernel
     for dtype, itemsize in ITEMSIZE.items():

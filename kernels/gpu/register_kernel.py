@@ -141,15 +141,17 @@ def register_kernel(
         live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
     scale = row_c / s
-    g, edge = scale[:, None] * x, scale[:, None] * edge
+    g = scale[:, None] * edge
     if CLUSTER:
-        g = minus_targets(g, peel[:, None] + offset, target, c, head, SHARED, H)
-        edge = minus_targets(edge, column, target, c, head, SHARED, H)
-    grad_ptr_inner = grad_ptr + first_unit(grad_begin, UNIT)[:, None] + offset
+        g = minus_targets(g, column, target, c, head, SHARED, H)
     g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr_inner, g, mask=inner_inside & real)
-    edge = tl.where(live[:, None], edge, 0.0).to(grad_ptr.dtype.element_ty)
-    tl.store(grad_ptr + grad_begin[:, None] + column, edge, mask=edge_inside & real)
+    tl.store(grad_ptr + grad_begin[:, None] + column, g, mask=edge_inside & real)
+    grad_ptr_inner = grad_ptr + first_unit(grad_begin, UNIT)[:, None] + offset
+    g_inner = scale[:, None] * x
+    if CLUSTER:
+        g_inner = minus_targets(g_inner, peel[:, None] + offset, target, c, head, SHARED, H)
+    g_inner = tl.where(live[:, None], g_inner, 0.0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr_inner, g_inner, mask=inner_inside & real)
     if not CLUSTER:
         if SHARED:
             c = of_agreeing(target, c)

@@ -8,14 +8,18 @@
 BLOCK is the power of two that holds V. A program is a cluster of CTAs:
 
     logits a CTA   a thread   registers   CTAs an SM   when
-    <= 16384       64         <= 128      2 and more   16-bit logits on NVIDIA: one CTA loads while
-                                                       another stores. Preferred, as long as the
-                                                       largest cluster suffices: 16, on sm_120 8
-    <= 16384       64         <= 144      1 and more   float32: 128 registers would spill
-    <= 16384       32         <= 128      1 and more   one row for all heads, whose H targets take
-                                                       registers; AMD, whose 64 lanes do
-    32768          64         <= 128      1            beyond that cluster; no clusters
+    <= 16384       64         <= 128      2 and more   one head's row on NVIDIA, mostly: one CTA
+                                                       loads while another stores. Preferred, as
+                                                       long as the largest cluster suffices: 16,
+                                                       on sm_120 8
+    <= 16384       64         <= 255      1 and more   several heads in a program
+    32768          64         <= 128      1            one head's row, beyond one CTA of 16384
+                                                       where there are no clusters
+    32768          128        <= 255      1            clusters and several rows: 512 threads of
+                                                       128 registers would spill, or fail to compile
+    any            32         <= 128      1 and more   AMD, whose 64 lanes do
 
+More than four rows of a token in one CTA hold 16384 at most: their edges take registers too.
 More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Excess
 weights need the whole token; known weights take the row, whose clusters are smaller. Without a
 gradient there is nothing to keep, and the online kernel reads once.
@@ -140,11 +144,11 @@ def _in_registers(
     logits = block * held
     num_ctas = min(max(logits // PREFERRED, 1), machine.most_ctas)
     logits //= num_ctas
-    nvidia = machine.nvidia
-    if logits > (PREFERRED if shared else MOST):
+    alone = num_ctas == 1
+    if logits > (PREFERRED if shared or (alone and held > 4) else MOST):
         return None
-    crowded = num_ctas > 1 and logits == MOST
-    of_a_thread = (128 if crowded else 64) if nvidia else 32
+    crowded = logits == MOST and not (alone and rows == 1)
+    of_a_thread = (128 if crowded else 64) if machine.nvidia else 32
     # The edges of several rows are spread over the threads as well: a warp for each, or more.
     fewest = machine.warp_size * (max(held, 4) if rows > 1 else 1)
     threads = max(logits // of_a_thread, fewest)

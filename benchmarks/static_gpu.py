@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the kernels, for cards that are not here.
 
-    python -m benchmarks.static_gpu [--check] [--sample N] [--json FILE] [--summary FILE]
-        [--cubins FOLDER] [--dtype D] [--only PATTERN] [--jobs N] [TARGET..]
+    python -m benchmarks.static_gpu [--check [--compiles]] [--sample N] [--json FILE]
+        [--summary FILE] [--cubins FOLDER] [--dtype D] [--only PATTERN] [--jobs N] [TARGET..]
 
 Every binary that the library can ask for (static_variants.py), as its own configuration function
 (kernels/gpu/tiers.py) would launch it, compiled for sm_80, sm_90, sm_100 and gfx942, each in a
@@ -161,6 +161,7 @@ def main() -> None:
     """Print a line a kernel, or write all as JSON; with --check, exit 1 if there is a complaint."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="print what is wrong, and fail")
+    parser.add_argument("--compiles", action="store_true", help="fail for what has no binary alone")
     parser.add_argument("--sample", type=int, help="one of each class, or so many if more")
     parser.add_argument("--json", type=Path, help="write the report there")
     parser.add_argument("--summary", type=Path, help="put this Triton's into that file")
@@ -185,7 +186,7 @@ def main() -> None:
     for row in report(work, options.cubins, options.jobs):
         rows.append(row)
         found = complaint(row) if options.check else None
-        complaints += found is not None
+        complaints += found is not None and not (options.compiles and "failure" not in row)
         if found or not (options.check or options.json):
             print(json.dumps({"complaint": found, **row} if found else row), flush=True)
     if options.json is not None:

@@ -85,7 +85,9 @@ class Bounds:
         # What a gradient is written in, and rounded to again when backward multiplies it; a view
         # that shows an entry several times rounds their sum once more.
         self.kept = rounding(dtype, 1.02 if self.case["leaf"] else 1.6)
-        self.kept = self.kept._replace(least=max(self.kept.least, self.acc.normal))
+        # What was taken for 0 when it was written ahead is 0 times any upstream gradient.
+        least = max(self.kept.least, self.acc.normal) * max(1.0, abs(self.case["grad_loss"]))
+        self.kept = self.kept._replace(least=least)
         self.valid = problem.valid
         self.given = {name: self._dense(name) for name in exact.tensors.given}
         x = Off(exact.logits, self._logits_off())

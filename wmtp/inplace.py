@@ -104,6 +104,12 @@ class Overwritten:
                 )
         return self._gradients
 
+    def multiplied(self) -> None:
+        """By backward: they stand where they stood, of other values."""
+        for gradient, note in zip(self._gradients, self._notes, strict=True):
+            note.sample(gradient)
+            _keep(gradient, _notes(gradient))
+
 
 class _Note:
     """That a gradient stands where these logits were."""
@@ -117,6 +123,9 @@ class _Note:
             self.sizes.append(samples)
             self.strides.append((size - 1) // (samples - 1) * stride if samples > 1 else 0)
         self.offset = logits.storage_offset()
+        self.sample(logits)
+
+    def sample(self, logits: Tensor) -> None:
         self.values = torch.as_strided_copy(logits, self.sizes, self.strides)
 
     def stands(self, storage: torch.UntypedStorage, where: Layout) -> bool:
@@ -127,7 +136,10 @@ class _Note:
         if values.is_cuda and torch.cuda.is_current_stream_capturing():
             return not self.written_since
         now = values.new_empty(0).set_(storage, self.offset, self.sizes, self.strides)
-        same = (now == values) | (now.isnan() & values.isnan())
+        same = now == values
+        if where == self.layout and not same.any() and not values.isnan().any():
+            return False  # the usual refill, told by three operators
+        same |= now.isnan() & values.isnan()
         if self._some_lie_in(where, same & values.isfinite() & (values != 0)):
             return True
         if self._some_lie_in(where, ~same):
@@ -151,9 +163,13 @@ def note_overwritten(logits: Tensor) -> _Note:
     error, and whoever passes them in again gets ours, until they are filled again."""
     note = _Note(logits)
     others = [other for other in _notes(logits) if other.layout != note.layout]
-    torch.autograd.graph.increment_version(logits)
-    logits.untyped_storage()._wmtp_notes = logits._version, [*others, note]  # type: ignore[attr-defined]
+    _keep(logits, [*others, note])
     return note
+
+
+def _keep(logits: Tensor, notes: list[_Note]) -> None:
+    torch.autograd.graph.increment_version(logits)
+    logits.untyped_storage()._wmtp_notes = logits._version, notes  # type: ignore[attr-defined]
 
 
 def check_not_overwritten(name: str, logits: Tensor) -> None:
@@ -163,14 +179,16 @@ def check_not_overwritten(name: str, logits: Tensor) -> None:
     if not notes:
         return
     storage, where = logits.untyped_storage(), Layout.of(logits)
-    for note in [note for note in notes if overlap(note.layout, where)]:
+    for note in notes.copy():
+        if note.layout != where and not overlap(note.layout, where):
+            continue
         if note.stands(storage, where):
             raise ValueError(
                 f"{name} have been overwritten by their gradient: an earlier loss was computed "
                 f"from them with inplace=True; compute them again, or pass inplace=False there"
             )
         note.written_since = True
-        if not note.stands(storage, note.layout):
+        if note.layout == where or not note.stands(storage, note.layout):
             notes.remove(note)
 
 

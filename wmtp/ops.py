@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from wmtp.backends import KERNELS, multiply
 from wmtp.derivatives import constant_of, no_second_derivative, upstream, weights_gradient
-from wmtp.inplace import GRADIENT_IS_TAKEN, Overwritten, note_overwritten
+from wmtp.inplace import GRADIENT_IS_TAKEN, Overwritten
 from wmtp.layout import heads_share_storage, is_aligned
 from wmtp.reduction import accumulation_dtype
 from wmtp.transforms import is_batched
@@ -281,9 +281,9 @@ def _handed_out(ctx, written, factor):
         return grad.unbind(2) if ctx.listed else [grad.expand(ctx.shape)]
     parts = written.take()
     for part in parts:
-        # `.data`: our own write, which note_overwritten counts, and not somebody else's.
+        # `.data`: our own write, and not somebody else's.
         multiply(part.data[:, :, :1] if ctx.shared_heads else part.data, factor, ctx.backend)
-        note_overwritten(part)
+    written.multiplied()
     return parts
 
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import head_targets, of_agreeing
+from wmtp.kernels.heads import head_targets, of_agreeing, position
 from wmtp.kernels.rows import (
     ONE_BINARY,
     OPTIONS,
@@ -117,10 +117,9 @@ def row_gradient_kernel(
 ):
     ROWS: tl.constexpr = 1 if SHARED_HEADS else H
     HEADS: tl.constexpr = triton.next_power_of_2(H) if SHARED_HEADS else 1
-    token = tl.program_id(0).to(tl.int64) // ROWS
-    row = tl.program_id(0).to(tl.int64) % ROWS
-    b = token // seq_len
-    t = token % seq_len
+    token = (tl.program_id(0) // ROWS).to(tl.int64)
+    row = (tl.program_id(0) % ROWS).to(tl.int64)
+    b, t = position(token, seq_len)
     begin = lead + b * stride_b + t * stride_s + row * stride_h
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
 
@@ -136,7 +135,7 @@ def row_gradient_kernel(
     log_s = tl.load(log_sum_ptr + head_ptr, mask=valid, other=float("-inf"))
     bad = tl.sum(tl.where(log_s == log_s, 0.0, log_s), axis=0)
     scale = tl.sum(c, axis=0) * tl.exp(-(tl.max(log_s, axis=0) + bad))
-    target = tl.where(valid, target, -1).to(tl.int32)
+    target = tl.where(valid, target, -1)
     x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0)
     entry = scale * tl.exp(x_target.to(tl.float32) - m) - of_agreeing(target, c)
     write_gradient(

@@ -11,12 +11,21 @@ from wmtp.kernels.rows import rounded_product
 
 
 @triton.jit
+def position(token, seq_len):
+    """(b, t) of a token. Divided as int32: of int64 the division is a call, and around it
+    registers spill."""
+    token = token.to(tl.int32)
+    return (token // seq_len).to(tl.int64), (token % seq_len).to(tl.int64)
+
+
+@triton.jit
 def head_targets(target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H: tl.constexpr):
-    """(target, valid, in_range), each of head's shape; target is 0 where no position follows."""
+    """(target, valid, in_range), each of head's shape; target is int32, and -1 out of range."""
     ahead = (head < H) & (t + head + 1 < seq_len)
     target = tl.load(target_ptr + token + head + 1, mask=ahead, other=0)
     valid = ahead & (target != ignore_index)
-    return target, valid, (target >= 0) & (target < vocab_size)
+    in_range = (target >= 0) & (target < vocab_size)
+    return tl.where(in_range, target, -1).to(tl.int32), valid, in_range
 
 
 @triton.jit
@@ -30,7 +39,7 @@ def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
 
 @triton.jit
 def settle_heads(
-    ce, m, log_s, head, valid, in_range, token, seq_len, ref_ce_ptr, temperature_ptr, factors_ptr,
+    ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, temperature_ptr, factors_ptr,
     row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
     H: tl.constexpr, EXCESS: tl.constexpr, SIGNED: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +51,7 @@ def settle_heads(
     is_first = tl.program_id(1) == 0
     mine = tl.where(is_first, head < H, False)
     if EXCESS:
-        ref_ce = tl.load(ref_ce_ptr + token - token // seq_len + head, mask=valid)  # [B, S-1]
+        ref_ce = tl.load(ref_ce_ptr + token - b + head, mask=valid)  # [B, S-1]
         row_scalar = excess_weights(ce, ref_ce, valid, tl.load(temperature_ptr), SIGNED)
         tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
         tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0), mask=is_first)

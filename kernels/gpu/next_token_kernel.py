@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from wmtp.kernels.heads import position
 from wmtp.kernels.rows import (
     ONE_BINARY,
     OPTIONS,
@@ -33,10 +34,9 @@ def next_token_ce_kernel(
     ignore_index,
     BLOCK: tl.constexpr,
 ):
-    position = tl.program_id(0).to(tl.int64)
-    b = position // (seq_len - 1)
-    t = position % (seq_len - 1)
-    target = tl.load(target_ptr + b * seq_len + t + 1)
+    index = tl.program_id(0).to(tl.int64)  # of the reference cross entropy
+    b, t = position(index, seq_len - 1)
+    target = tl.load(target_ptr + index + b + 1)
     in_range = (target >= 0) & (target < vocab_size)
     ce = 0.0
     if target != ignore_index:
@@ -44,7 +44,7 @@ def next_token_ce_kernel(
         x_target = tl.load(logits_ptr + begin + target, mask=in_range).to(tl.float32)
         m, s = row_max_sum(logits_ptr, begin, vocab_size, BLOCK, "evict_first")
         ce, _log_s = cross_entropy(m, s, x_target, in_range)
-    tl.store(ref_ce_ptr + position, ce)
+    tl.store(ref_ce_ptr + index, ce)
 
 
 def next_token_ce(

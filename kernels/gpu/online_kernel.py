@@ -18,7 +18,14 @@ import triton
 import triton.language as tl
 
 from wmtp.kernels.gradient_kernel import write_gradient
-from wmtp.kernels.heads import head_offset, head_targets, of_agreeing, of_head, settle_heads
+from wmtp.kernels.heads import (
+    head_offset,
+    head_targets,
+    of_agreeing,
+    of_head,
+    position,
+    settle_heads,
+)
 from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
 from wmtp.kernels.rows import ONE_BINARY, cross_entropy, row_max_sum
 
@@ -66,10 +73,9 @@ def online_kernel(
 ):
     ITEMSIZE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
     EVICT: tl.constexpr = "evict_last" if GRAD else "evict_first"
-    token = tl.program_id(0).to(tl.int64) // PROGRAMS
+    token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     first = tl.program_id(0) % PROGRAMS
-    b = token // seq_len
-    t = token % seq_len
+    b, t = position(token, seq_len)
     head = first + tl.arange(0, HEADS)
     target, valid, in_range = head_targets(
         target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
@@ -102,14 +108,14 @@ def online_kernel(
     ce, log_s = cross_entropy(m, s, x_target, in_range)
 
     c = settle_heads(
-        ce, m, log_s, head, valid, in_range, token, seq_len, ref_ce_ptr, temperature_ptr,
+        ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, temperature_ptr,
         factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
         H, EXCESS, SIGNED,
     )  # fmt: skip
 
     if GRAD:
         column, columns = part_of_row(tl.program_id(1), vocab_size, SPLITS, ITEMSIZE)
-        target = tl.where(valid, target - column, -1).to(tl.int32)
+        target = tl.where(valid & in_range, target - column, -1)
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
             row_target, row_c = tl.where(of_row, target, -1), tl.where(of_row, c, 0.0)

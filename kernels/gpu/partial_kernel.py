@@ -11,7 +11,7 @@ overwritten.
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import head_offset, head_targets
+from wmtp.kernels.heads import head_offset, head_targets, position
 from wmtp.kernels.rows import ONE_BINARY, UNIT_BYTES, finite_or_zero, rounded_product, row_max_sum
 
 
@@ -49,10 +49,9 @@ def partial_kernel(
     ITEMSIZE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    token = row // ROWS
-    b = token // seq_len
-    t = token % seq_len
-    first = row % ROWS
+    token = (tl.program_id(0) // ROWS).to(tl.int64)
+    b, t = position(token, seq_len)
+    first = (tl.program_id(0) % ROWS).to(tl.int64)
     head = first + tl.arange(0, HEADS)
     target, valid, in_range = head_targets(
         target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H

@@ -25,6 +25,7 @@ from wmtp.kernels.heads import (
     head_targets,
     of_agreeing,
     of_head,
+    position,
     settle_heads,
     with_weight,
 )
@@ -82,10 +83,9 @@ def register_kernel(
 ):
     SHARED: tl.constexpr = HEADS != ROWS
     UNIT: tl.constexpr = UNIT_BYTES // (grad_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    token = tl.program_id(0).to(tl.int64) // PROGRAMS
+    token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     first = tl.program_id(0) % PROGRAMS
-    b = token // seq_len
-    t = token % seq_len
+    b, t = position(token, seq_len)
     head = first + tl.arange(0, HEADS)
     target, valid, in_range = head_targets(
         target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
@@ -127,14 +127,14 @@ def register_kernel(
         head_s = s + tl.zeros((HEADS,), tl.float32)
     ce, log_s = cross_entropy(head_m, head_s, x_target, in_range)
     c = settle_heads(
-        ce, head_m, log_s, head, valid, in_range, token, seq_len, ref_ce_ptr, temperature_ptr,
+        ce, head_m, log_s, head, valid, in_range, token, b, ref_ce_ptr, temperature_ptr,
         factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
         H, EXCESS, SIGNED,
     )  # fmt: skip
     # All threads have read before one writes. A row of several warps has passed barriers by then,
     # for its maximum and its sum; one that a single warp holds has not.
     tl.debug_barrier()
-    target = tl.where(valid, target, -1).to(tl.int32)
+    target = tl.where(valid, target, -1)
     row_c = c
     live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H, EXCESS)
     if SHARED:
@@ -157,7 +157,7 @@ def register_kernel(
             c = of_agreeing(target, c)
         entry = scale * tl.exp(x_target - shift) - c  # [HEADS]
         tl.debug_barrier()  # another thread has stored there
-        written = (target >= 0) & (target < vocab_size) & live
+        written = (target >= 0) & live
         tl.store(grad_ptr + grad_begin + target, entry.to(grad_ptr.dtype.element_ty), mask=written)
 
 

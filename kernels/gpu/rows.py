@@ -37,8 +37,8 @@ def launch_shape(vocab_size: int, itemsize: int, warp_size: int = 32) -> tuple[i
 
         row bytes   threads   step      why
         >= 8 KiB    256       8 KiB     two 16-byte loads in flight a thread. An H100 needs 25 GB/s
-                                        x 600 ns = 15 KiB in flight an SM: two programs, of the five
-                                        that 48 registers a thread allow
+                                        x 600 ns = 15 KiB in flight an SM: two programs, of the four
+                                        that 64 registers a thread allow
         less        fewer     the row   a short row must not leave most lanes masked
 
     The lower end is what the edges need: two units of lanes, one for each running maximum.

@@ -18,6 +18,7 @@ BLOCK is the power of two that holds V. A program is a cluster of CTAs:
     32768          128        <= 255      1            clusters and several rows: 512 threads of
                                                        128 registers would spill, or fail to compile
     any            32         <= 128      1 and more   AMD, whose 64 lanes do
+    online         16 or 8    <= 64       4 and more   enough to have a B200's bytes in flight
 
 More than four rows of a token in one CTA hold 16384 at most: their edges take registers too.
 More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Excess
@@ -35,6 +36,7 @@ from wmtp.kernels.rows import OPTIONS, launch_shape, warp_size
 
 TIERS = ("token", "row", "online")
 PREFERRED, MOST = 16384, 32768  # logits a CTA
+REGISTERS = 65536  # an NVIDIA SM's
 
 
 class Machine(NamedTuple):
@@ -53,7 +55,7 @@ class Launch(NamedTuple):
     block: int
     num_warps: int
     num_ctas: int = 1
-    max_registers: int | None = None  # a thread's, where the compiler would take some more
+    max_registers: int | None = None  # a thread's
 
     def options(self) -> dict[str, int]:
         """Triton's; AMD's compiler knows the first two alone."""
@@ -154,12 +156,20 @@ def _in_registers(
     threads = max(logits // of_a_thread, fewest)
     if threads > 1024:
         return None
-    return Launch(tier, block, threads // machine.warp_size, num_ctas)
+    one_head = rows == 1 and not shared
+    most = 128 if one_head and of_a_thread <= 64 else min(255, REGISTERS // threads)
+    return Launch(tier, block, threads // machine.warp_size, num_ctas, _cap(most, machine))
+
+
+def _cap(registers: int, machine: Machine) -> int | None:
+    """Said, it is a limit to keep to; unsaid, NVIDIA's compiler aims lower, and spills for it."""
+    return registers if machine.nvidia else None
 
 
 def online(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
     """Rows in steps."""
-    return Launch("online", *launch_shape(vocab_size, itemsize, machine.warp_size))
+    shape = launch_shape(vocab_size, itemsize, machine.warp_size)
+    return Launch("online", *shape, max_registers=_cap(64, machine))
 
 
 def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> int:

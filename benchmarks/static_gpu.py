@@ -22,11 +22,12 @@ object a binary:
 """
 
 import argparse
-import collections
+import hashlib
 import importlib
 import importlib.util
 import json
 import multiprocessing
+import multiprocessing.connection
 import re
 import sys
 import types
@@ -95,29 +96,37 @@ def report(work: list[tuple[str, Variant]], cubins: Path | None, jobs: int) -> I
 def in_processes(
     function: Callable[[Any], Row], arguments: Iterable[Any], jobs: int
 ) -> Iterator[Row]:
-    """function(argument) for each, in order, each in a fork of this process."""
+    """function(argument) for each, in order, each in a fork of this process, `jobs` at a time."""
     context = multiprocessing.get_context("fork")
-    running: collections.deque[tuple[Any, Any]] = collections.deque()
+    running: dict[Any, tuple[int, Any]] = {}  # by receiver
+    done: dict[int, Row] = {}
+    yielded = 0
 
-    def found() -> Row:
-        process, receiver = running.popleft()
-        try:
-            row = receiver.recv()
-        except EOFError:
-            row = None
-        process.join()
-        return row or {"failure": f"the compiler died of signal {-process.exitcode}"}
+    def settled() -> Iterator[Row]:
+        nonlocal yielded
+        for receiver in multiprocessing.connection.wait(list(running)):
+            number, process = running.pop(receiver)
+            try:
+                row = receiver.recv()
+            except EOFError:
+                row = None
+            process.join()
+            died = f"the compiler died of signal {-process.exitcode}"
+            done[number] = row or {"failure": died}
+        while yielded in done:
+            yield done.pop(yielded)
+            yielded += 1
 
-    for argument in arguments:
+    for number, argument in enumerate(arguments):
         if len(running) == jobs:
-            yield found()
+            yield from settled()
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_send, args=(sender, function, argument))
         process.start()
         sender.close()
-        running.append((process, receiver))
+        running[receiver] = number, process
     while running:
-        yield found()
+        yield from settled()
 
 
 def _send(sender: Any, function: Callable[[Any], Row], argument: Any) -> None:
@@ -145,10 +154,29 @@ def summary(rows: list[Row]) -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def add_summary(file: Path, version: str, rows: list[Row]) -> None:
-    """Put this version's into the file, beside what it holds of others; a line a kernel."""
+def read_summary(file: Path) -> dict[str, Any]:
+    """What the file says of these kernels; of others, nothing."""
     known = json.loads(file.read_text()) if file.exists() else {}
-    known[version] = summary(rows)
+    return known if known.get("kernels") == kernels_digest() else {"kernels": kernels_digest()}
+
+
+def kernels_digest() -> str:
+    """Of all that a binary follows from, but its compiler."""
+    here = Path(__file__).resolve().parent
+    folder = Path(str(sys.modules["wmtp.kernels"].__path__[0]))
+    sources = [
+        *sorted(folder.glob("*.py")),
+        here / "static_compile.py",
+        here / "static_variants.py",
+    ]
+    text = b"".join(source.read_bytes() for source in sources)
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def add_summary(file: Path, version: str, rows: list[Row]) -> None:
+    """Put this version's targets into the file, beside what it holds of others; a line a kernel."""
+    known = read_summary(file)
+    known[version] = {**known.get(version, {}), **summary(rows)}
     text = json.dumps(dict(sorted(known.items())), indent=1)
     file.write_text(re.sub(r"\{\s+(\"variants[^}]*?)\s+\}", _on_one_line, text) + "\n")
 
@@ -157,47 +185,69 @@ def _on_one_line(found: re.Match[str]) -> str:
     return "{" + re.sub(r"\s+", " ", found[1]) + "}"
 
 
-def main() -> None:
-    """Print a line a kernel, or write all as JSON; with --check, exit 1 if there is a complaint."""
+def chosen(options: argparse.Namespace, targets: list[str]) -> list[tuple[str, Variant]]:
+    """The variants of these targets that the options leave."""
+    import triton
+
+    modules = load_kernels()
+    work = [
+        (target, variant)
+        for target in targets
+        for variant in variants(modules, target)
+        if options.dtype in (None, variant.dtype) and re.search(options.only, variant.name)
+    ]
+    return work if options.sample is None else sample(work, options.sample, triton.__version__)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--check", action="store_true", help="print what is wrong, and fail")
     parser.add_argument("--compiles", action="store_true", help="fail for what has no binary alone")
     parser.add_argument("--sample", type=int, help="one of each class, or so many if more")
     parser.add_argument("--json", type=Path, help="write the report there")
-    parser.add_argument("--summary", type=Path, help="put this Triton's into that file")
+    parser.add_argument(
+        "--summary", type=Path, help="put what is found there, target by target; go on from there"
+    )
     parser.add_argument("--cubins", type=Path, help="keep the binaries of the loss there")
     parser.add_argument("--dtype", choices=ITEMSIZE, help="one instead of all")
     parser.add_argument("--only", default="", help="variants whose name matches this pattern")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(CARDS)}; all by default")
     options = parser.parse_args()
+    partly = options.only or options.dtype or options.sample is not None
+    if options.summary is not None and partly:
+        parser.error("--summary is of all variants: leave --only, --dtype and --sample out")
+    options.targets = options.targets or list(CARDS)
+    return options
+
+
+def main() -> None:
+    """Print a line a kernel, or write all as JSON; with --check, exit 1 if there is a complaint."""
     import triton
 
-    modules = load_kernels()
-    work = [
-        (target, variant)
-        for target in options.targets or list(CARDS)
-        for variant in variants(modules, target)
-        if options.dtype in (None, variant.dtype) and re.search(options.only, variant.name)
-    ]
-    if options.sample is not None:
-        work = sample(work, options.sample, seed=triton.__version__)
-    rows, complaints = [], 0
-    for row in report(work, options.cubins, options.jobs):
-        rows.append(row)
-        found = complaint(row) if options.check else None
-        complaints += found is not None and not (options.compiles and "failure" not in row)
-        if found or not (options.check or options.json):
-            print(json.dumps({"complaint": found, **row} if found else row), flush=True)
+    options, version = arguments(), triton.__version__
+    parts, rows, complaints = [options.targets], [], 0
+    if options.summary is not None:  # target by target, and what is there is not made again
+        there = read_summary(options.summary).get(version, {})
+        parts = [[target] for target in options.targets if target not in there]
+        lines = [line for kernels in there.values() for line in kernels.values()]
+        complaints += sum(line["complaints"] for line in lines)
+    for part in parts:
+        of_part = []
+        for row in report(chosen(options, part), options.cubins, options.jobs):
+            of_part.append(row)
+            found = complaint(row) if options.check else None
+            complaints += found is not None and not (options.compiles and "failure" not in row)
+            if found or not (options.check or options.json):
+                print(json.dumps({"complaint": found, **row} if found else row), flush=True)
+        if options.summary is not None:
+            add_summary(options.summary, version, of_part)
+        rows += of_part
     if options.json is not None:
-        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}))
-    if options.summary is not None:
-        add_summary(options.summary, triton.__version__, rows)
+        options.json.write_text(json.dumps({"triton": version, "kernels": rows}))
     if options.check:
-        tiers = sorted({row["tier"] for row in rows if row.get("tier")})
-        found_tiers = ", ".join(tiers)
-        print(f"Triton {triton.__version__}: {len(rows)} kernels, tiers {found_tiers},", end=" ")
-        print(f"{complaints} complaints")
+        tiers = ", ".join(sorted({row["tier"] for row in rows if row.get("tier")}))
+        print(f"Triton {version}: {len(rows)} kernels, tiers {tiers}, {complaints} complaints")
     sys.exit(complaints > 0)
 
 

@@ -168,10 +168,14 @@ def test_the_summary_counts_by_target_and_kernel_and_keeps_other_versions(tmp_pa
     file = tmp_path / "summary.json"
     for version in ("3.9.0", "3.6.0"):
         static_gpu.add_summary(file, version, rows)
+    static_gpu.add_summary(file, "3.9.0", [{**known, "target": "cuda:80"}])
     found = json.loads(file.read_text())
-    assert list(found) == ["3.6.0", "3.9.0"]
+    assert list(found) == ["3.6.0", "3.9.0", "kernels"]
+    assert list(found["3.9.0"]) == ["cuda:90", "cuda:80"]
     assert found["3.9.0"]["cuda:90"] == {
         "online": {"variants": 2, "failures": 0, "spills": 1, "complaints": 1, "registers": 64},
         "weights": {"variants": 1, "failures": 1, "spills": 0, "complaints": 1, "registers": 40},
     }
-    assert len(file.read_text().splitlines()) < 16
+    assert len(file.read_text().splitlines()) < 20
+    file.write_text(json.dumps({**found, "kernels": "others"}))
+    assert list(static_gpu.read_summary(file)) == ["kernels"]

@@ -104,7 +104,8 @@ def in_processes(
 
     def settled() -> Iterator[Row]:
         nonlocal yielded
-        for receiver in multiprocessing.connection.wait(list(running)):
+        ready: list[Any] = multiprocessing.connection.wait(list(running))
+        for receiver in ready:
             number, process = running.pop(receiver)
             try:
                 row = receiver.recv()

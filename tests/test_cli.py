@@ -65,7 +65,10 @@ def test_train_refuses_what_cannot_be(corpus, tmp_path):
     for arguments, message in (
         (["--algo", "rho2"], "'rho2' is not one of mtp-baseline, critic-wmtp, rho1-wmtp"),
         (["--algo", "mtp-baseline", "--out", used], "is not empty and holds no run"),
-        (["--algo", "mtp-baseline", "--steps", 0], "steps must be at least 1, got 0"),
+        (
+            ["--algo", "mtp-baseline", "--steps", 0],
+            "steps must be a whole number, at least 1, got 0",
+        ),
         (["--algo", "mtp-baseline", "--loss", "cce"], "loss must be one of ('linear', 'fused', "),
         (["--algo", "mtp-baseline", "--seq-len", 9999], "pass more text or a smaller --seq-len"),
         (["--algo", "rho1-wmtp", "--ref", tmp_path], "no model in"),

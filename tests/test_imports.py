@@ -17,7 +17,7 @@ LAYERS = [
     {"checks"},
     {"cpu_library"},
     {"reference", "cpu", "kernels"},
-    {"backends", "derivatives"},
+    {"backends", "derivatives", "weightings"},
     {"ops", "chunks"},
     {"head_list", "linear_ops"},
     {"loss", "linear"},

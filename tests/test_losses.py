@@ -8,6 +8,7 @@ from tiny_runs import (
     ALGORITHMS,
     SMALL,
     VOCABULARY,
+    differences,
     largest_allocation,
     make_trainer,
     read_metrics,
@@ -43,20 +44,6 @@ def curve(algo, data, out, **settings):
     torch.manual_seed(0)  # of the reference
     trainer = make_trainer(algo, data, out, steps=STEPS, **settings)
     return [trainer.train_step(trainer._next_batch()) for _ in range(trainer.total_steps)]
-
-
-def differences(curve, other):
-    """By quantity, the largest difference of the two curves, relative to 1 where it is smaller."""
-    assert [record["stage"] for record in curve] == [record["stage"] for record in other]
-    numbers = {name for record in curve for name in record if name not in ("step", "stage", "lr")}
-    return {
-        name: max(
-            abs(a[name] - b[name]) / max(1, abs(b[name]))
-            for a, b in zip(curve, other, strict=True)
-            if name in a
-        )
-        for name in numbers
-    }
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.03)])

@@ -8,7 +8,7 @@ from wmtp.registry import Registry, scorer_registry, trainer_registry
 def test_the_library_registers_its_algorithms_and_scorers():
     assert trainer_registry.names() == ["mtp-baseline", "critic-wmtp", "rho1-wmtp"]
     assert trainer_registry.get("rho1-wmtp") is wmtp.trainers.Rho1WmtpTrainer
-    assert scorer_registry.get("critic-td") is wmtp.scorers.CriticScorer
+    assert scorer_registry.get("critic-wmtp") is wmtp.scorers.CriticScorer
     entry = trainer_registry.entry("rho1-wmtp")
     assert (entry.category, entry.version) == ("trainer", "2.0.0")
 

@@ -106,8 +106,19 @@ def test_learning_rate_rises_then_falls_to_a_tenth():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"seq_len": 1}, "seq_len must be at least 2"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1, got 0"),
+        ({"seq_len": 1}, "seq_len must be a whole number, at least 2"),
+        ({"steps": 2.5}, "steps must be a whole number, at least 1, got 2.5"),
+        ({"steps": True}, "steps must be a whole number, at least 1, got True"),
+        ({"excess": "foo"}, r"excess must be one of \('abs', 'signed'\), got foo"),
+        ({"reduction": "mean"}, r"reduction must be one of \('token_mean', "),
+        ({"discount": 7}, "discount must be between 0 and 1, got 7"),
+        ({"gamma": float("nan")}, "gamma must be between 0 and 1, got nan"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0 and finite, got -0.1"),
+        ({"lr": "fast"}, "lr must be positive and finite, got fast"),
+        ({"attention_heads": 0}, "attention_heads must be a whole number, at least 1, got 0"),
+        ({"dim": 24}, "dim must be a multiple of 2 x attention_heads = 16, got 24"),
+        ({"horizon": 600}, "horizon must be below seq_len 512, got 600"),
         ({"lr": float("nan")}, "lr must be positive and finite"),
         ({"precision": "fp8"}, "precision must be one of"),
         ({"loss": "liger"}, r"loss must be one of \('linear', 'fused', 'eager'\), got liger"),
@@ -127,13 +138,11 @@ def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
     batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
     with torch.no_grad():
         output = trainer.model(batch["input_ids"])
-        arguments = trainer.loss_arguments(batch, output)
-        settings = {name: value for name, value in arguments.items() if name != "head_weights"}
+        weighting = trainer.compute_head_weights(batch, output)
+        settings = {} if algo == "mtp-baseline" else dict(vars(weighting))
         logits = trainer.model.unembed(output.head_hidden_states)
-        expected = compute_weighted_mtp_loss(
-            logits, batch["target_ids"], arguments.get("head_weights"), 3, **settings
-        )
-        weights = trainer.compute_head_weights(batch, expected.ce_per_head, arguments)
+        expected = compute_weighted_mtp_loss(logits, batch["target_ids"], horizon=3, **settings)
+        weights = weighting.weights(expected.ce_per_head, batch["target_ids"])
     again = compute_weighted_mtp_loss(logits, batch["target_ids"], weights, 3)
     record = trainer.train_step(batch)
     assert record["step"] == trainer.step == 1
@@ -168,7 +177,7 @@ def test_the_value_loss_never_reaches_the_model(data, tmp_path):
     trainer = make_trainer("critic-wmtp", data, tmp_path)
     batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
     output = trainer.model(batch["input_ids"])
-    loss = trainer.value_loss(batch, output, torch.rand(2, 16, 3))
+    loss = trainer.value_loss(batch, output.hidden_states.detach(), torch.rand(2, 16, 3))
     loss.backward()
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert all(parameter.grad is not None for parameter in trainer.value_head.parameters())
@@ -191,7 +200,9 @@ def test_rewards_reach_the_critic(tmp_path):
     batch = trainer._next_batch()
     output = trainer.model(batch["input_ids"])
     losses = [
-        trainer.value_loss({**batch, "reward": reward}, output, torch.zeros(2, 16, 3)).item()
+        trainer.value_loss(
+            {**batch, "reward": reward}, output.hidden_states.detach(), torch.zeros(2, 16, 3)
+        ).item()
         for reward in (torch.zeros(2), torch.full((2,), 100.0))
     ]
     assert losses[1] > 100 * losses[0]
@@ -232,14 +243,15 @@ def test_bf16_keeps_the_weights_in_fp32(data, tmp_path):
 def test_statistics_of_a_step():
     ce = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 0.0]]])
     weights = torch.tensor([[[3.0, 1.0], [2.0, 0.0], [0.0, 0.0]]])  # only token 0 has both
-    numbers = step_statistics(ce, weights, torch.tensor([[1, 2, 3]]))
+    ids = torch.tensor([[1, 2, 3]])
+    numbers = step_statistics(ce, weights, ids, lambda sums: sums)
     assert numbers["ce_head_0"] == 2.0
     assert numbers["ce_head_1"] == 2.0
     assert numbers["weight_head_0"] == 0.75
     assert numbers["weight_head_1"] == 0.25
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert numbers["weight_entropy"] == pytest.approx(entropy)
-    nothing = step_statistics(ce, torch.zeros(1, 3, 2), torch.tensor([[1, 2, 3]]))
+    nothing = step_statistics(ce, torch.zeros(1, 3, 2), ids, lambda sums: sums)
     assert nothing["weight_head_0"] == nothing["weight_entropy"] == 0
 
 

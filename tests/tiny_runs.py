@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 import wmtp
 from wmtp.data import PreparedData, find_corpus, prepare_data
 from wmtp.models import MTPConfig, MTPTransformer
-from wmtp.registry import trainer_registry
-from wmtp.trainers import BaseWmtpTrainer, RunFolder, TrainConfig
+from wmtp.trainers import BaseWmtpTrainer, RunFolder, TrainConfig, find_trainer
+from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.reference_model import Reference
 
 ALGORITHMS = ("mtp-baseline", "critic-wmtp", "rho1-wmtp")
@@ -81,7 +81,7 @@ def make_trainer(
     config = TrainConfig(algo=algo, **{**SMALL, **settings})
     folder = RunFolder(out)
     folder.open(config.identity(), resume=True)
-    trainer_class = trainer_registry.get(algo)
+    trainer_class = find_trainer(algo)
     if trainer_class.needs_reference and reference is None:
         reference = small_model(data.train.vocab_size)
     trainer: BaseWmtpTrainer = trainer_class(config, data, folder, reference)
@@ -105,25 +105,27 @@ def train_small(algo: str, corpus: Path, out: Path, kill: tuple[str, str, int] |
 
 
 def _kill_at(folder_name: str, method: str, step: int) -> None:
-    original = getattr(RunFolder, method)
+    owner = Checkpoints if method in ("begin", "commit") else RunFolder
+    original = getattr(owner, method)
 
-    def die_there(self: RunFolder, argument: Any, *rest: Any) -> None:
+    def die_there(self: Any, argument: Any, *rest: Any) -> None:
         at = argument["step"] if method == "append_metrics" else argument
-        if self.path.name != folder_name or (isinstance(at, int) and at != step):
+        folder = self.path.parent if owner is Checkpoints else self.path
+        if folder.name != folder_name or (isinstance(at, int) and at != step):
             original(self, argument, *rest)
             return
         if method == "append_metrics":  # half a line is on the disk
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(argument)[:20])
-        if method == "begin_checkpoint":  # half a checkpoint is
+        if method == "begin":  # half a checkpoint is
             original(self, argument)
-            (self.checkpoint_in_progress(step) / "model.safetensors").write_bytes(b"half")
+            (self.in_progress(step) / "model.safetensors").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(RunFolder, method, die_there)
+    setattr(owner, method, die_there)
 
 
-def train_in_processes(algo: str, corpus: Path, out: Path, processes: int) -> None:
+def train_in_processes(algo: str, corpus: Path, out: Path, processes: int, **settings: Any) -> None:
     """One run of several processes, which exchange their gradients by gloo."""
     context = fork_server()
     with socket.socket() as free:
@@ -133,7 +135,7 @@ def train_in_processes(algo: str, corpus: Path, out: Path, processes: int) -> No
     started = [
         context.Process(
             target=_train_rank,
-            args=({**names, "RANK": rank, "LOCAL_RANK": rank}, algo, corpus, out),
+            args=({**names, "RANK": rank, "LOCAL_RANK": rank}, algo, corpus, out, settings),
         )
         for rank in range(processes)
     ]
@@ -144,7 +146,9 @@ def train_in_processes(algo: str, corpus: Path, out: Path, processes: int) -> No
     assert [process.exitcode for process in started] == [0] * processes
 
 
-def _train_rank(environment: dict[str, Any], algo: str, corpus: Path, out: Path) -> None:
+def _train_rank(
+    environment: dict[str, Any], algo: str, corpus: Path, out: Path, settings: dict[str, Any]
+) -> None:
     from accelerate import PartialState
 
     from wmtp.cli.train import train_run
@@ -153,7 +157,7 @@ def _train_rank(environment: dict[str, Any], algo: str, corpus: Path, out: Path)
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate chooses
     PartialState(cpu=True)
-    config = TrainConfig(algo=algo, **SMALL)
+    config = TrainConfig(algo=algo, **{**SMALL, **settings})
     train_run(config, prepare(corpus), RunFolder(out), resume=False)
 
 
@@ -171,6 +175,20 @@ def largest_allocation(call: Callable[[], object]) -> int:
         call()
     events = profiler.profiler.kineto_results.events()
     return max(event.nbytes() for event in events if event.name() == "[memory]")
+
+
+def differences(curve: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
+    """By quantity, the largest difference of the two curves, relative to 1 where it is smaller."""
+    assert [record["stage"] for record in curve] == [record["stage"] for record in other]
+    numbers = {name for record in curve for name in record if name not in ("step", "stage", "lr")}
+    return {
+        name: max(
+            abs(a[name] - b[name]) / max(1, abs(b[name]))
+            for a, b in zip(curve, other, strict=True)
+            if name in a
+        )
+        for name in numbers
+    }
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:

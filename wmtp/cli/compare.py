@@ -1,4 +1,4 @@
-"""`wmtp compare`: the three algorithms from one seed, one data order and one initialisation."""
+"""`wmtp compare`: algorithms from one seed, one data order and one initialisation."""
 
 import json
 import subprocess
@@ -12,58 +12,56 @@ from rich.table import Table
 
 from wmtp.cli import options
 from wmtp.cli.console import console, errors_shown
-from wmtp.cli.train import run_identity
+from wmtp.cli.train import run_identity, run_name
 from wmtp.data import find_corpus, prepare_data
 from wmtp.data.prepare import DEFAULT_VOCABULARY
 from wmtp.registry import trainer_registry
-from wmtp.trainers import RunFolder
+from wmtp.trainers import ConfigError, RunFolder, find_trainer
 from wmtp.trainers.evaluation import Evaluation
+from wmtp.trainers.settings import parse_settings, setting_names
 
 
+@options.with_settings
 def compare(
+    algo: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="An algorithm, or package.module:Class; may be repeated. Default: all of ours.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
     tiny: options.Tiny = False,
+    config: options.ConfigFile = None,
+    own: options.Set = None,
     data: options.Data = None,
     tokenizer: options.TokenizerFile = None,
     vocab_size: options.VocabSize = DEFAULT_VOCABULARY,
-    steps: options.Steps = None,
-    batch_size: options.BatchSize = None,
-    seq_len: options.SeqLen = None,
-    horizon: options.Horizon = None,
-    seed: options.Seed = None,
-    lr: options.LearningRate = None,
-    precision: options.Precision = None,
-    loss: options.Loss = None,
-    value_warmup_steps: options.ValueWarmupSteps = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/compare"),
+    **given: Any,
 ) -> None:
     """Train all algorithms alike and compare them.
 
     Prints a table and writes OUT/compare.png and OUT/compare.json; each run is in OUT/ALGO. What is
     finished there with the same settings is not trained again, what was interrupted continues.
     """
-    given: dict[str, Any] = {
-        "steps": steps,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "horizon": horizon,
-        "seed": seed,
-        "lr": lr,
-        "precision": precision,
-        "loss": loss,
-        "value_warmup_steps": value_warmup_steps,
-    }
-    source = {"data": data, "tokenizer": tokenizer, "vocab_size": vocab_size}
+    shared = {"data": data, "tokenizer": tokenizer, "vocab_size": vocab_size, "config": config}
     with errors_shown():
+        algos = list(dict.fromkeys(algo or trainer_registry.names()))
+        sets = _settings_of(algos, own or [])
         prepared = prepare_data(
             find_corpus(data),
             vocab_size=vocab_size,
             tokenizer_file=tokenizer,
         )
-        folders = {name: RunFolder(out / name) for name in trainer_registry.names()}
-        for algo, folder in folders.items():
-            config = options.make_config(algo, tiny=tiny, **given)
-            if folder.result_of(run_identity(config, prepared)) is None:
-                _train(algo, tiny, {**source, **given, "out": folder.path})
+        folders = {name: RunFolder(out / run_name(name)) for name in algos}
+        for name, folder in folders.items():
+            parsed = parse_settings(find_trainer(name).settings_type, sets[name])
+            asked = options.make_config(
+                name, tiny=tiny, config_file=config, settings=parsed, **given
+            )
+            if folder.result_of(run_identity(asked, prepared)) is None:
+                _train(name, tiny, sets[name], {**shared, **given, "out": folder.path})
         results = {algo: folder.result() for algo, folder in folders.items()}
         metrics = {algo: folder.read_metrics() for algo, folder in folders.items()}
     console.print(_table(results))
@@ -74,9 +72,25 @@ def compare(
     console.print(f"curves in {out / 'compare.png'}, numbers in {out / 'compare.json'}")
 
 
-def _train(algo: str, tiny: bool, settings: dict[str, Any]) -> None:
+def _settings_of(algos: list[str], own: list[str]) -> dict[str, list[str]]:
+    """Each algorithm's of the `--set`: those whose names it knows.
+
+    Raises:
+        ConfigError: a name that none of them knows.
+    """
+    known = {name: setting_names(find_trainer(name).settings_type) for name in algos}
+    of_all = sorted({name for names in known.values() for name in names})
+    for text in own:
+        if text.partition("=")[0] not in of_all:
+            listed = ", ".join(of_all) or "none"
+            raise ConfigError(f"--set {text}: no algorithm has this setting: known are {listed}")
+    return {name: [text for text in own if text.partition("=")[0] in known[name]] for name in algos}
+
+
+def _train(algo: str, tiny: bool, own: list[str], settings: dict[str, Any]) -> None:
     """In a process of its own, so that peak memory and speed are this algorithm's alone."""
     arguments = [f"--algo={algo}", "--resume"] + ["--tiny"] * tiny
+    arguments += [f"--set={text}" for text in own]
     for name, value in settings.items():
         if value is not None:
             arguments.append(f"--{name.replace('_', '-')}={value}")

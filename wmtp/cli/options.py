@@ -1,15 +1,31 @@
-"""The options that `train` and `compare` share, and what --tiny stands for."""
+"""The options that `train` and `compare` share, what --tiny stands for, and --config.
 
-from dataclasses import replace
+Each field of `TrainConfig` is an option, in the words of the field.
+"""
+
+import functools
+import inspect
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import Field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
-from wmtp.trainers import TrainConfig
+from wmtp.trainers import ConfigError, TrainConfig
+from wmtp.trainers.config import adjustable
 
 Tiny = Annotated[
     bool, typer.Option("--tiny", help="A model for a laptop: minutes on two CPU cores.")
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A TOML file of the settings below, by their names; what is on the command line wins.",
+        show_default=False,
+    ),
 ]
 Data = Annotated[
     Path | None,
@@ -28,25 +44,15 @@ TokenizerFile = Annotated[
     ),
 ]
 VocabSize = Annotated[int, typer.Option(help="Of the trained tokenizer.")]
-Steps = Annotated[int | None, typer.Option(help="Updates of the model.")]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences a step.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence.")]
-Horizon = Annotated[int | None, typer.Option(help="Heads: how many tokens ahead (default 4).")]
-Seed = Annotated[int | None, typer.Option(help="Of weights and batches (default 0).")]
-LearningRate = Annotated[float | None, typer.Option("--lr", help="Peak learning rate.")]
-Precision = Annotated[str | None, typer.Option(help="fp32, or bf16 for autocast (default fp32).")]
-Loss = Annotated[
-    str | None,
+Set = Annotated[
+    list[str] | None,
     typer.Option(
-        help="linear makes the logits a chunk at a time, fused all of them, eager all of them in "
-        "plain torch; the same numbers to rounding (default linear)."
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of an algorithm's own; may be repeated.",
+        show_default=False,
     ),
 ]
-ValueWarmupSteps = Annotated[
-    int | None, typer.Option(help="critic-wmtp: steps of the value head alone, before the model's.")
-]
-SaveEvery = Annotated[int | None, typer.Option(help="Steps between checkpoints.")]
-KeepLast = Annotated[int | None, typer.Option(help="Checkpoints that stay (default 2).")]
 
 TINY: dict[str, Any] = {
     "steps": 160,
@@ -62,7 +68,71 @@ TINY: dict[str, Any] = {
 }
 
 
-def make_config(algo: str, *, tiny: bool, **given: Any) -> TrainConfig:
-    """The preset, with what was given (is not None) in its place."""
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, which takes `**given`, with an option for each field of `TrainConfig`; those
+    that the user gives arrive as `given`."""
+    signature = inspect.signature(command)
+    own = [each for each in signature.parameters.values() if each.name != "given"]
+    offered = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[Optional[each.type], _option(each)],  # noqa: UP045  (of a value)
+        )
+        for each in adjustable()
+    ]
+
+    @functools.wraps(command)
+    def with_options(**values: Any) -> None:
+        command(**{name: value for name, value in values.items() if value is not None})
+
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own] + offered
+    with_options.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    del with_options.__wrapped__
+    return with_options
+
+
+def _option(each: Field[Any]) -> Any:
+    choices = each.metadata["one_of"]
+    listed = f" One of {', '.join(choices)}." if choices else ""
+    default = f" (default {each.default})"
+    return typer.Option(
+        "--" + each.name.replace("_", "-"),
+        help=each.metadata["about"].removesuffix(".") + "." + listed + default,
+        show_default=False,
+    )
+
+
+def read_config(file: Path | None) -> dict[str, Any]:
+    """The settings in a TOML file; none without a file.
+
+    Raises:
+        ConfigError: no such file, not TOML, or a name that is no setting.
+    """
+    if file is None:
+        return {}
+    try:
+        found = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {file}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} is not TOML: {error}") from error
+    known = [each.name for each in adjustable()]
+    for name in found:
+        if name not in known:
+            raise ConfigError(f"--config {file}: no setting {name!r}: known are {', '.join(known)}")
+    return found
+
+
+def make_config(
+    algo: str, *, tiny: bool, config_file: Path | None = None, **given: Any
+) -> TrainConfig:
+    """The preset, with what the file says in its place, and what was given in that."""
     preset = TrainConfig(algo=algo, **(TINY if tiny else {}))
-    return replace(preset, **{name: value for name, value in given.items() if value is not None})
+    chosen: Mapping[str, Any] = {
+        **read_config(config_file),
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    return replace(preset, **chosen)

@@ -1,5 +1,6 @@
 """`wmtp train`: one algorithm, from text to a trained model in a folder."""
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -14,41 +15,28 @@ from wmtp.cli.console import console, errors_shown, progress
 from wmtp.data import PreparedData, find_corpus, prepare_data
 from wmtp.data.prepare import DEFAULT_VOCABULARY
 from wmtp.registry import trainer_registry
-from wmtp.trainers import ConfigError, RunFolder, TrainConfig
+from wmtp.trainers import ConfigError, RunFolder, TrainConfig, find_trainer
 from wmtp.trainers.reference_model import Reference, load_reference
+from wmtp.trainers.settings import parse_settings
 
 
-def _known_algorithm(name: str) -> str:
-    names = trainer_registry.names()
-    if name not in names:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(names)}")
-    return name
-
-
+@options.with_settings
 def train(
     algo: Annotated[
         str,
         typer.Option(
-            help="Which weights the heads get.",
-            metavar="{" + ",".join(trainer_registry.names()) + "}",
-            callback=_known_algorithm,
+            help="Which weights the heads get: "
+            f"{', '.join(trainer_registry.names())}, or package.module:Class for a trainer of "
+            "your own.",
+            metavar="NAME",
         ),
     ],
     tiny: options.Tiny = False,
+    config: options.ConfigFile = None,
+    own: options.Set = None,
     data: options.Data = None,
     tokenizer: options.TokenizerFile = None,
     vocab_size: options.VocabSize = DEFAULT_VOCABULARY,
-    steps: options.Steps = None,
-    batch_size: options.BatchSize = None,
-    seq_len: options.SeqLen = None,
-    horizon: options.Horizon = None,
-    seed: options.Seed = None,
-    lr: options.LearningRate = None,
-    precision: options.Precision = None,
-    loss: options.Loss = None,
-    value_warmup_steps: options.ValueWarmupSteps = None,
-    save_every: options.SaveEvery = None,
-    keep_last: options.KeepLast = None,
     ref: Annotated[
         Path | None,
         typer.Option(
@@ -62,6 +50,7 @@ def train(
         bool, typer.Option("--resume", help="Continue the run in OUT, if there is one.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default runs/ALGO).")] = None,
+    **given: Any,
 ) -> None:
     """Train a model with one of the algorithms.
 
@@ -69,23 +58,16 @@ def train(
     that was killed continues with the same command and --resume, to the same numbers.
     """
     with errors_shown():
-        config = options.make_config(
+        trainer_class = find_trainer(algo)
+        settings = options.make_config(
             algo,
             tiny=tiny,
-            steps=steps,
-            batch_size=batch_size,
-            seq_len=seq_len,
-            horizon=horizon,
-            seed=seed,
-            lr=lr,
-            precision=precision,
-            loss=loss,
-            value_warmup_steps=value_warmup_steps,
-            save_every=save_every,
-            keep_last=keep_last,
+            config_file=config,
+            settings=parse_settings(trainer_class.settings_type, own or []),
             reference=None if ref is None else str(ref.resolve()),
+            **given,
         )
-        if ref is not None and not trainer_registry.get(algo).needs_reference:
+        if ref is not None and not trainer_class.needs_reference:
             raise ConfigError(f"{algo} compares with no reference model: leave --ref out")
         _make_repeatable()
         # Several processes on CPUs are found only when it is said that there is nothing else.
@@ -102,8 +84,8 @@ def train(
             f"vocabulary {prepared.train.vocab_size:,}",
             highlight=False,
         )
-        folder = Path("runs", algo) if out is None else out
-        result = train_run(config, prepared, RunFolder(folder), resume=resume)
+        folder = Path("runs", run_name(algo)) if out is None else out
+        result = train_run(settings, prepared, RunFolder(folder), resume=resume)
     start, end = result["start"]["ce_per_head"], result["end"]["ce_per_head"]
     heads = "  ".join(f"{a:.3f} -> {b:.3f}" for a, b in zip(start, end, strict=True))
     console.print(f"validation cross entropy by head: {heads}", highlight=False)
@@ -121,19 +103,26 @@ def train_run(
     Raises:
         ConfigError, DataError, RunError, NonFiniteError: what the user can mend.
     """
-    with PartialState().main_process_first():
-        if PartialState().is_main_process:
-            folder.open(run_identity(config, data), resume=resume)
-    result = folder.result()
-    if result is not None:
-        return result
-    trainer_class = trainer_registry.get(config.algo)
+    is_main = PartialState().is_main_process
+    with folder.locked() if is_main else contextlib.nullcontext():
+        with PartialState().main_process_first():
+            if is_main:
+                folder.open(run_identity(config, data), resume=resume)
+        return folder.result() or _train_locked(config, data, folder)
+
+
+def _train_locked(config: TrainConfig, data: PreparedData, folder: RunFolder) -> dict[str, Any]:
+    trainer_class = find_trainer(config.algo)
     reference = _reference(config, data, folder) if trainer_class.needs_reference else None
     trainer = trainer_class(config, data, folder, reference)
     trainer.setup()
     with progress(folder.path.name, trainer.total_steps, trainer.step) as show:
-        result = trainer.run(show)
-    return result
+        return trainer.run(show)
+
+
+def run_name(algo: str) -> str:
+    """A folder's, of package.module:Class too."""
+    return algo.replace(":", "-")
 
 
 def run_identity(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
@@ -154,7 +143,7 @@ def _reference(config: TrainConfig, data: PreparedData, folder: RunFolder) -> Re
         )
     else:
         console.print(f"using the reference model in {reference_folder.path}", highlight=False)
-    small = replace(config, algo="mtp-baseline", horizon=1)
+    small = replace(config, algo="mtp-baseline", settings={}, horizon=1)
     train_run(small, data, reference_folder, resume=True)
     return load_reference(reference_folder.path, data.tokenizer)
 

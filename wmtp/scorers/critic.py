@@ -1,13 +1,17 @@
 """Weights from the rise of a learned value (algorithm critic-wmtp)."""
 
-from collections.abc import Callable
-from typing import TypedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from wmtp.checks import check_temperature
+from wmtp.labels import IGNORE_INDEX
 from wmtp.reference import td_head_weights
 from wmtp.registry import scorer_registry
+from wmtp.scorers.config import with_config
 
 
 class CriticInputs(TypedDict):
@@ -24,20 +28,32 @@ class CriticScores(TypedDict):
     values: Tensor
 
 
-@scorer_registry.register("critic-td", category="scorer", version="2.0.0")
+@dataclass(frozen=True)
+class CriticSettings:
+    """horizon H; discount of the earlier value in the rise; temperature > 0, in units of the
+    values; targets of the id ignore_index get no weight."""
+
+    horizon: int = 4
+    discount: float = 0.95
+    temperature: float = 0.7
+    ignore_index: int = IGNORE_INDEX
+
+
+@scorer_registry.register("critic-wmtp", category="scorer", version="2.0.0")
 class CriticScorer:
     """softmax over the heads of the value's rise / temperature; see `wmtp.td_head_weights`.
 
     Weights and values are constants: the value head learns from its own loss, not from this one.
 
     Args:
+        config: settings of `CriticSettings` by name.
         value_head: hidden_states [B, S, D] -> values [B, S].
-        horizon: H.
-        discount: of the earlier value in the rise.
-        temperature: > 0, in units of the values.
-        ignore_index: targets of this id get no weight.
 
-        >>> scorer = CriticScorer(lambda hidden: hidden[..., 0], 2, discount=1.0, temperature=1.0)
+    Raises:
+        ValueError: a setting that is unknown or out of its range.
+
+        >>> config = {"horizon": 2, "discount": 1.0, "temperature": 1.0}
+        >>> scorer = CriticScorer(config, value_head=lambda hidden: hidden[..., 0])
         >>> scores = scorer.run({
         ...     "hidden_states": torch.tensor([[[0.0], [1.0], [3.0]]]),
         ...     "target_ids": torch.tensor([[5, 6, 7]])})
@@ -46,29 +62,23 @@ class CriticScorer:
     """
 
     def __init__(
-        self,
-        value_head: Callable[[Tensor], Tensor],
-        horizon: int,
-        discount: float = 0.95,
-        temperature: float = 0.7,
-        ignore_index: int = -100,
+        self, config: Mapping[str, Any] | None = None, *, value_head: Callable[[Tensor], Tensor]
     ) -> None:
+        self.settings = with_config(CriticSettings(), config)
+        check_temperature(self.settings.temperature)
         self.value_head = value_head
-        self.horizon = horizon
-        self.discount = discount
-        self.temperature = temperature
-        self.ignore_index = ignore_index
 
     @torch.no_grad()
     def run(self, inputs: CriticInputs) -> CriticScores:
         """Score one batch; raises as `wmtp.td_head_weights` does."""
+        settings = self.settings
         values = self.value_head(inputs["hidden_states"])
         weights = td_head_weights(
             values,
             inputs["target_ids"],
-            self.horizon,
-            self.discount,
-            self.temperature,
-            self.ignore_index,
+            settings.horizon,
+            settings.discount,
+            settings.temperature,
+            settings.ignore_index,
         )
         return {"weights": weights, "values": values}

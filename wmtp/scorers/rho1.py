@@ -1,21 +1,30 @@
 """Weights from the distance to a reference model's loss (algorithm rho1-wmtp)."""
 
-from typing import TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
-from wmtp.labels import has_target
-from wmtp.reference import excess_head_weights, excess_loss
+from wmtp.checks import EXCESSES, check_ref_ce, check_targets_of, check_temperature
+from wmtp.kinds import check_choice, check_same_device, check_scores
+from wmtp.labels import IGNORE_INDEX, has_target
+from wmtp.reference import align_ref_ce, as_tensor, difference, softmax_over_heads
 from wmtp.registry import scorer_registry
+from wmtp.scorers.config import with_config
 
 
 class Rho1Inputs(TypedDict):
-    """base_ce [B, S, H], ref_ce [B, S-1] (both nats), target_ids [B, S] unshifted."""
+    """What is compared, in nats.
+
+    base_ce [B, S, H]; ref_ce [B, S, H] about the same tokens, or [B, S-1], position t about token
+    t + 1; target_ids [B, S] unshifted, where some tokens are no targets.
+    """
 
     base_ce: Tensor
     ref_ce: Tensor
-    target_ids: Tensor
+    target_ids: NotRequired[Tensor]
 
 
 class Rho1Scores(TypedDict):
@@ -25,52 +34,79 @@ class Rho1Scores(TypedDict):
     excess: Tensor
 
 
-@scorer_registry.register("rho1-excess", category="scorer", version="2.0.0")
+@dataclass(frozen=True)
+class Rho1Settings:
+    """temperature > 0, nats; excess "abs" for |ce - ref|, "signed" for ce - ref; ignore_index."""
+
+    temperature: float = 0.7
+    excess: str = "abs"
+    ignore_index: int = IGNORE_INDEX
+
+
+@scorer_registry.register("rho1-wmtp", category="scorer", version="2.0.0")
 class Rho1ExcessScorer:
-    """softmax over the heads of excess / temperature; see `wmtp.excess_head_weights`.
+    """w[b, t, :] = softmax over the valid heads of excess[b, t, :] / temperature.
+
+    Which heads are valid: those whose target is no `ignore_index`; without `target_ids` those whose
+    token is in the sequence, or, where ref_ce is [B, S, H] and so aligned already, all.
 
     Args:
-        temperature: > 0, in nats.
-        excess: "abs" for |ce - ref|, "signed" for ce - ref.
-        ignore_index: targets of this id get no weight.
+        config: settings of `Rho1Settings` by name.
 
-        >>> scorer = Rho1ExcessScorer(temperature=1.0)
+    Raises:
+        ValueError: a setting that is unknown or out of its range.
+
+        >>> scorer = Rho1ExcessScorer(config={"temperature": 1.0})
         >>> scores = scorer.run({
-        ...     "base_ce": torch.tensor([[[2.0, 5.0], [3.0, 0.0], [0.0, 0.0]]]),
-        ...     "ref_ce": torch.tensor([[1.0, 1.0]]),
-        ...     "target_ids": torch.tensor([[0, 1, 2]])})
+        ...     "base_ce": torch.tensor([[[2.0, 5.0], [3.0, 0.0]]]),
+        ...     "ref_ce": torch.ones(1, 2, 2)})
         >>> scores["excess"][0].tolist()
-        [[1.0, 4.0], [2.0, 0.0], [0.0, 0.0]]
+        [[1.0, 4.0], [2.0, 1.0]]
         >>> scores["weights"][0, 0]                        # softmax(1, 4)
         tensor([0.0474, 0.9526])
     """
 
-    def __init__(
-        self, temperature: float = 0.7, excess: str = "abs", ignore_index: int = -100
-    ) -> None:
-        self.temperature = temperature
-        self.excess = excess
-        self.ignore_index = ignore_index
+    def __init__(self, config: Mapping[str, Any] | None = None) -> None:
+        self.settings = with_config(Rho1Settings(), config)
+        check_temperature(self.settings.temperature)
+        check_choice("excess", self.settings.excess, EXCESSES)
 
-    def compute_excess_loss(self, base_ce: Tensor, ref_ce: Tensor, target_ids: Tensor) -> Tensor:
+    def compute_excess_loss(self, base_ce: Tensor, ref_ce: Tensor) -> Tensor:
         """How far head k at t, about token t + k + 1, is from the reference about that token.
 
         Args:
             base_ce: [B, S, H], nats.
-            ref_ce: [B, S-1], nats: position t is about token t + 1.
-            target_ids: [B, S], unshifted.
+            ref_ce: [B, S, H], or [B, S-1] and aligned here, nats.
 
         Returns:
-            [B, S, H], nats, without gradient; 0 where there is no target.
+            [B, S, H], nats, without gradient; beyond the sequence against a reference of 0.
+
+        Raises:
+            ValueError: of other shapes. TypeError: not floating point.
         """
-        valid = has_target(target_ids, base_ce.shape[2], self.ignore_index)
-        return torch.where(valid, excess_loss(base_ce, ref_ce, self.excess), 0.0)
+        batch, length, heads = check_scores("base_ce", base_ce, "[B, S, H]")
+        if ref_ce.shape == base_ce.shape:
+            check_scores("ref_ce", ref_ce, "[B, S, H]")
+        else:
+            check_ref_ce(ref_ce, batch, length)
+            ref_ce = align_ref_ce(ref_ce, length, heads)
+        check_same_device("base_ce", base_ce, ref_ce=ref_ce)
+        aligned = ref_ce.detach().to(base_ce.dtype)
+        return difference(base_ce.detach(), aligned, self.settings.excess)
 
     def run(self, inputs: Rho1Inputs) -> Rho1Scores:
-        """Score one batch; raises as `wmtp.excess_head_weights` does."""
-        base_ce, ref_ce, target_ids = inputs["base_ce"], inputs["ref_ce"], inputs["target_ids"]
-        weights = excess_head_weights(
-            base_ce, ref_ce, target_ids, self.temperature, self.excess, self.ignore_index
-        )
-        excess = self.compute_excess_loss(base_ce, ref_ce, target_ids)
-        return {"weights": weights, "excess": excess}
+        """Score one batch; raises as `compute_excess_loss` does."""
+        excess = self.compute_excess_loss(inputs["base_ce"], inputs["ref_ce"])
+        valid = self._valid(inputs)
+        weights = softmax_over_heads(excess, valid, as_tensor(self.settings.temperature))
+        return {"weights": weights, "excess": torch.where(valid, excess, 0.0)}
+
+    def _valid(self, inputs: Rho1Inputs) -> Tensor:
+        base_ce, target_ids = inputs["base_ce"], inputs.get("target_ids")
+        if target_ids is not None:
+            check_targets_of("base_ce", base_ce, target_ids, self.settings.ignore_index)
+            return has_target(target_ids, base_ce.shape[2], self.settings.ignore_index)
+        if inputs["ref_ce"].shape == base_ce.shape:
+            return torch.ones_like(base_ce, dtype=torch.bool)
+        every = torch.zeros(base_ce.shape[:2], dtype=torch.long, device=base_ce.device)
+        return has_target(every, base_ce.shape[2])

@@ -4,6 +4,7 @@ from wmtp.trainers.base import BaseWmtpTrainer, NonFiniteError
 from wmtp.trainers.baseline import MtpBaselineTrainer
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.critic import CriticWmtpTrainer
+from wmtp.trainers.find import find_trainer
 from wmtp.trainers.rho1 import Rho1WmtpTrainer
 from wmtp.trainers.run_folder import RunError, RunFolder
 
@@ -17,4 +18,5 @@ __all__ = [
     "RunError",
     "RunFolder",
     "TrainConfig",
+    "find_trainer",
 ]

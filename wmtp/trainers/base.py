@@ -1,18 +1,21 @@
 """The training loop, once: what differs between the algorithms is in their few methods.
 
-A step is: model -> loss arguments (which weights) -> loss -> gradients -> finite? -> update.
+A step is: model -> head weights, or what they are made from -> loss -> gradients -> finite? ->
+update.
 Batches are a function of (seed, step), so a run that resumes from a checkpoint walks the same path
 as one that was never stopped.
 """
 
+import abc
 import contextlib
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -21,9 +24,9 @@ from safetensors.torch import save_model
 from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
-from wmtp.labels import has_target
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.models.storage import save_model_folder
+from wmtp.reference import MTPLoss
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.evaluation import (
     Evaluation,
@@ -31,22 +34,51 @@ from wmtp.trainers.evaluation import (
     peak_memory_bytes,
     step_statistics,
 )
-from wmtp.trainers.losses import LossArguments, weighted_loss
+from wmtp.trainers.losses import denominator, weighted_loss
 from wmtp.trainers.optimizer import build_optimizer
 from wmtp.trainers.reference_model import Reference, prepare_reference
 from wmtp.trainers.run_folder import RunFolder
+from wmtp.trainers.settings import check_settings
+from wmtp.weightings import Excess, Given, Uniform, Weighting
 
 TRAIN, VALUE_WARMUP = "train", "value_warmup"
 # The value head's warm-up has batches of its own: step i of the model is the same for all.
 STREAMS = {TRAIN: 0, VALUE_WARMUP: 1}
 
 
+class _Part(NamedTuple):
+    """What a step keeps of a micro-batch, without gradients."""
+
+    hidden_states: Tensor  # [B, S, D]
+    ce_per_head: Tensor  # [B, S, H]
+    weights: Tensor  # [B, S, H]
+    loss: Tensor  # []
+    denominator: Tensor  # []
+
+
 class NonFiniteError(RuntimeError):
     """A step came out as NaN or infinity; nothing was updated."""
 
 
-class BaseWmtpTrainer:
-    """Trains an `MTPTransformer` with uniform weights; algorithms override the first methods.
+class BaseWmtpTrainer(abc.ABC):
+    """Trains an `MTPTransformer`; an algorithm is what it says in `compute_head_weights`.
+
+    Attributes:
+        needs_reference: whether it compares with a reference model.
+        settings_type: a frozen dataclass of settings of the algorithm's own, in `self.settings`,
+            which the command line takes as `--set name=value`.
+
+    Example: the heads of hard tokens count more (focal loss, Lin et al. 2017).
+
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class FocalSettings:
+        ...     focus: float = 2.0
+        >>> class FocalTrainer(BaseWmtpTrainer):
+        ...     settings_type = FocalSettings
+        ...     def compute_head_weights(self, batch, output):
+        ...         p = self.ce_per_head(batch, output).neg().exp()
+        ...         return (1 - p) ** self.settings.focus
 
     Args:
         config: the settings.
@@ -56,10 +88,11 @@ class BaseWmtpTrainer:
             anything from input_ids [B, S] to logits.
 
     Raises:
-        ConfigError: the algorithm needs a reference and got none.
+        ConfigError: the algorithm needs a reference and got none, or has no such settings.
     """
 
     needs_reference: ClassVar[bool] = False
+    settings_type: ClassVar[type[Any] | None] = None
 
     def __init__(
         self,
@@ -71,6 +104,7 @@ class BaseWmtpTrainer:
         if self.needs_reference and reference is None:
             raise ConfigError(f"{config.algo} needs a reference model: pass reference=")
         self.config = config
+        self.settings: Any = check_settings(self.settings_type, config.settings)
         self.data = data
         self.folder = folder
         self.reference: Any = reference
@@ -83,20 +117,26 @@ class BaseWmtpTrainer:
         """A value head to train beside the model."""
         return None
 
-    def loss_arguments(self, batch: Batch, output: MTPOutput) -> LossArguments:
-        """The weights, or what the loss forms them from. Uniform: nothing."""
-        return {}
+    @abc.abstractmethod
+    def compute_head_weights(self, batch: Batch, output: MTPOutput) -> Tensor | Weighting:
+        """What the step trains with, and records.
 
-    def compute_head_weights(
-        self, batch: Batch, ce_per_head: Tensor, arguments: LossArguments
-    ) -> Tensor:
-        """The weights [B, S, H] that the loss used, for the record."""
-        if "head_weights" in arguments:
-            return arguments["head_weights"]
-        return has_target(batch["target_ids"], self.config.horizon).to(ce_per_head.dtype)
+        Args:
+            batch: `target_ids` [B, S] and what else `Batch` names, of this process.
+            output: of the model; `self.ce_per_head(batch, output)` has its cross entropies.
 
-    def value_loss(self, batch: Batch, output: MTPOutput, ce_per_head: Tensor) -> Tensor | None:
-        """[]: what the value head learns from."""
+        Returns:
+            Weights [B, S, H], >= 0, or what the loss forms them from: `Uniform`, `Given`, `Excess`.
+        """
+
+    def ce_per_head(self, batch: Batch, output: MTPOutput) -> Tensor:
+        """The model's cross entropies [B, S, H] in nats, without gradient, for weights that are
+        made from them. One more product of all hidden states with the unembedding."""
+        with torch.no_grad():
+            return self._loss(batch, output, Uniform()).ce_per_head
+
+    def value_loss(self, batch: Batch, hidden_states: Tensor, ce_per_head: Tensor) -> Tensor | None:
+        """[]: what the value head learns from, of hidden_states [B, S, D] and ce [B, S, H]."""
         return None
 
     # ---- set-up ----
@@ -116,10 +156,12 @@ class BaseWmtpTrainer:
             cpu=not torch.accelerator.is_available(),
             step_scheduler_with_optimizer=False,
         )
-        if config.batch_size % self.accelerator.num_processes:
+        parts = self.accelerator.num_processes * config.grad_accum
+        if config.batch_size % parts:
             raise ConfigError(
                 f"batch_size {config.batch_size} does not divide among "
-                f"{self.accelerator.num_processes} processes: make it a multiple"
+                f"{self.accelerator.num_processes} processes and {config.grad_accum} parts of a "
+                f"step: make it a multiple of {parts}"
             )
         model = MTPTransformer(config.model_config(self.data.train.vocab_size))
         value_head = self.build_value_head()
@@ -137,9 +179,11 @@ class BaseWmtpTrainer:
         if self.accelerator.is_main_process:
             self.folder.remove_leftovers()
         self.accelerator.wait_for_everyone()
-        checkpoint = self.folder.latest_checkpoint()
+        checkpoint, complaints = self.folder.checkpoints.newest_whole()
         if checkpoint is not None:
             self.step, path = checkpoint
+            for complaint in complaints:
+                self.accelerator.print(f"{complaint}: going on from {path}", file=sys.stderr)
             self.accelerator.load_state(str(path))
             progress = json.loads((path / "progress.json").read_text())
             self.evaluation_at_start = progress["evaluation_at_start"]
@@ -175,6 +219,7 @@ class BaseWmtpTrainer:
         before = time.perf_counter()
         while self.step < self.total_steps:
             record = self.train_step(self._next_batch())
+            record |= self._evaluation_of_step()
             now = time.perf_counter()
             record["tokens_per_s"] = self.config.batch_size * self.config.seq_len / (now - before)
             before = now
@@ -197,31 +242,22 @@ class BaseWmtpTrainer:
         Raises:
             NonFiniteError: a number of the record is NaN or infinite; nothing was updated.
         """
-        stage, target_ids = self.stage, batch["target_ids"]
-        with torch.set_grad_enabled(stage == TRAIN):
-            with self.autocast():
-                output = self.model(batch["input_ids"])
-            arguments = self.loss_arguments(batch, output)
-            with self.autocast():
-                loss, _, ce_per_head = weighted_loss(
-                    self.config.loss,
-                    output.head_hidden_states,
-                    self.accelerator.unwrap_model(self.model).unembed,
-                    target_ids,
-                    self._normalizer(target_ids),
-                    **arguments,
-                )
-        ce_per_head = ce_per_head.detach()
-        value_loss = self.value_loss(batch, output, ce_per_head)
-        losses = {"loss": loss}
+        stage = self.stage
+        parts = self._micro_batches(batch)
+        done = [self._backward(part, stage, part is parts[-1]) for part in parts]
+        hidden_states, ce_per_head, weights = (
+            torch.cat([getattr(each, name) for each in done])
+            for name in ("hidden_states", "ce_per_head", "weights")
+        )
+        losses = {"loss": self._whole_loss(done)}
+        value_loss = self.value_loss(batch, hidden_states, ce_per_head)
         if value_loss is not None:
-            losses = {"loss": loss if stage == TRAIN else value_loss, "value_loss": value_loss}
-        objective = value_loss if stage == VALUE_WARMUP else sum(losses.values())
-        self.accelerator.backward(objective)
-        weights = self.compute_head_weights(batch, ce_per_head, arguments)
+            self.accelerator.backward(value_loss)
+            losses = {"loss": losses["loss"] if stage == TRAIN else value_loss}
+            losses["value_loss"] = value_loss
         measured = {
             **losses,
-            **step_statistics(ce_per_head, weights, target_ids),
+            **step_statistics(ce_per_head, weights, batch["target_ids"], self.total),
             "grad_norm": self._clip_gradients(stage),
         }
         record = {"step": self.step + 1, "stage": stage, **self._read(measured), "lr": self._lr()}
@@ -231,6 +267,83 @@ class BaseWmtpTrainer:
         self.optimizer.zero_grad()
         self.step += 1
         return record
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        rows = len(batch["input_ids"]) // self.config.grad_accum
+        tensors = cast(dict[str, Tensor], batch)
+        parts = {name: tensor.split(rows) for name, tensor in tensors.items()}
+        return [
+            cast(Batch, dict(zip(parts, of_part, strict=True)))
+            for of_part in zip(*parts.values(), strict=True)
+        ]
+
+    @property
+    def _in_parts(self) -> bool:
+        """Whether the loss is divided by what others of the step's batch have to be asked for."""
+        return self.accelerator.num_processes * self.config.grad_accum > 1
+
+    def _backward(self, part: Batch, stage: str, last: bool) -> _Part:
+        """The loss of a micro-batch, undivided where there are others, and its gradients."""
+        sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+        with sync, torch.set_grad_enabled(stage == TRAIN):
+            with self.autocast():
+                output = self.model(part["input_ids"])
+            weighting = self._weighting(self.compute_head_weights(part, output))
+            undivided = 1.0 if self._in_parts else None
+            loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
+            if stage == TRAIN:
+                self.accelerator.backward(loss)
+        ce_per_head, target_ids = ce_per_head.detach(), part["target_ids"]
+        return _Part(
+            output.hidden_states.detach(),
+            ce_per_head,
+            weighting.weights(ce_per_head, target_ids),
+            loss.detach(),
+            denominator(weighting, target_ids, self.config.horizon, self.config.reduction),
+        )
+
+    def _whole_loss(self, parts: list[_Part]) -> Tensor:
+        """The step's loss; its gradients are divided as it is."""
+        loss = torch.stack([part.loss for part in parts]).sum()
+        if not self._in_parts:
+            return loss
+        divisors = torch.stack([part.denominator for part in parts])
+        loss, divisor = self.total(torch.stack((loss.double(), divisors.sum())))
+        if self.config.reduction == "sum" or divisor == 0:  # nothing weighs
+            divisor = torch.ones_like(divisor)
+        factor = self.accelerator.num_processes / divisor  # the processes' gradients are averaged
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+        return loss / divisor
+
+    def _weighting(self, weights: Any) -> Weighting:
+        if isinstance(weights, Tensor):
+            return Given(weights)
+        if not isinstance(weights, Uniform | Given | Excess):
+            raise TypeError(
+                f"{type(self).__name__}.compute_head_weights must return weights [B, S, H], or "
+                f"Uniform, Given or Excess of wmtp.weightings, got {type(weights).__name__}"
+            )
+        return weights
+
+    def _loss(
+        self,
+        batch: Batch,
+        output: MTPOutput,
+        weighting: Weighting,
+        normalizer: float | None = None,
+    ) -> MTPLoss:
+        with self.autocast():
+            return weighted_loss(
+                self.config.loss,
+                output.head_hidden_states,
+                self.accelerator.unwrap_model(self.model).unembed,
+                batch["target_ids"],
+                weighting,
+                reduction=self.config.reduction,
+                normalizer=normalizer,
+            )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bfloat16 autocast around a model and its loss, when the configuration says so."""
@@ -252,12 +365,16 @@ class BaseWmtpTrainer:
         moved = {name: rows[mine].to(accelerator.device) for name, rows in tensors.items()}
         return cast(Batch, moved)
 
-    def _normalizer(self, target_ids: Tensor) -> Tensor | None:
-        """Processes average their gradients: each divides by the mean number of valid tokens."""
+    def total(self, sums: Tensor) -> Tensor:
+        """Of sums over this process's part of the batch, those over the whole: whatever the
+        definitions take over a batch goes through here."""
         if self.accelerator.num_processes == 1:
-            return None
-        count = has_target(target_ids, self.config.horizon).any(-1).sum().float()
-        return self.accelerator.reduce(count, "mean").clamp(min=1)
+            return sums
+        return self.accelerator.reduce(sums, "sum")
+
+    def share(self, sums: Tensor) -> Tensor:
+        """What a process divides by, for the mean of the processes to be over the whole batch."""
+        return (self.total(sums) / self.accelerator.num_processes).clamp(min=1e-8)
 
     def _clip_gradients(self, stage: str) -> Tensor:
         """The norm of the gradient of what the stage trains; each module is clipped by itself."""
@@ -292,6 +409,12 @@ class BaseWmtpTrainer:
                 "updated: lower --lr, or look at these sequences"
             )
 
+    def _evaluation_of_step(self) -> dict[str, Any]:
+        every, done = self.config.eval_every, self.step - self.warmup_steps
+        if every and done > 0 and done % every == 0:
+            return {"validation": self._evaluate()}
+        return {}
+
     # ---- what stays on disk ----
 
     def _evaluate(self) -> Evaluation:
@@ -305,18 +428,27 @@ class BaseWmtpTrainer:
 
     def _save_checkpoint(self) -> None:
         accelerator, folder = self.accelerator, self.folder
-        path = folder.checkpoint_in_progress(self.step)
+        path = folder.checkpoints.in_progress(self.step)
         if accelerator.is_main_process:
-            folder.begin_checkpoint(self.step)
+            folder.checkpoints.begin(self.step)
         accelerator.wait_for_everyone()
         accelerator.save_state(str(path))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             progress = {"step": self.step, "evaluation_at_start": self.evaluation_at_start}
             (path / "progress.json").write_text(json.dumps(progress))
-            folder.commit_checkpoint(self.step, self.config.keep_last)
+            folder.sync_metrics()
+            folder.checkpoints.commit(self.step)
+            self._manage_checkpoints()
 
-    def _save_final(self, path: Path) -> None:
+    def _manage_checkpoints(self) -> None:
+        """Keep the newest `keep_last`."""
+        self.folder.checkpoints.drop_old(self.config.keep_last)
+
+    def _save_final_checkpoint(self) -> None:
+        self.folder.write_folder("final", self._write_final)
+
+    def _write_final(self, path: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
         save_model_folder(model, self.data.tokenizer, path)
         if self.value_head is not None:
@@ -338,7 +470,7 @@ class BaseWmtpTrainer:
             "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
         }
         if self.accelerator.is_main_process:
-            self.folder.write_folder("final", self._save_final)
+            self._save_final_checkpoint()
             self.folder.write_result(result)
         self.accelerator.wait_for_everyone()
         return result

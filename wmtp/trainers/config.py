@@ -1,9 +1,14 @@
-"""Everything about a training run that decides its numbers, in one frozen record."""
+"""Everything about a training run that decides its numbers, in one frozen record.
+
+A field says what it is, which values it takes, and so what the command line offers for it.
+"""
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
+from wmtp.checks import EXCESSES, REDUCTIONS
 from wmtp.models import MTPConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -14,76 +19,90 @@ class ConfigError(ValueError):
     """A setting cannot be; says what is wanted."""
 
 
+def setting(
+    default: Any,
+    about: str,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    one_of: Sequence[str] = (),
+) -> Any:
+    """A field of `TrainConfig`, and the range that `range_of` words."""
+    limits = {"least": least, "above": above, "most": most, "one_of": tuple(one_of)}
+    return field(default=default, metadata={"about": about, **limits})
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run.
+    """The settings of a run; each says what it is, here and in `wmtp train --help`.
 
     Attributes:
-        algo: a name in `trainer_registry`.
-        steps: of the model; the critic's value head has value_warmup_steps before them.
-        batch_size: B, rows a step over all processes together.
-        seq_len: S. horizon: H.
-        dim, trunk_layers, attention_heads: of the `MTPTransformer`.
-        seed: of weights and batches.
-        lr: the model's peak learning rate: reached after a twentieth of the steps, then a cosine
-            down to a tenth. weight_decay: of matrices, not of norms.
-        max_grad_norm: the gradient is scaled down to this norm.
-        precision: "fp32", or "bf16" for autocast around the models.
-        loss: how it is computed, "linear", "fused" or "eager"; see `wmtp.trainers.losses`.
-        temperature, excess: of the head weights. discount: of the critic's rise in value.
-        value_warmup_steps, value_lr, value_coefficient, gamma, gae_lambda: of the value head.
-        eval_batches: validation batches, at start and end.
-        save_every: steps between checkpoints. keep_last: how many stay.
-        reference: what rho1-wmtp compares with, a folder; None: a model trained first.
+        algo: a name in `trainer_registry`, or package.module:Class.
+        settings: of the algorithm's own, by name.
+        batch_size: B, rows a step over all processes together. seq_len: S. horizon: H.
+
+    Raises:
+        ConfigError: a value that is out of its range, or of another type.
 
         >>> TrainConfig(algo="mtp-baseline", steps=0)
         Traceback (most recent call last):
             ...
-        wmtp.trainers.config.ConfigError: steps must be at least 1, got 0
+        wmtp.trainers.config.ConfigError: steps must be a whole number, at least 1, got 0
     """
 
     algo: str
-    steps: int = 2000
-    batch_size: int = 16
-    seq_len: int = 512
-    horizon: int = 4
-    dim: int = 512
-    trunk_layers: int = 6
-    attention_heads: int = 8
-    seed: int = 0
-    lr: float = 6e-4
-    weight_decay: float = 0.1
-    max_grad_norm: float = 1.0
-    precision: str = "fp32"
-    loss: str = "linear"
-    temperature: float = 0.7
-    excess: str = "abs"
-    discount: float = 0.95
-    value_warmup_steps: int = 100
-    value_lr: float = 1e-3
-    value_coefficient: float = 0.1
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    eval_batches: int = 16
-    save_every: int = 200
-    keep_last: int = 2
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int = setting(2000, "Updates of the model.", least=1)
+    batch_size: int = setting(16, "Sequences a step, over all processes.", least=1)
+    grad_accum: int = setting(1, "Parts of a step's batch, one after another.", least=1)
+    seq_len: int = setting(512, "Tokens a sequence.", least=2)
+    horizon: int = setting(4, "Heads: how many tokens ahead.", least=1)
+    dim: int = setting(512, "Hidden size, a multiple of 2 x attention heads.", least=1)
+    trunk_layers: int = setting(6, "Blocks before the heads.", least=0)
+    attention_heads: int = setting(8, "Of every block.", least=1)
+    seed: int = setting(0, "Of weights and batches.", least=0)
+    lr: float = setting(6e-4, "Peak learning rate, after a twentieth of the steps.", above=0)
+    weight_decay: float = setting(0.1, "Of matrices, not of norms.", least=0)
+    max_grad_norm: float = setting(1.0, "The gradient is scaled down to this norm.", above=0)
+    precision: str = setting("fp32", "bf16: autocast around the models.", one_of=PRECISIONS)
+    loss: str = setting(
+        "linear",
+        "linear makes the logits a chunk at a time, fused all of them, eager all in plain torch; "
+        "the same numbers to rounding.",
+        one_of=LOSSES,
+    )
+    reduction: str = setting("token_mean", "Of the loss.", one_of=REDUCTIONS)
+    temperature: float = setting(0.7, "Of critic's and rho1's head weights.", above=0)
+    excess: str = setting("abs", "rho1-wmtp: signed for ce - ref.", one_of=EXCESSES)
+    discount: float = setting(0.95, "critic-wmtp: of the earlier value in a rise.", least=0, most=1)
+    value_warmup_steps: int = setting(
+        100, "critic-wmtp: steps of the value head alone, before the model's.", least=0
+    )
+    value_lr: float = setting(1e-3, "critic-wmtp: learning rate of the value head.", above=0)
+    value_coefficient: float = setting(0.1, "critic-wmtp: of the value head's loss.", above=0)
+    gamma: float = setting(0.99, "critic-wmtp: discount of future rewards.", least=0, most=1)
+    gae_lambda: float = setting(
+        0.95, "critic-wmtp: 0 looks a step ahead, 1 to the end.", least=0, most=1
+    )
+    eval_batches: int = setting(16, "Validation batches.", least=1)
+    eval_every: int = setting(0, "Steps between evaluations; 0: at start and end alone.", least=0)
+    save_every: int = setting(200, "Steps between checkpoints.", least=1)
+    keep_last: int = setting(2, "Checkpoints that stay.", least=1)
     reference: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "horizon", "eval_batches", "save_every", "keep_last"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        self._require("seq_len", self.seq_len >= 2, "at least 2: a token and its successor")
-        self._require("horizon", self.horizon < self.seq_len, f"below seq_len {self.seq_len}")
-        self._require("seed", self.seed >= 0, "at least 0")
-        self._require("value_warmup_steps", self.value_warmup_steps >= 0, "at least 0")
-        for name in ("lr", "value_lr", "max_grad_norm", "temperature"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "positive and finite")
-        self._require("precision", self.precision in PRECISIONS, f"one of {PRECISIONS}")
-        self._require("loss", self.loss in LOSSES, f"one of {LOSSES}")
-
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ConfigError(f"{name} must be {wanted}, got {getattr(self, name)}")
+        for each in adjustable():
+            value = getattr(self, each.name)
+            _require(
+                each.name, value, _of_type(value, each) and _in_range(value, each), range_of(each)
+            )
+        _require(
+            "horizon", self.horizon, self.horizon < self.seq_len, f"below seq_len {self.seq_len}"
+        )
+        pairs = 2 * self.attention_heads
+        wanted = f"a multiple of 2 x attention_heads = {pairs}"
+        _require("dim", self.dim, self.dim % pairs == 0, wanted)
 
     def model_config(self, vocab_size: int) -> MTPConfig:
         """The shape of the model for a vocabulary."""
@@ -108,3 +127,39 @@ class TrainConfig:
         settings = asdict(self)
         del settings["save_every"], settings["keep_last"]
         return settings
+
+
+def adjustable() -> list[Field[Any]]:
+    """The fields that the command line offers."""
+    return [each for each in fields(TrainConfig) if "about" in each.metadata]
+
+
+def range_of(each: Field[Any]) -> str:
+    """The values a field takes, in words."""
+    limits = each.metadata
+    if limits["one_of"]:
+        return f"one of {limits['one_of']}"
+    if each.type is int:
+        return f"a whole number, at least {limits['least']}"
+    if limits["most"] < math.inf:
+        return f"between {limits['least']} and {limits['most']}"
+    return "positive and finite" if limits["above"] == 0 else "at least 0 and finite"
+
+
+def _of_type(value: Any, each: Field[Any]) -> bool:
+    if each.type is str:
+        return isinstance(value, str)
+    wanted = int if each.type is int else int | float
+    return isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _in_range(value: Any, each: Field[Any]) -> bool:
+    limits = each.metadata
+    if limits["one_of"]:
+        return value in limits["one_of"]
+    return limits["above"] < value and limits["least"] <= value <= limits["most"]
+
+
+def _require(name: str, value: Any, holds: bool, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {wanted}, got {value}")

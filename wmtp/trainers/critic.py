@@ -7,8 +7,8 @@ from wmtp.models import MTPOutput, ValueHead
 from wmtp.registry import trainer_registry
 from wmtp.scorers import CriticScorer
 from wmtp.trainers.base import BaseWmtpTrainer
-from wmtp.trainers.losses import LossArguments
 from wmtp.trainers.returns import gae_returns, token_mask, token_rewards
+from wmtp.weightings import Given
 
 
 @trainer_registry.register("critic-wmtp", category="trainer", version="2.0.0")
@@ -22,20 +22,19 @@ class CriticWmtpTrainer(BaseWmtpTrainer):
     def build_value_head(self) -> ValueHead:
         return ValueHead(self.config.dim)
 
-    def loss_arguments(self, batch: Batch, output: MTPOutput) -> LossArguments:
-        settings = self.config
-        scorer = CriticScorer(
-            self.value_head, settings.horizon, settings.discount, settings.temperature
-        )
+    def compute_head_weights(self, batch: Batch, output: MTPOutput) -> Given:
+        names = ("horizon", "discount", "temperature")
+        settings = {name: getattr(self.config, name) for name in names}
+        scorer = CriticScorer(settings, value_head=self.value_head)
         scores = scorer.run(
             {"hidden_states": output.hidden_states, "target_ids": batch["target_ids"]}
         )
-        return {"head_weights": scores["weights"]}
+        return Given(scores["weights"])
 
-    def value_loss(self, batch: Batch, output: MTPOutput, ce_per_head: Tensor) -> Tensor:
+    def value_loss(self, batch: Batch, hidden_states: Tensor, ce_per_head: Tensor) -> Tensor:
         settings, mask = self.config, token_mask(batch["target_ids"])
-        values = self.value_head(output.hidden_states.detach())
-        rewards = token_rewards(ce_per_head, mask, batch.get("reward"))
+        values = self.value_head(hidden_states)
+        rewards = token_rewards(ce_per_head, mask, batch.get("reward"), self.total)
         returns = gae_returns(rewards, values, mask, settings.gamma, settings.gae_lambda)
         error = (values - returns).masked_fill(~mask, 0.0)
-        return settings.value_coefficient * error.square().sum() / mask.sum().clamp(min=1)
+        return settings.value_coefficient * error.square().sum() / self.share(mask.sum())

@@ -2,7 +2,7 @@
 
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypedDict
 
 import torch
@@ -50,12 +50,15 @@ def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.devi
     }
 
 
-def step_statistics(ce_per_head: Tensor, weights: Tensor, target_ids: Tensor) -> dict[str, Tensor]:
+def step_statistics(
+    ce_per_head: Tensor, weights: Tensor, target_ids: Tensor, total: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
     """What a step records about its heads, each a 0-d tensor.
 
     Args:
         ce_per_head, weights: [B, S, H].
         target_ids: [B, S], unshifted.
+        total: of sums over this part of the batch, those over all of it.
 
     Returns:
         ce_head_k, the mean cross entropy of head k in nats; weight_head_k, its mean share
@@ -65,16 +68,19 @@ def step_statistics(ce_per_head: Tensor, weights: Tensor, target_ids: Tensor) ->
     """
     heads = weights.shape[2]
     valid = has_target(target_ids, heads)
-    ce = ce_per_head.sum((0, 1)) / valid.sum((0, 1)).clamp(min=1)
     weight_sum = weights.sum(-1, keepdim=True)
     whole = valid.all(-1, keepdim=True) & (weight_sum != 0)
     share = torch.where(whole, weights / weight_sum, 0.0)
-    tokens = whole.sum().clamp(min=1)
-    mean_share = share.sum((0, 1)) / tokens
+    by_head = torch.stack((ce_per_head, valid.to(share.dtype), share)).sum((1, 2))
+    over_tokens = torch.stack((whole.sum(), -torch.xlogy(share, share).sum()))
+    sums = total(torch.cat((by_head.flatten(), over_tokens)))
+    ce, count, shares = sums[:-2].unflatten(0, (3, heads))
+    tokens = sums[-2].clamp(min=1)
+    ce, shares = ce / count.clamp(min=1), shares / tokens
     return {
         **{f"ce_head_{k}": ce[k] for k in range(heads)},
-        **{f"weight_head_{k}": mean_share[k] for k in range(heads)},
-        "weight_entropy": -torch.xlogy(share, share).sum() / tokens,
+        **{f"weight_head_{k}": shares[k] for k in range(heads)},
+        "weight_entropy": sums[-1] / tokens,
     }
 
 

@@ -7,22 +7,16 @@
 The three differ in memory and speed; their numbers are equal to rounding.
 """
 
-from typing import TypedDict, Unpack
+from typing import Any
 
 from torch import Tensor, nn
 
+from wmtp.labels import has_target
 from wmtp.linear import fused_linear_weighted_mtp_loss
 from wmtp.loss import fused_weighted_mtp_loss
+from wmtp.reduction import counted_tokens
 from wmtp.reference import MTPLoss
-
-
-class LossArguments(TypedDict, total=False):
-    """What an algorithm adds to the loss; see `wmtp.fused_weighted_mtp_loss`."""
-
-    head_weights: Tensor
-    ref_ce: Tensor
-    temperature: float
-    excess: str
+from wmtp.weightings import Excess, Given, Uniform, Weighting
 
 
 def weighted_loss(
@@ -30,8 +24,10 @@ def weighted_loss(
     head_hidden_states: Tensor,
     unembed: nn.Linear,
     target_ids: Tensor,
-    normalizer: Tensor | None = None,
-    **arguments: Unpack[LossArguments],
+    weighting: Weighting = Uniform(),  # noqa: B008  (frozen)
+    *,
+    reduction: str = "token_mean",
+    normalizer: Tensor | float | None = None,
 ) -> MTPLoss:
     """The weighted loss of logits = unembed(head_hidden_states).
 
@@ -40,8 +36,8 @@ def weighted_loss(
         head_hidden_states: [B, S, H, D].
         unembed: to V. Under autocast its product is of autocast's dtype, whichever the way.
         target_ids: [B, S], unshifted.
-        normalizer: [], see `wmtp.fused_weighted_mtp_loss`.
-        arguments: of the algorithm.
+        weighting: of the algorithm.
+        reduction, normalizer: see `wmtp.fused_weighted_mtp_loss`.
 
         >>> import torch
         >>> states, unembed = torch.randn(1, 4, 2, 3), nn.Linear(3, 5)
@@ -50,26 +46,50 @@ def weighted_loss(
         >>> torch.allclose(losses[0], losses[1]) and torch.allclose(losses[1], losses[2])
         True
     """
+    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
+    if isinstance(weighting, Given):
+        how["head_weights"] = weighting.head_weights
+    elif isinstance(weighting, Excess):
+        how["ref_ce"] = weighting.ref_ce
+        how["temperature"], how["excess"] = weighting.temperature, weighting.excess
     if way == "linear":
         return fused_linear_weighted_mtp_loss(
-            head_hidden_states,
-            unembed.weight,
-            target_ids,
-            lm_head_bias=unembed.bias,
-            normalizer=normalizer,
-            **arguments,
+            head_hidden_states, unembed.weight, target_ids, lm_head_bias=unembed.bias, **how
         )
     logits = unembed(head_hidden_states)
     return fused_weighted_mtp_loss(
         logits,
         target_ids,
-        normalizer=normalizer,
         inplace=logits.requires_grad,  # nothing reads the logits again
         backend=logits_backend(way),
-        **arguments,
+        **how,
     )
 
 
 def logits_backend(way: str) -> str:
     """The `backend` of losses that take logits."""
     return "eager" if way == "eager" else "auto"
+
+
+def denominator(weighting: Weighting, target_ids: Tensor, horizon: int, reduction: str) -> Tensor:
+    """[]: what this part of a batch adds to the number that the whole batch's loss is divided by.
+
+    token_mean: its tokens with any weight. weight_mean: the sum of its weights.
+
+        >>> import torch
+        >>> ids, weights = torch.tensor([[3, 4, 5]]), torch.tensor([[[0.5], [0.0], [9.0]]])
+        >>> denominator(Given(weights), ids, 1, "token_mean").item()    # the last has no target
+        1.0
+        >>> denominator(Given(weights), ids, 1, "weight_mean").item()
+        0.5
+    """
+    valid = has_target(target_ids, horizon)
+    if isinstance(weighting, Excess):  # a token's weights sum to 1
+        of_token = valid.any(-1).double()
+    elif isinstance(weighting, Given):
+        of_token = weighting.head_weights.detach().double().masked_fill(~valid, 0.0).sum(-1)
+    else:
+        of_token = valid.sum(-1).double()
+    if reduction == "token_mean":
+        of_token = counted_tokens(of_token).double()
+    return of_token.sum()

@@ -7,6 +7,8 @@
 Schulman et al. 2016, arXiv 1506.02438, eq. 16. B batch, S sequence, H heads.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,7 +20,16 @@ def token_mask(target_ids: Tensor, ignore_index: int = -100) -> Tensor:
     return counted.flip(1).cumsum(1).flip(1) > 0
 
 
-def token_rewards(ce_per_head: Tensor, mask: Tensor, reward: Tensor | None) -> Tensor:
+def _alone(sums: Tensor) -> Tensor:
+    return sums
+
+
+def token_rewards(
+    ce_per_head: Tensor,
+    mask: Tensor,
+    reward: Tensor | None,
+    total: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor:
     """[B, S] rewards without gradient, 0 where the mask is False.
 
     Args:
@@ -26,16 +37,18 @@ def token_rewards(ce_per_head: Tensor, mask: Tensor, reward: Tensor | None) -> T
         mask: [B, S] bool, from `token_mask`.
         reward: [B], one per sequence, placed on its last token; None: the model's own next-token
             cross entropy, negated and whitened over the batch (mean 0, standard deviation 1).
+        total: of sums over this part of the batch, those over all of it.
     """
     if reward is not None:
         is_last = mask & ~F.pad(mask[:, 1:], (0, 1))
         return torch.where(is_last, reward[:, None].to(ce_per_head.dtype), 0.0)
     # The last token predicts nothing: it has a value but no reward.
     predicts = F.pad(mask[:, 1:], (0, 1))
-    raw = -ce_per_head[:, :, 0].detach()
-    count = predicts.sum().clamp(min=1)
-    centred = torch.where(predicts, raw - torch.where(predicts, raw, 0.0).sum() / count, 0.0)
-    deviation = (centred.square().sum() / count).sqrt()
+    raw = torch.where(predicts, -ce_per_head[:, :, 0].detach(), 0.0)
+    raw_sum, count = total(torch.stack((raw.sum(), predicts.sum())))
+    count = count.clamp(min=1)
+    centred = torch.where(predicts, raw - raw_sum / count, 0.0)
+    deviation = (total(centred.square().sum()) / count).sqrt()
     return centred / (deviation + 1e-8)
 
 

@@ -4,43 +4,32 @@ from torch import Tensor
 
 from wmtp.data import Batch
 from wmtp.models import MTPOutput
+from wmtp.reference import align_ref_ce
 from wmtp.registry import trainer_registry
-from wmtp.scorers import Rho1ExcessScorer
 from wmtp.trainers.base import BaseWmtpTrainer
-from wmtp.trainers.losses import LossArguments
 from wmtp.trainers.reference_model import reference_ce
+from wmtp.weightings import Excess
 
 
 @trainer_registry.register("rho1-wmtp", category="trainer", version="2.0.0")
 class Rho1WmtpTrainer(BaseWmtpTrainer):
     """w[b, t, k] = softmax over k of |ce[b, t, k] - ref_ce[b, t + k]| / temperature.
 
-    The weights are formed inside the loss; the scorer forms them again from the [B, S, H] cross
-    entropies for the record. Needs `reference`, see `reference_model.py`.
+    The weights are formed inside the loss. Needs `reference`, see `reference_model.py`.
     """
 
     needs_reference = True
 
-    def loss_arguments(self, batch: Batch, output: MTPOutput) -> LossArguments:
-        settings = self.config
-        with self.autocast():
-            ref_ce = reference_ce(
-                self.reference, batch["input_ids"], batch["target_ids"], settings.loss
-            )
-        return {
-            "ref_ce": ref_ce,
-            "temperature": settings.temperature,
-            "excess": settings.excess,
-        }
+    def compute_head_weights(self, batch: Batch, output: MTPOutput) -> Excess:
+        ref_ce = self.compute_reference_ce(batch["input_ids"], batch["target_ids"])
+        return Excess(ref_ce, self.config.temperature, self.config.excess)
 
-    def compute_head_weights(
-        self, batch: Batch, ce_per_head: Tensor, arguments: LossArguments
-    ) -> Tensor:
-        scorer = Rho1ExcessScorer(arguments["temperature"], arguments["excess"])
-        return scorer.run(
-            {
-                "base_ce": ce_per_head,
-                "ref_ce": arguments["ref_ce"],
-                "target_ids": batch["target_ids"],
-            }
-        )["weights"]
+    def compute_reference_ce(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
+        """The reference's cross entropy [B, S-1], nats: position t about target_ids[t + 1]."""
+        with self.autocast():
+            return reference_ce(self.reference, input_ids, target_ids, self.config.loss)
+
+    @staticmethod
+    def align_ref_ce_to_mtp(ref_ce_all: Tensor, mtp_ce_heads: Tensor) -> Tensor:
+        """[B, S, H], beside mtp_ce_heads: ref_ce_all [B, S-1] about the tokens of each head."""
+        return align_ref_ce(ref_ce_all, *mtp_ce_heads.shape[1:])

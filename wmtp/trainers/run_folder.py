@@ -2,25 +2,26 @@
 
     DIR/config.json            what the run is; decides whether --resume fits
     DIR/metrics.jsonl          one object a step
-    DIR/checkpoints/step-N     the state after N steps
+    DIR/checkpoints/step-N     the state after N steps, see checkpoints.py
+    DIR/lock                   whose it is, while a process is at it
     DIR/final                  the trained model
     DIR/result.json            written last: the run is finished
 
 Whatever must be whole is written under a name ending in .tmp, synced, and renamed.
 """
 
+import contextlib
 import json
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-TEMPORARY = ".tmp"
+from wmtp.trainers.checkpoints import Checkpoints
+from wmtp.trainers.files import TEMPORARY, RunError, rename_folder, sync_path, write_text
+from wmtp.trainers.lock import locked
 
-
-class RunError(RuntimeError):
-    """The run folder and the request do not fit; says what to do."""
+LOCK = "lock"
 
 
 class RunFolder:
@@ -28,8 +29,21 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._checkpoints = path / "checkpoints"
+        self.checkpoints = Checkpoints(path / "checkpoints")
         self._metrics_path = path / "metrics.jsonl"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else may start here while the block runs.
+
+        Raises:
+            RunError: somebody has, or the folder holds something else.
+        """
+        if not (self.path / "config.json").is_file():
+            self._refuse_foreign_files()
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path / LOCK):
+            yield
 
     def open(self, identity: dict[str, Any], *, resume: bool) -> None:
         """Start a run here, or check that the run that is here is this one.
@@ -56,7 +70,7 @@ class RunFolder:
 
     def _begun(self) -> bool:
         """Whether anything was computed: a start that failed leaves only its settings."""
-        if self.read_metrics() or self._numbered_checkpoints() or self.result():
+        if self.read_metrics() or self.checkpoints.steps() or self.result():
             return True
         reference = self.path / "reference"
         return reference.is_dir() and RunFolder(reference)._begun()
@@ -81,11 +95,13 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines; a kill may have cut the last one short."""
+        """A record a step, in order. A kill may have cut the last line short, and what is no
+        record, or a step's that was written again, is passed over: `cut_metrics_back` counts."""
         if not self._metrics_path.exists():
             return []
-        lines = self._metrics_path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+        lines = self._metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
+        records = [record for line in lines[:-1] if (record := _record(line))]
+        return sorted({record["step"]: record for record in records}.values(), key=_step)
 
     def cut_metrics_back(self, step: int) -> None:
         """Forget the metrics after `step`: the resumed run writes them again.
@@ -94,35 +110,17 @@ class RunFolder:
             RunError: the metrics up to `step` are not all there.
         """
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        if [record["step"] for record in kept] != list(range(1, step + 1)):
+        missing = set(range(1, step + 1)) - {record["step"] for record in kept}
+        if missing:
             raise RunError(
-                f"{self._metrics_path} lacks some of the steps 1 to {step} of the checkpoint: "
-                "restore the file, or start anew in another --out"
+                f"{self._metrics_path} lacks some of the steps 1 to {step} of the checkpoint (step "
+                f"{min(missing)}): restore the file, or start anew in another --out"
             )
         write_text(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def latest_checkpoint(self) -> tuple[int, Path] | None:
-        """The newest whole checkpoint and the step it was taken after."""
-        found = self._numbered_checkpoints()
-        return found[-1] if found else None
-
-    def checkpoint_in_progress(self, step: int) -> Path:
-        """Where the state after `step` is written before it has its name."""
-        return self._checkpoints / f"step-{step}{TEMPORARY}"
-
-    def begin_checkpoint(self, step: int) -> None:
-        """Make `checkpoint_in_progress` an empty folder."""
-        temporary = self.checkpoint_in_progress(step)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def commit_checkpoint(self, step: int, keep_last: int) -> None:
-        """Give `checkpoint_in_progress` its name; drop all but the last `keep_last`."""
-        _sync_path(self._metrics_path)
-        rename_folder(self.checkpoint_in_progress(step), self._checkpoints / f"step-{step}")
-        for _, old in self._numbered_checkpoints()[:-keep_last]:
-            # Renamed first: a kill inside rmtree must not leave half a checkpoint under its name.
-            shutil.rmtree(old.rename(old.with_name(old.name + TEMPORARY)))
+    def sync_metrics(self) -> None:
+        """Have them reach the disk."""
+        sync_path(self._metrics_path)
 
     def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write` fill a folder that appears as DIR/name when it is whole."""
@@ -137,23 +135,22 @@ class RunFolder:
         """Delete what a killed run did not finish writing."""
         for leftover in (
             *self.path.glob("*" + TEMPORARY),
-            *self._checkpoints.glob("*" + TEMPORARY),
+            *self.checkpoints.path.glob("step-*" + TEMPORARY),
         ):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-    def _numbered_checkpoints(self) -> list[tuple[int, Path]]:
-        found = [
-            (int(path.name.removeprefix("step-")), path)
-            for path in self._checkpoints.glob("step-*")
-            if not path.name.endswith(TEMPORARY)
-        ]
-        return sorted(found)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
         if not file.is_file():
             return None
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(
+                f"{file} cannot be read ({error}): restore it, or choose another --out"
+            ) from error
+        if not isinstance(content, dict):
+            raise RunError(f"{file} is no JSON object: restore it, or choose another --out")
         return content
 
     def _refuse_foreign_files(self) -> None:
@@ -163,6 +160,7 @@ class RunFolder:
         own = {"config.json", "metrics.jsonl", "checkpoints", "reference"}
         if self._read_json("config.json") is None:
             own = set()
+        own.add(LOCK)
         found = {path.name for path in self.path.glob("*") if path.suffix != TEMPORARY}
         foreign = sorted(found - own)
         if foreign:
@@ -172,32 +170,17 @@ class RunFolder:
             )
 
 
-def write_text(file: Path, text: str) -> None:
-    """Replace `file` by `text`, at once or not at all."""
-    temporary = file.with_name(file.name + TEMPORARY)
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    _sync_path(file.parent)
+def _step(record: dict[str, Any]) -> int:
+    return record["step"]
 
 
-def rename_folder(temporary: Path, final: Path) -> None:
-    """Give a folder its name after its content has reached the disk."""
-    for path in temporary.rglob("*"):
-        _sync_path(path)
-    _sync_path(temporary)
-    temporary.rename(final)
-    _sync_path(final.parent)
-
-
-def _sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _record(line: str) -> dict[str, Any] | None:
+    """What a line of the metrics holds; None where it is damaged."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def _as_json(value: dict[str, Any]) -> Any:

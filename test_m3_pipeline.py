@@ -1,0 +1,1 @@
+tests/test_m3_pipeline.py

@@ -1,0 +1,112 @@
+"""The checkpoints of a run: folders step-N, each with the digests of its files.
+
+A checkpoint is whole when the digests are there and all files answer to them. Only whole ones are
+resumed from, and only our own names are ever touched: a copy that somebody keeps stays.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from wmtp.trainers.files import TEMPORARY, RunError, rename_folder, write_text
+
+DIGESTS = "digests.json"
+
+
+class Checkpoints:
+    """Those in one folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def steps(self) -> list[int]:
+        """Of all that are finished, whole or not, in order."""
+        found = [re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in self.path.glob("step-*")]
+        return sorted(int(match[1]) for match in found if match)
+
+    def newest_whole(self) -> tuple[tuple[int, Path] | None, list[str]]:
+        """The newest whole one and the step it was taken after, and what is wrong with newer ones.
+
+        Raises:
+            RunError: there are some, and none is whole.
+        """
+        complaints: list[str] = []
+        for step in reversed(self.steps()):
+            path = self._named(step)
+            wrong = what_is_wrong(path)
+            if wrong is None:
+                return (step, path), complaints
+            complaints.append(f"{path} is damaged ({wrong})")
+        if complaints:
+            raise RunError(
+                f"no whole checkpoint: {'; '.join(complaints)}: restore one, or delete "
+                f"{self.path} to start anew"
+            )
+        return None, complaints
+
+    def in_progress(self, step: int) -> Path:
+        """Where the state after `step` is written before it has its name."""
+        return self.path / f"step-{step}{TEMPORARY}"
+
+    def begin(self, step: int) -> None:
+        """Make `in_progress` an empty folder."""
+        temporary = self.in_progress(step)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def commit(self, step: int) -> None:
+        """Write the digests of `in_progress` and give it its name, in place of what has it."""
+        temporary, final = self.in_progress(step), self._named(step)
+        write_text(temporary / DIGESTS, json.dumps(digests(temporary), indent=1) + "\n")
+        if final.exists():
+            _remove(final)
+        rename_folder(temporary, final)
+
+    def drop_old(self, keep_last: int) -> None:
+        """All but the last `keep_last` that are finished."""
+        finished = [step for step in self.steps() if (self._named(step) / DIGESTS).is_file()]
+        for step in finished[:-keep_last]:
+            _remove(self._named(step))
+
+    def _named(self, step: int) -> Path:
+        return self.path / f"step-{step}"
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """With a finished checkpoint; None: it is whole."""
+    try:
+        wanted = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
+        found = digests(checkpoint)
+    except FileNotFoundError:
+        return f"it has no {DIGESTS}"
+    except (OSError, ValueError) as error:
+        return f"{DIGESTS} cannot be read: {error}"
+    if not isinstance(wanted, dict):
+        return f"{DIGESTS} is no object"
+    for name, digest in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} has changed since it was written"
+    return None
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of each file in it, by its name relative to the folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
+    return {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: a kill inside rmtree must not leave half a checkpoint under its name.
+    doomed = folder.with_name(f"{folder.name}.old{TEMPORARY}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(folder.rename(doomed))

@@ -34,7 +34,7 @@ sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undef
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 STATIC  ?= --summary benchmarks/results/static-gpu.json
 JOBS    ?= $(shell nproc)
-static: $(TRITONS:%=build/triton-%/.ready)  ## all 13,000 binaries of the kernels, by four versions of Triton for four cards: two hours of a core; STATIC='--sample 80': so many a version
+static: $(TRITONS:%=build/triton-%/.ready)  ## all 17,000 binaries of the kernels, by four versions of Triton for four cards: some four hours of a core; STATIC='--sample 80': so many a version
 	@failed=; for version in $(TRITONS); do \
 	build/triton-$$version/bin/python -m benchmarks.static_gpu --check --jobs $(JOBS) $(STATIC) || failed=1; \
 	done; [ -z "$$failed" ]

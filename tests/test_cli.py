@@ -176,3 +176,49 @@ def test_missing_packages_have_a_remedy_and_no_traceback(missing, corpus, tmp_pa
 def test_presets_and_overrides():
     config = options.make_config("mtp-baseline", tiny=True, steps=7, lr=None)
     assert (config.steps, config.lr) == (7, options.TINY["lr"])
+
+
+def test_a_file_of_settings_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('steps = 9\nlr = 0.5\nreduction = "weight_mean"\n')
+    config = options.make_config("mtp-baseline", tiny=True, config_file=file, steps=7)
+    assert (config.steps, config.lr, config.reduction) == (7, 0.5, "weight_mean")
+    assert config.seq_len == options.TINY["seq_len"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("steps 9", "is not TOML"),
+        ("step = 9", "no setting 'step': known are steps, batch_size"),
+        ('steps = "many"', "steps must be a whole number, at least 1, got many"),
+    ],
+)
+def test_files_of_settings_that_cannot_be(content, message, corpus, tmp_path):
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_text(content)
+    arguments = ["train", "--algo=mtp-baseline", "--data", corpus, "--config", file]
+    result = wmtp(*arguments, "--out", tmp_path / "run")
+    assert result.exit_code == 1
+    assert message in unwrapped(result.output)
+
+
+def test_every_setting_is_an_option_and_reaches_the_run(corpus, tmp_path):
+    out = tmp_path / "run"
+    given = {"--discount": 0.5, "--gamma": 0.25, "--gae-lambda": 0.125, "--value-lr": 0.01}
+    given |= {"--excess": "signed", "--temperature": 0.3, "--reduction": "sum", "--dim": 16}
+    given |= {"--trunk-layers": 1, "--grad-accum": 2, "--eval-batches": 3, "--eval-every": 4}
+    flags = [f"{name}={value}" for name, value in given.items()]
+    result = wmtp("train", "--algo=mtp-baseline", *SMALL, *flags, "--data", corpus, "--out", out)
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "config.json").read_text())
+    for name, value in given.items():
+        assert config[name.removeprefix("--").replace("-", "_")] == value
+    evaluated = [record["step"] for record in read_metrics(out) if "validation" in record]
+    assert evaluated == [4]
+
+
+def test_the_version_is_said():
+    assert wmtp("--version").output.startswith("wmtp 0.")

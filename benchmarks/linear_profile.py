@@ -164,9 +164,12 @@ def _eager_fits(
         return False, None
     if shape[3] <= more:
         return True, None
-    least, most = (
-        _peak(direction, provider, (*shape[:3], vocabulary), setting) for vocabulary in (few, more)
-    )
+    # Without oneDNN, which holds a copy of its own for some V and for larger ones none.
+    with torch.backends.mkldnn.flags(enabled=False):
+        least, most = (
+            _peak(direction, provider, (*shape[:3], vocabulary), setting)
+            for vocabulary in (few, more)
+        )
     derived = least + (most - least) * (shape[3] - few) // (more - few)
     return MARGIN * derived <= room, derived
 

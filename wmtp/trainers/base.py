@@ -9,13 +9,12 @@ as one that was never stopped.
 import abc
 import contextlib
 import json
-import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -39,25 +38,17 @@ from wmtp.trainers.optimizer import build_optimizer
 from wmtp.trainers.reference_model import Reference, prepare_reference
 from wmtp.trainers.run_folder import RunFolder
 from wmtp.trainers.settings import check_settings
-from wmtp.weightings import Excess, Given, Uniform, Weighting
-
-TRAIN, VALUE_WARMUP = "train", "value_warmup"
-# The value head's warm-up has batches of its own: step i of the model is the same for all.
-STREAMS = {TRAIN: 0, VALUE_WARMUP: 1}
-
-
-class _Part(NamedTuple):
-    """What a step keeps of a micro-batch, without gradients."""
-
-    hidden_states: Tensor  # [B, S, D]
-    ce_per_head: Tensor  # [B, S, H]
-    weights: Tensor  # [B, S, H]
-    loss: Tensor  # []
-    denominator: Tensor  # []
-
-
-class NonFiniteError(RuntimeError):
-    """A step came out as NaN or infinity; nothing was updated."""
+from wmtp.trainers.step import (
+    STREAMS,
+    TRAIN,
+    VALUE_WARMUP,
+    NonFiniteError,
+    Part,
+    as_weighting,
+    check_finite,
+    micro_batches,
+)
+from wmtp.weightings import Uniform, Weighting
 
 
 class BaseWmtpTrainer(abc.ABC):
@@ -219,17 +210,16 @@ class BaseWmtpTrainer(abc.ABC):
         before = time.perf_counter()
         while self.step < self.total_steps:
             record = self.train_step(self._next_batch())
+            seconds = time.perf_counter() - before
+            record["tokens_per_s"] = self.config.batch_size * self.config.seq_len / seconds
             record |= self._evaluation_of_step()
-            now = time.perf_counter()
-            record["tokens_per_s"] = self.config.batch_size * self.config.seq_len / (now - before)
-            before = now
             if self.accelerator.is_main_process:
                 self.folder.append_metrics(record)
                 if on_step is not None:
                     on_step(record)
             if self.step % self.config.save_every == 0 or self.step == self.total_steps:
                 self._save_checkpoint()
-                before = time.perf_counter()
+            before = time.perf_counter()
         return self._finish()
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
@@ -243,7 +233,7 @@ class BaseWmtpTrainer(abc.ABC):
             NonFiniteError: a number of the record is NaN or infinite; nothing was updated.
         """
         stage = self.stage
-        parts = self._micro_batches(batch)
+        parts = micro_batches(batch, self.config.grad_accum)
         done = [self._backward(part, stage, part is parts[-1]) for part in parts]
         hidden_states, ce_per_head, weights = (
             torch.cat([getattr(each, name) for each in done])
@@ -261,40 +251,35 @@ class BaseWmtpTrainer(abc.ABC):
             "grad_norm": self._clip_gradients(stage),
         }
         record = {"step": self.step + 1, "stage": stage, **self._read(measured), "lr": self._lr()}
-        self._check_finite(record, batch)
+        try:
+            check_finite(record, batch["sequence_ids"])
+        except NonFiniteError:
+            self.optimizer.zero_grad()
+            raise
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.step += 1
         return record
 
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        rows = len(batch["input_ids"]) // self.config.grad_accum
-        tensors = cast(dict[str, Tensor], batch)
-        parts = {name: tensor.split(rows) for name, tensor in tensors.items()}
-        return [
-            cast(Batch, dict(zip(parts, of_part, strict=True)))
-            for of_part in zip(*parts.values(), strict=True)
-        ]
-
     @property
     def _in_parts(self) -> bool:
         """Whether the loss is divided by what others of the step's batch have to be asked for."""
         return self.accelerator.num_processes * self.config.grad_accum > 1
 
-    def _backward(self, part: Batch, stage: str, last: bool) -> _Part:
+    def _backward(self, part: Batch, stage: str, last: bool) -> Part:
         """The loss of a micro-batch, undivided where there are others, and its gradients."""
         sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with sync, torch.set_grad_enabled(stage == TRAIN):
             with self.autocast():
                 output = self.model(part["input_ids"])
-            weighting = self._weighting(self.compute_head_weights(part, output))
+            weighting = as_weighting(self.compute_head_weights(part, output), type(self).__name__)
             undivided = 1.0 if self._in_parts else None
             loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
             if stage == TRAIN:
                 self.accelerator.backward(loss)
         ce_per_head, target_ids = ce_per_head.detach(), part["target_ids"]
-        return _Part(
+        return Part(
             output.hidden_states.detach(),
             ce_per_head,
             weighting.weights(ce_per_head, target_ids),
@@ -302,7 +287,7 @@ class BaseWmtpTrainer(abc.ABC):
             denominator(weighting, target_ids, self.config.horizon, self.config.reduction),
         )
 
-    def _whole_loss(self, parts: list[_Part]) -> Tensor:
+    def _whole_loss(self, parts: list[Part]) -> Tensor:
         """The step's loss; its gradients are divided as it is."""
         loss = torch.stack([part.loss for part in parts]).sum()
         if not self._in_parts:
@@ -316,16 +301,6 @@ class BaseWmtpTrainer(abc.ABC):
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
         return loss / divisor
-
-    def _weighting(self, weights: Any) -> Weighting:
-        if isinstance(weights, Tensor):
-            return Given(weights)
-        if not isinstance(weights, Uniform | Given | Excess):
-            raise TypeError(
-                f"{type(self).__name__}.compute_head_weights must return weights [B, S, H], or "
-                f"Uniform, Given or Excess of wmtp.weightings, got {type(weights).__name__}"
-            )
-        return weights
 
     def _loss(
         self,
@@ -394,20 +369,6 @@ class BaseWmtpTrainer(abc.ABC):
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0 if self.stage == TRAIN else -1]["lr"])
-
-    def _check_finite(self, record: dict[str, Any], batch: Batch) -> None:
-        bad = {
-            name: value
-            for name, value in record.items()
-            if isinstance(value, float) and not math.isfinite(value)
-        }
-        if bad:
-            self.optimizer.zero_grad()
-            raise NonFiniteError(
-                f"step {record['step']}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; "
-                f"sequences {batch['sequence_ids'].tolist()} of the training data; nothing was "
-                "updated: lower --lr, or look at these sequences"
-            )
 
     def _evaluation_of_step(self) -> dict[str, Any]:
         every, done = self.config.eval_every, self.step - self.warmup_steps

@@ -1,0 +1,69 @@
+"""What a step is made of: its stage, the parts of its batch, their weights, and finite numbers."""
+
+import math
+from typing import Any, NamedTuple, cast
+
+from torch import Tensor
+
+from wmtp.data import Batch
+from wmtp.weightings import Excess, Given, Uniform, Weighting
+
+TRAIN, VALUE_WARMUP = "train", "value_warmup"
+# The value head's warm-up has batches of its own: step i of the model is the same for all.
+STREAMS = {TRAIN: 0, VALUE_WARMUP: 1}
+
+
+class NonFiniteError(RuntimeError):
+    """A step came out as NaN or infinity; nothing was updated."""
+
+
+class Part(NamedTuple):
+    """What a step keeps of a micro-batch, without gradients."""
+
+    hidden_states: Tensor  # [B, S, D]
+    ce_per_head: Tensor  # [B, S, H]
+    weights: Tensor  # [B, S, H]
+    loss: Tensor  # []
+    denominator: Tensor  # []
+
+
+def micro_batches(batch: Batch, count: int) -> list[Batch]:
+    """So many parts of equal rows."""
+    rows = len(batch["input_ids"]) // count
+    tensors = cast(dict[str, Tensor], batch)
+    parts = {name: tensor.split(rows) for name, tensor in tensors.items()}
+    return [
+        cast(Batch, dict(zip(parts, of_part, strict=True)))
+        for of_part in zip(*parts.values(), strict=True)
+    ]
+
+
+def as_weighting(weights: Any, trainer: str) -> Weighting:
+    """What a trainer's `compute_head_weights` returned, as a record.
+
+    Raises:
+        TypeError: it is none, nor a tensor.
+    """
+    if isinstance(weights, Tensor):
+        return Given(weights)
+    if not isinstance(weights, Uniform | Given | Excess):
+        raise TypeError(
+            f"{trainer}.compute_head_weights must return weights [B, S, H], or Uniform, Given or "
+            f"Excess of wmtp.weightings, got {type(weights).__name__}"
+        )
+    return weights
+
+
+def check_finite(record: dict[str, Any], sequence_ids: Tensor) -> None:
+    """Raises NonFiniteError where a number of the step's record is NaN or infinite."""
+    bad = {
+        name: value
+        for name, value in record.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    }
+    if bad:
+        raise NonFiniteError(
+            f"step {record['step']}: {', '.join(f'{k} is {v}' for k, v in bad.items())}; "
+            f"sequences {sequence_ids.tolist()} of the training data; nothing was updated: lower "
+            "--lr, or look at these sequences"
+        )

@@ -158,7 +158,8 @@ def _in_registers(
         return None
     one_head = rows == 1 and not shared
     most = 128 if one_head and of_a_thread <= 64 else min(255, REGISTERS // threads)
-    return Launch(tier, block, threads // machine.warp_size, num_ctas, _cap(most, machine))
+    limit = _cap(most, machine) if alone else None  # in clusters it is the limit that spills
+    return Launch(tier, block, threads // machine.warp_size, num_ctas, limit)
 
 
 def _cap(registers: int, machine: Machine) -> int | None:

@@ -85,12 +85,22 @@ def report(work: list[tuple[str, Variant]], cubins: Path | None, jobs: int) -> I
             stem.with_suffix(".json").write_text(json.dumps({**row, **symbol}))
         return row
 
+    warm_caches(work)
     for (target, variant), row in zip(
         work, in_processes(compiled, range(len(work)), jobs), strict=True
     ):
         known = {"name": variant.name, "target": target, "dtype": variant.dtype}
         known |= {"vocabulary": variant.vocabulary, "constants": variant.constants}
         yield {**known, "launch": variant.launch.options(), **row}
+
+
+def warm_caches(work: list[tuple[str, Variant]]) -> None:
+    """Hash the compiler and the kernels here, once, and not in every fork."""
+    from triton.runtime.cache import triton_key
+
+    triton_key()
+    for kernel in {variant.kernel for _, variant in work}:
+        assert kernel.cache_key
 
 
 def in_processes(

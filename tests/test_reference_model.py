@@ -1,18 +1,22 @@
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tiny_runs import largest_allocation, make_trainer, prepare, small_model, write_corpus
+from tiny_runs import largest_allocation, make_trainer, small_model
 from wmtp import chunks, next_token_cross_entropy
+from wmtp.data.tokenizer import train_tokenizer
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, RunFolder, TrainConfig
 from wmtp.trainers.config import LOSSES
 from wmtp.trainers.reference_model import (
     LinearReference,
+    find_reference,
     load_reference,
     prepare_reference,
     reference_ce,
+    reference_digests,
 )
 
 CPU = torch.device("cpu")
@@ -56,29 +60,79 @@ def test_rho1_without_a_reference(data, tmp_path):
         trainer_registry.get("rho1-wmtp")(config, data, RunFolder(tmp_path))
 
 
-def test_a_hugging_face_folder_as_reference(data, tmp_path):
+def save_gpt2(data, folder, **changes):
+    """Of random weights, with the data's tokenizer beside it."""
     transformers = pytest.importorskip("transformers")
-    shape = {"n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 32}
-    for vocab_size, name in ((data.train.vocab_size, "fits"), (100, "small")):
-        config = transformers.GPT2Config(vocab_size=vocab_size, **shape)
-        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
-    model = load_reference(tmp_path / "fits", data.tokenizer)
+    shape = {"vocab_size": data.train.vocab_size, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    shape |= {"n_positions": 32, "bos_token_id": 0, "eos_token_id": 0, **changes}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(folder)
+    data.tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_hugging_face_folder_as_reference(data, tmp_path):
+    fits = save_gpt2(data, tmp_path / "fits")
+    model = load_reference(fits, data.tokenizer, 32)
     ids = data.train.batch(0, batch_size=2, seq_len=16, seed=0)["input_ids"]
     assert reference_ce(model, ids, ids).shape == (2, 15)
-    with pytest.raises(ConfigError, match=r"knows 100 tokens.*--tokenizer"):
-        load_reference(tmp_path / "small", data.tokenizer)
-    other = prepare(write_corpus(tmp_path / "text", files=2)).tokenizer
-    other.add_tokens(["new"])
-    other.save(str(tmp_path / "fits" / "tokenizer.json"))
-    with pytest.raises(ConfigError, match="another vocabulary"):
-        load_reference(tmp_path / "fits", data.tokenizer)
-    with pytest.raises(ConfigError, match="no model in"):
-        load_reference(tmp_path / "nothing", data.tokenizer)
+    for folder, seq_len, message in (
+        (save_gpt2(data, tmp_path / "small", vocab_size=100), 16, r"knows 100 tokens.*--tokenizer"),
+        (fits, 33, r"fits reads 32 tokens at once, --seq-len is 33: pass --seq-len 32"),
+        (tmp_path / "nothing", 16, "no model in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_reference(folder, data.tokenizer, seq_len)
     for config in ("{}", "[]", "{oops"):
-        (tmp_path / "broken").mkdir(exist_ok=True)
-        (tmp_path / "broken" / "config.json").write_text(config)
+        (tmp_path / "small" / "config.json").write_text(config)
         with pytest.raises(ConfigError, match="transformers cannot load a model"):
-            load_reference(tmp_path / "broken", data.tokenizer)
+            load_reference(tmp_path / "small", data.tokenizer, 16)
+
+
+def test_a_reference_of_another_tokenizer_or_of_none(data, tmp_path):
+    folder = save_gpt2(data, tmp_path / "model")
+    file = folder / "tokenizer.json"
+    ours = json.loads(file.read_text())
+    other_merges = {**ours, "model": {**ours["model"], "merges": ours["model"]["merges"][:1]}}
+    other_ids = train_tokenizer(["some other text of other words"] * 5, 280).to_str()
+    for tokenizer in (json.dumps(other_merges), other_ids):
+        file.write_text(tokenizer)
+        with pytest.raises(ConfigError, match=r"another tokenizer.*--tokenizer .*tokenizer\.json"):
+            load_reference(folder, data.tokenizer, 16)
+    larger = data.tokenizer.from_str(json.dumps(ours))
+    larger.add_tokens(["new"])  # which the data has not
+    larger.save(str(file))
+    load_reference(folder, data.tokenizer, 16)
+    file.unlink()
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load_reference(folder, data.tokenizer, 16)
+
+
+def test_a_tokenizer_in_the_older_files_is_compared(data, tmp_path):
+    folder = save_gpt2(data, tmp_path / "model")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in model["merges"])
+    (folder / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
+    load_reference(folder, data.tokenizer, 16)
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ConfigError, match="another tokenizer than the training data"):
+        load_reference(folder, data.tokenizer, 16)
+
+
+def test_a_reference_of_the_hub_is_taken_from_its_cache(data, tmp_path, monkeypatch):
+    cache = tmp_path / "hub"
+    model = cache / "models--some--model"
+    save_gpt2(data, model / "snapshots" / "0123")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    folder = find_reference("some/model")
+    load_reference(folder, data.tokenizer, 16)
+    assert "config.json" in reference_digests(folder)
+    for name in ("some/other", "no such id", str(tmp_path / "nowhere")):
+        with pytest.raises(ConfigError, match=r"no folder .*hub's cache: pass a folder, or fetch"):
+            find_reference(name)
 
 
 # ---- a reference in two parts ----

@@ -13,7 +13,6 @@ from rich.table import Table
 from wmtp.cli import options
 from wmtp.cli.console import console, errors_shown
 from wmtp.cli.train import run_identity, run_name
-from wmtp.data import find_corpus, prepare_data
 from wmtp.data.prepare import DEFAULT_VOCABULARY
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, RunFolder, find_trainer
@@ -37,6 +36,7 @@ def compare(
     data: options.Data = None,
     tokenizer: options.TokenizerFile = None,
     vocab_size: options.VocabSize = DEFAULT_VOCABULARY,
+    skip_unreadable: options.SkipUnreadable = False,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/compare"),
     **given: Any,
 ) -> None:
@@ -46,14 +46,11 @@ def compare(
     finished there with the same settings is not trained again, what was interrupted continues.
     """
     shared = {"data": data, "tokenizer": tokenizer, "vocab_size": vocab_size, "config": config}
+    shared["skip_unreadable"] = skip_unreadable or None
     with errors_shown():
         algos = list(dict.fromkeys(algo or trainer_registry.names()))
         sets = _settings_of(algos, own or [])
-        prepared = prepare_data(
-            find_corpus(data),
-            vocab_size=vocab_size,
-            tokenizer_file=tokenizer,
-        )
+        prepared = options.prepare(data, tokenizer, vocab_size, skip_unreadable)
         folders = {name: RunFolder(out / run_name(name)) for name in algos}
         for name, folder in folders.items():
             parsed = parse_settings(find_trainer(name).settings_type, sets[name])
@@ -93,7 +90,8 @@ def _train(algo: str, tiny: bool, own: list[str], settings: dict[str, Any]) -> N
     arguments += [f"--set={text}" for text in own]
     for name, value in settings.items():
         if value is not None:
-            arguments.append(f"--{name.replace('_', '-')}={value}")
+            flag = f"--{name.replace('_', '-')}"
+            arguments.append(flag if value is True else f"{flag}={value}")
     finished = subprocess.run([sys.executable, "-m", "wmtp", "train", *arguments], check=False)
     if finished.returncode:
         raise typer.Exit(finished.returncode)

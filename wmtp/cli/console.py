@@ -15,10 +15,17 @@ from rich.progress import (
 )
 
 from wmtp.data import DataError
+from wmtp.files import FileError
 from wmtp.trainers import ConfigError, NonFiniteError, RunError
 
 console = Console()
 LINES_WITHOUT_TERMINAL = 10
+
+
+def say(line: str) -> None:
+    """What the user should know and need not mend: once, beside the output."""
+    if not console.quiet:
+        typer.secho(f"note: {line}", fg="yellow", err=True)
 
 
 @contextlib.contextmanager
@@ -26,7 +33,7 @@ def errors_shown() -> Iterator[None]:
     """What the user can mend is one line; anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (ConfigError, DataError, NonFiniteError, RunError) as error:
+    except (ConfigError, DataError, FileError, NonFiniteError, RunError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from wmtp.cli.console import say
+from wmtp.data import PreparedData, find_corpus, prepare_data
 from wmtp.trainers import ConfigError, TrainConfig
 from wmtp.trainers.config import adjustable
 
@@ -44,6 +46,9 @@ TokenizerFile = Annotated[
     ),
 ]
 VocabSize = Annotated[int, typer.Option(help="Of the trained tokenizer.")]
+SkipUnreadable = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Go on without the text that cannot be read.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -103,6 +108,20 @@ def _option(each: Field[Any]) -> Any:
         help=each.metadata["about"].removesuffix(".") + "." + listed + default,
         show_default=False,
     )
+
+
+def prepare(
+    data: Path | None, tokenizer: Path | None, vocab_size: int, skip_unreadable: bool
+) -> PreparedData:
+    """The tokenised text; what is not as asked for is said."""
+    corpus = find_corpus(data, skip_unreadable=skip_unreadable)
+    prepared = prepare_data(corpus, vocab_size=vocab_size, tokenizer_file=tokenizer)
+    for skipped in corpus.skipped:
+        say(f"without {skipped}")
+    learned = prepared.train.vocab_size
+    if tokenizer is None and learned < vocab_size:
+        say(f"a vocabulary of {vocab_size:,} was asked for, the text has tokens for {learned:,}")
+    return prepared
 
 
 def read_config(file: Path | None) -> dict[str, Any]:

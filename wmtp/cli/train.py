@@ -12,11 +12,16 @@ from accelerate import PartialState
 
 from wmtp.cli import options
 from wmtp.cli.console import console, errors_shown, progress
-from wmtp.data import PreparedData, find_corpus, prepare_data
+from wmtp.data import PreparedData
 from wmtp.data.prepare import DEFAULT_VOCABULARY
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, RunFolder, TrainConfig, find_trainer
-from wmtp.trainers.reference_model import Reference, load_reference
+from wmtp.trainers.reference_model import (
+    Reference,
+    find_reference,
+    load_reference,
+    reference_digests,
+)
 from wmtp.trainers.settings import parse_settings
 
 
@@ -37,6 +42,7 @@ def train(
     data: options.Data = None,
     tokenizer: options.TokenizerFile = None,
     vocab_size: options.VocabSize = DEFAULT_VOCABULARY,
+    skip_unreadable: options.SkipUnreadable = False,
     ref: Annotated[
         Path | None,
         typer.Option(
@@ -64,7 +70,7 @@ def train(
             tiny=tiny,
             config_file=config,
             settings=parse_settings(trainer_class.settings_type, own or []),
-            reference=None if ref is None else str(ref.resolve()),
+            reference=None if ref is None else str(find_reference(str(ref))),
             **given,
         )
         if ref is not None and not trainer_class.needs_reference:
@@ -74,11 +80,7 @@ def train(
         processes = PartialState(cpu=not torch.accelerator.is_available())
         console.quiet = not processes.is_main_process
         with processes.main_process_first():
-            prepared = prepare_data(
-                find_corpus(data),
-                vocab_size=vocab_size,
-                tokenizer_file=tokenizer,
-            )
+            prepared = options.prepare(data, tokenizer, vocab_size, skip_unreadable)
         console.print(
             f"{len(prepared.train):,} training and {len(prepared.validation):,} validation tokens, "
             f"vocabulary {prepared.train.vocab_size:,}",
@@ -126,14 +128,15 @@ def run_name(algo: str) -> str:
 
 
 def run_identity(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
-    """What must be equal for a run to be continued: settings and data."""
-    return {**config.identity(), "data": data.fingerprint}
+    """What must be equal for a run to be continued: settings, data, and the reference model."""
+    reference = config.reference and reference_digests(Path(config.reference))
+    return {**config.identity(), **data.identity, "reference": reference}
 
 
 def _reference(config: TrainConfig, data: PreparedData, folder: RunFolder) -> Reference:
     if config.reference is not None:
         console.print(f"using the reference model in {config.reference}", highlight=False)
-        return load_reference(Path(config.reference), data.tokenizer)
+        return load_reference(Path(config.reference), data.tokenizer, config.seq_len)
     reference_folder = RunFolder(folder.path / "reference")
     if reference_folder.result() is None:
         console.print(
@@ -145,7 +148,7 @@ def _reference(config: TrainConfig, data: PreparedData, folder: RunFolder) -> Re
         console.print(f"using the reference model in {reference_folder.path}", highlight=False)
     small = replace(config, algo="mtp-baseline", settings={}, horizon=1)
     train_run(small, data, reference_folder, resume=True)
-    return load_reference(reference_folder.path, data.tokenizer)
+    return load_reference(reference_folder.path, data.tokenizer, config.seq_len)
 
 
 def _make_repeatable() -> None:

@@ -3,6 +3,7 @@
 Nothing is remembered between batches: a resumed run asks for the step it is at.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import NotRequired, TypedDict
@@ -19,8 +20,8 @@ class Batch(TypedDict):
     """What a trainer steps on.
 
     input_ids [B, S] int64; target_ids [B, S] int64, unshifted, -100 where padded;
-    sequence_ids [B] int64, where each row comes from (a token's position in the file, or the
-    number of a document), for error messages; reward [B] fp32, when the data has rewards.
+    sequence_ids [B] int64, the number of each row's block or document, which what is known of it
+    can be stored by; reward [B] fp32, when the data has rewards.
     """
 
     input_ids: Tensor
@@ -32,8 +33,8 @@ class Batch(TypedDict):
 class TokenDataset:
     """The token file in `folder`, memory-mapped.
 
-    Without rewards a row of a batch is any window of the file. With rewards a row is one document
-    from its start, cut at or padded to the sequence length, because the reward is about it.
+    Without rewards row i is the file's block i, tokens [i S, (i + 1) S), the last one padded. With
+    rewards it is document i from its start, cut at or padded to S, because the reward is about it.
 
     Attributes:
         vocab_size: V of the tokenizer that wrote the file.
@@ -47,11 +48,12 @@ class TokenDataset:
         self._end_id: int = meta["end_id"]
         self._ends = np.load(folder / "document_ends.npy")
         file = folder / "tokens.bin"
+        dtype, size = np.dtype(meta["dtype"]), file.stat().st_size
+        if size != self._ends[-1] * dtype.itemsize:
+            raise DataError(f"{file} is damaged: delete {folder.parent} to have it made again")
         # An empty file cannot be mapped.
         self._tokens: np.ndarray = (
-            np.memmap(file, dtype=meta["dtype"], mode="r")
-            if file.stat().st_size
-            else np.empty(0, dtype=meta["dtype"])
+            np.memmap(file, dtype=dtype, mode="r") if size else np.empty(0, dtype=dtype)
         )
         rewards = folder / "rewards.npy"
         self.rewards = np.load(rewards) if rewards.exists() else None
@@ -63,7 +65,8 @@ class TokenDataset:
     def batch(
         self, step: int, *, batch_size: int, seq_len: int, seed: int, stream: int = 0
     ) -> Batch:
-        """The batch of one step: B rows drawn with replacement, S tokens each.
+        """The batch of one step. The rows come in an order that is drawn anew for every epoch, each
+        once; a batch may end one epoch and begin the next.
 
         Args:
             step: >= 0.
@@ -75,15 +78,16 @@ class TokenDataset:
         Raises:
             DataError: fewer than S tokens, or with rewards no document.
         """
-        generator = np.random.default_rng([seed, stream, step])
-        rows = generator.integers(self._row_count(seq_len), size=batch_size)
-        return self._gather(rows, seq_len)
+        count = self._row_count(seq_len)
+        places = step * batch_size + np.arange(batch_size)
+        orders = [_order(count, seed, stream, int(epoch)) for epoch in places // count]
+        rows = [order[place] for order, place in zip(orders, places % count, strict=True)]
+        return self._gather(np.array(rows), seq_len)
 
     def evaluation_batches(self, count: int, *, batch_size: int, seq_len: int) -> list[Batch]:
-        """At most `count` batches spread evenly over the file, the same every time."""
+        """At most `count` batches of rows spread evenly over the file, the same every time."""
         available = self._row_count(seq_len)
-        apart = 1 if self.rewards is not None else seq_len
-        wanted = min(count * batch_size, -(-available // apart))
+        wanted = min(count * batch_size, available)
         rows = np.linspace(0, available - 1, wanted).astype(np.int64)
         return [
             self._gather(rows[start : start + batch_size], seq_len)
@@ -91,7 +95,10 @@ class TokenDataset:
         ]
 
     def _row_count(self, seq_len: int) -> int:
-        rows = len(self) - seq_len + 1 if self.rewards is None else len(self.rewards)
+        if self.rewards is not None:
+            rows = len(self.rewards)
+        else:
+            rows = -(-len(self) // seq_len) if len(self) >= seq_len else 0
         if rows < 1:
             raise DataError(
                 f"{self._folder.name} text has {len(self)} tokens, fewer than one sequence of "
@@ -100,20 +107,28 @@ class TokenDataset:
         return rows
 
     def _gather(self, rows: np.ndarray, seq_len: int) -> Batch:
-        sequence_ids = torch.from_numpy(rows)
-        if self.rewards is None:
-            windows = self._tokens[rows[:, None] + np.arange(seq_len)].astype(np.int64)
-            ids = torch.from_numpy(windows)
-            return {"input_ids": ids, "target_ids": ids, "sequence_ids": sequence_ids}
         ids = torch.full((len(rows), seq_len), self._end_id)
-        targets = torch.full((len(rows), seq_len), IGNORE_INDEX)
-        for row, document in enumerate(rows):
-            tokens = self._tokens[self._ends[document] : self._ends[document + 1]][:seq_len]
-            ids[row, : len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
-            targets[row, : len(tokens)] = ids[row, : len(tokens)]
-        return {
+        target_ids = torch.full((len(rows), seq_len), IGNORE_INDEX)
+        for row, number in enumerate(rows):
+            tokens = torch.from_numpy(self._row(number, seq_len).astype(np.int64))
+            ids[row, : len(tokens)] = target_ids[row, : len(tokens)] = tokens
+        batch: Batch = {
             "input_ids": ids,
-            "target_ids": targets,
-            "sequence_ids": sequence_ids,
-            "reward": torch.from_numpy(self.rewards[rows]),
+            "target_ids": target_ids,
+            "sequence_ids": torch.from_numpy(rows),
         }
+        if self.rewards is not None:
+            batch["reward"] = torch.from_numpy(self.rewards[rows])
+        return batch
+
+    def _row(self, number: int, seq_len: int) -> np.ndarray:
+        if self.rewards is None:
+            return self._tokens[number * seq_len : (number + 1) * seq_len]
+        begin, end = self._ends[number], self._ends[number + 1]
+        return self._tokens[begin : min(end, begin + seq_len)]
+
+
+@functools.lru_cache(maxsize=4)  # this epoch's and the next one's, of two streams
+def _order(count: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    """A permutation of `count` rows."""
+    return np.random.default_rng([seed, stream, epoch]).permutation(count)

@@ -12,16 +12,22 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from wmtp.data.batches import TokenDataset
 from wmtp.data.corpus import Corpus, DataError, Document
-from wmtp.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
+from wmtp.data.tokenizer import (
+    end_of_text_id,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
+from wmtp.files import TEMPORARY, digest_of, writing
 
-FORMAT = "1"  # a part of every key: raise it when the files below change
+FORMAT = "2"  # a part of every key: raise it when the files below change
 DEFAULT_VOCABULARY = 8192
 DOCUMENTS_AT_ONCE = 256
 
@@ -32,13 +38,14 @@ class PreparedData(NamedTuple):
     Attributes:
         train, validation: their batches.
         tokenizer: as used.
-        fingerprint: of the corpus and the tokenizer together; equal means equal batches.
+        identity: the digests of the text files by their names, and of the tokenizer; what the
+            batches follow from.
     """
 
     train: TokenDataset
     validation: TokenDataset
     tokenizer: Tokenizer
-    fingerprint: str
+    identity: dict[str, Any]
 
 
 def cache_folder() -> Path:
@@ -58,6 +65,7 @@ def prepare_data(
 
     Raises:
         DataError: text or tokenizer unusable, or rewards on some documents and not on others.
+        FileError: the cache cannot be written.
     """
     cache = cache_folder()
     tokenizer_file = tokenizer_file or _trained_tokenizer(corpus, vocab_size, cache)
@@ -66,9 +74,13 @@ def prepare_data(
     folder = cache / f"tokens-{key}"
     if not folder.is_dir():
         _build(folder, lambda temporary: _tokenize(corpus, tokenizer, temporary))
-    return PreparedData(
-        TokenDataset(folder / "train"), TokenDataset(folder / "validation"), tokenizer, key
-    )
+    train, validation = (TokenDataset(folder / name) for name in ("train", "validation"))
+    identity = {
+        "data": corpus.digests(),
+        "tokenizer": {tokenizer_file.name: digest_of(tokenizer_file)},
+        "vocab_size": train.vocab_size,
+    }
+    return PreparedData(train, validation, tokenizer, identity)
 
 
 def _trained_tokenizer(corpus: Corpus, vocab_size: int, cache: Path) -> Path:
@@ -82,16 +94,46 @@ def _trained_tokenizer(corpus: Corpus, vocab_size: int, cache: Path) -> Path:
 
 
 def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
+    rewards = Rewards()
     for name, documents in zip(("train", "validation"), corpus.split(), strict=True):
         (folder / name).mkdir()
-        _write_tokens(documents, tokenizer, folder / name)
+        _write_tokens(documents, tokenizer, folder / name, rewards)
+    rewards.check(len(corpus.files))
 
 
-def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) -> None:
+class Rewards:
+    """How many documents have one, over all files."""
+
+    def __init__(self) -> None:
+        self.count = {True: 0, False: 0}
+        self.first_place: dict[bool, str] = {}
+
+    def add(self, document: Document) -> None:
+        has = document.reward is not None
+        self.count[has] += 1
+        self.first_place.setdefault(has, document.place)
+
+    def check(self, files: int) -> None:
+        """Raises:
+        DataError: some have one and some have none; names the first of the fewer.
+        """
+        with_one, without = self.count[True], self.count[False]
+        if with_one and without:
+            has = with_one <= without
+            said = "has a reward" if has else "has none"
+            raise DataError(
+                f"{with_one:,} of {with_one + without:,} documents in {files:,} files have a "
+                f"reward ({self.first_place[has]} {said}): give all of them one, or none"
+            )
+
+
+def _write_tokens(
+    documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, rewards: Rewards
+) -> None:
     """Token ids of all documents one after another, each closed by the end of text."""
-    end_id = end_of_text_id(tokenizer)
-    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
-    ends, rewards = [0], []
+    end_id, vocab_size = end_of_text_id(tokenizer), vocabulary_size(tokenizer)
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    ends, values = [0], []
     with open(folder / "tokens.bin", "wb") as file:
         for some in _batched(documents, DOCUMENTS_AT_ONCE):
             texts = [document.text for document in some]
@@ -99,30 +141,29 @@ def _write_tokens(documents: Iterable[Document], tokenizer: Tokenizer, folder: P
                 ids = np.array([*encoding.ids, end_id], dtype=dtype)
                 file.write(ids.tobytes())
                 ends.append(ends[-1] + len(ids))
-            rewards += [document.reward for document in some]
+            for document in some:
+                rewards.add(document)
+                values.append(document.reward)
     np.save(folder / "document_ends.npy", np.array(ends, dtype=np.int64))
-    rewarded = sum(reward is not None for reward in rewards)
-    if rewarded not in (0, len(rewards)):
-        raise DataError(
-            f"{rewarded} of {len(rewards)} documents have a reward: give all of them one, or none"
-        )
-    if rewarded:
-        np.save(folder / "rewards.npy", np.array(rewards, dtype=np.float32))
-    meta = {"dtype": dtype.name, "end_id": end_id, "vocab_size": tokenizer.get_vocab_size()}
+    if any(value is not None for value in values):
+        np.save(folder / "rewards.npy", np.array(values, dtype=np.float32))
+    meta = {"dtype": dtype.name, "end_id": end_id, "vocab_size": vocab_size}
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
 def _build(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder, and give it its name when it is whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".tmp", dir=folder.parent))
-    try:
-        write(temporary)
-        # Another process may have been faster: its entry has the same content.
-        if not folder.is_dir():
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(folder, "free some space, or set WMTP_CACHE to another folder"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        prefix = f"{folder.name}."
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=folder.parent))
+        try:
+            write(temporary)
+            # Another process may have been faster: its entry has the same content.
+            if not folder.is_dir():
+                temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _key(*parts: str) -> str:

@@ -53,7 +53,14 @@ def load_tokenizer(file: Path) -> Tokenizer:
     # Some files carry the padding and truncation of their model's inputs; a corpus wants neither.
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    # A text that writes out a marker, the end of text for one, means its characters.
+    tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """V, by the largest id: the ids of some tokenizers have holes."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

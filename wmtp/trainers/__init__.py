@@ -4,7 +4,7 @@ from wmtp.trainers.base import BaseWmtpTrainer
 from wmtp.trainers.baseline import MtpBaselineTrainer
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.critic import CriticWmtpTrainer
-from wmtp.trainers.files import RunError
+from wmtp.trainers.errors import RunError
 from wmtp.trainers.find import find_trainer
 from wmtp.trainers.rho1 import Rho1WmtpTrainer
 from wmtp.trainers.run_folder import RunFolder

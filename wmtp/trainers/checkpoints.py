@@ -4,13 +4,13 @@ A checkpoint is whole when the digests are there and all files answer to them. O
 resumed from, and only our own names are ever touched: a copy that somebody keeps stays.
 """
 
-import hashlib
 import json
 import re
 import shutil
 from pathlib import Path
 
-from wmtp.trainers.files import TEMPORARY, RunError, rename_folder, write_text
+from wmtp.files import TEMPORARY, digest_of, rename_folder, write_text
+from wmtp.trainers.errors import RunError
 
 DIGESTS = "digests.json"
 
@@ -97,12 +97,6 @@ def digests(folder: Path) -> dict[str, str]:
     """Of each file in it, by its name relative to the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
     return {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
-
-
-def digest_of(file: Path) -> str:
-    """SHA-256, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _remove(folder: Path) -> None:

@@ -123,9 +123,10 @@ class TrainConfig:
         return 0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the numbers: all but how often and how many are saved."""
+        """The settings that decide the numbers: not what is saved how often, nor where the
+        reference model lies."""
         settings = asdict(self)
-        del settings["save_every"], settings["keep_last"]
+        del settings["save_every"], settings["keep_last"], settings["reference"]
         return settings
 
 

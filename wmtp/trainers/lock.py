@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from wmtp.trainers.files import RunError
+from wmtp.trainers.errors import RunError
 
 
 @contextlib.contextmanager

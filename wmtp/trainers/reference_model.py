@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from wmtp.data.tokenizer import vocabulary_size
+from wmtp.files import digest_of, shown
 from wmtp.linear import linear_next_token_cross_entropy
 from wmtp.loss import next_token_cross_entropy
 from wmtp.models import MTPTransformer
 from wmtp.models.storage import is_model_folder, load_model_folder
 from wmtp.trainers.config import ConfigError
 from wmtp.trainers.losses import logits_backend
+from wmtp.trainers.reference_tokenizer import check_same_tokenizer
 
 # input_ids [B, S] -> logits [B, S, V], or [B, S, 1, V], or an object with such `.logits`.
 Reference = Callable[[Tensor], Any]
@@ -145,47 +148,81 @@ def _check_one_head(model: MTPTransformer, name: str) -> None:
         )
 
 
-def load_reference(folder: Path, tokenizer: Tokenizer) -> nn.Module:
+def find_reference(name: str) -> Path:
+    """The folder of a reference model: itself, or where the hub's cache has a model of this id.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, local_files_only=True))
+    except (ImportError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"no folder {shown(name)}, and no model of this id in the hub's cache: pass a folder, "
+            f"or fetch the model first"
+        ) from error
+
+
+def reference_digests(folder: Path) -> dict[str, str]:
+    """Of the files that a reference is loaded from, by their names.
+
+    Raises:
+        ConfigError: there is no model.
+    """
+    files = sorted(file for file in _model_in(folder).iterdir() if file.is_file())
+    return {file.name: digest_of(file) for file in files}
+
+
+def _model_in(folder: Path) -> Path:
+    if is_model_folder(folder / "final"):
+        return folder / "final"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"no model in {folder}: pass a run folder with final/, or a Hugging Face model folder"
+        )
+    return folder
+
+
+def load_reference(folder: Path, tokenizer: Tokenizer, seq_len: int) -> nn.Module:
     """Load a run folder of ours (or its `final`), or a Hugging Face causal language model.
 
     Args:
         folder: where it is.
         tokenizer: of the training data; the reference must have been trained with the same.
+        seq_len: S, how many tokens it will be given at once.
 
     Raises:
-        ConfigError: nothing there that can be loaded, or another vocabulary.
+        ConfigError: nothing there that can be loaded, or of another tokenizer, or shorter than S.
     """
-    final = folder / "final" if is_model_folder(folder / "final") else folder
-    if is_model_folder(final):
-        _check_same_vocabulary(final, tokenizer)
-        own = load_model_folder(final)
+    place = _model_in(folder)
+    check_same_tokenizer(place, tokenizer)
+    if is_model_folder(place):
+        own = load_model_folder(place)
         _check_one_head(own, str(folder))
         return own
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"no model in {folder}: pass a run folder with final/, or a Hugging Face model folder"
-        )
     from transformers import AutoModelForCausalLM
 
-    _check_same_vocabulary(folder, tokenizer)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(place)
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ConfigError(f"transformers cannot load a model from {folder}: {error}") from error
-    if model.config.vocab_size < tokenizer.get_vocab_size():
-        raise ConfigError(
-            f"{folder} knows {model.config.vocab_size} tokens, the tokenizer has "
-            f"{tokenizer.get_vocab_size()}: pass the model's own tokenizer.json with --tokenizer"
-        )
+        raise ConfigError(f"transformers cannot load a model from {place}: {error}") from error
+    _check_size(model.config.get_text_config(), place, vocabulary_size(tokenizer), seq_len)
     return model
 
 
-def _check_same_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return
-    if Tokenizer.from_file(str(file)).get_vocab() != tokenizer.get_vocab():
+def _check_size(config: Any, folder: Path, vocab_size: int, seq_len: int) -> None:
+    if config.vocab_size < vocab_size:
         raise ConfigError(
-            f"the reference in {folder} has another vocabulary than the training data: "
-            f"pass --tokenizer {file}"
+            f"{folder} knows {config.vocab_size} tokens, the tokenizer has {vocab_size}: pass the "
+            "model's own tokenizer.json with --tokenizer"
+        )
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < seq_len:
+        raise ConfigError(
+            f"the reference in {folder} reads {longest} tokens at once, --seq-len is {seq_len}: "
+            f"pass --seq-len {longest}, or a longer reference"
         )

@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wmtp.files import TEMPORARY, rename_folder, sync_path, write_text
 from wmtp.trainers.checkpoints import Checkpoints
-from wmtp.trainers.files import TEMPORARY, RunError, rename_folder, sync_path, write_text
+from wmtp.trainers.errors import RunError
+from wmtp.trainers.identity import differences
 from wmtp.trainers.lock import locked
 
 LOCK = "lock"
@@ -62,10 +64,10 @@ class RunFolder:
                 f"{self.path} already holds a run: continue it with --resume, "
                 "or choose another --out, or delete it"
             )
-        elif there != _as_json(identity):
+        elif found := differences(there, _as_json(identity)):
             raise RunError(
-                f"{self.path} holds a run with other settings ({_difference(there, identity)}): "
-                "repeat its settings, or choose another --out"
+                f"{self.path} holds a run with other settings or data ({found}): "
+                "repeat them, or choose another --out"
             )
 
     def _begun(self) -> bool:
@@ -77,7 +79,8 @@ class RunFolder:
 
     def result_of(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         """The result, if a run of just this identity is finished here."""
-        if self._read_json("config.json") != _as_json(identity):
+        there = self._read_json("config.json")
+        if there is None or differences(there, _as_json(identity)):
             return None
         return self.result()
 
@@ -185,11 +188,3 @@ def _record(line: str) -> dict[str, Any] | None:
 
 def _as_json(value: dict[str, Any]) -> Any:
     return json.loads(json.dumps(value))
-
-
-def _difference(there: dict[str, Any], asked: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{name}: {there.get(name)} there, {asked.get(name)} asked"
-        for name in sorted(there.keys() | asked.keys())
-        if there.get(name) != asked.get(name)
-    )

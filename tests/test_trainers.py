@@ -1,6 +1,8 @@
 import ast
+import functools
 import inspect
 import math
+import re
 
 import pytest
 import torch
@@ -273,3 +275,46 @@ def test_evaluation_is_the_mean_over_all_tokens(data):
     right = (log_probabilities[:, :-1, 0].argmax(-1) == asked)[asked != -100]
     assert measured["next_token_accuracy"] == pytest.approx(right.double().mean().item())
     assert model.training
+
+
+# ---- what is said once ----
+
+
+def notes_of(trainer, capfd):
+    for _ in range(2):
+        trainer.train_step(trainer._next_batch())
+    return [line for line in capfd.readouterr().err.splitlines() if line.startswith("note: ")]
+
+
+@pytest.mark.parametrize(
+    ("algo", "settings", "said"),
+    [
+        ("rho1-wmtp", {}, "the weights of rho1-wmtp are all 1, .*; pass --horizon 2 or more$"),
+        ("rho1-wmtp", {"reduction": "sum"}, "the weights of rho1-wmtp are all 1"),
+        ("critic-wmtp", {"value_warmup_steps": 0}, "divides a .*; pass --reduction weight_mean"),
+        ("critic-wmtp", {"value_warmup_steps": 0, "reduction": "weight_mean"}, None),
+        ("mtp-baseline", {}, None),
+        ("rho1-wmtp", {"horizon": 2}, None),
+    ],
+)
+def test_weights_that_cancel_are_said_once(algo, settings, said, data, tmp_path, capfd):
+    trainer = make_trainer(algo, data, tmp_path, **{"horizon": 1, **settings})
+    notes = notes_of(trainer, capfd)
+    assert len(notes) == (said is not None)
+    assert said is None or re.search(said, notes[0])
+
+
+def test_steps_without_a_target_are_said_once(tmp_path, capfd):
+    (tmp_path / "a.jsonl").write_text('{"text": "", "reward": 1}\n' * 40)
+    (tmp_path / "b.jsonl").write_text('{"text": "x", "reward": 1}\n' * 40)
+    trainer = make_trainer("mtp-baseline", prepare(tmp_path), tmp_path / "run")
+    trainer.data.train.rewards[:] = 0
+    trainer._next_batch = functools.partial(masked, trainer._next_batch)
+    notes = notes_of(trainer, capfd)
+    assert len(notes) == 1
+    assert "a step had no target at all" in notes[0]
+
+
+def masked(next_batch):
+    batch = next_batch()
+    return {**batch, "target_ids": torch.full_like(batch["target_ids"], -100)}

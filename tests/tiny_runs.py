@@ -127,6 +127,11 @@ def _kill_at(folder_name: str, method: str, step: int) -> None:
 
 def train_in_processes(algo: str, corpus: Path, out: Path, processes: int, **settings: Any) -> None:
     """One run of several processes, which exchange their gradients by gloo."""
+    assert in_processes(processes, _train, algo, corpus, out, settings) == [0] * processes
+
+
+def in_processes(processes: int, target: Callable[..., None], *arguments: Any) -> list[int | None]:
+    """The exit statuses of `target(*arguments)` in processes that know one another."""
     context = fork_server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,8 +139,8 @@ def train_in_processes(algo: str, corpus: Path, out: Path, processes: int, **set
     names = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
         context.Process(
-            target=_train_rank,
-            args=({**names, "RANK": rank, "LOCAL_RANK": rank}, algo, corpus, out, settings),
+            target=_as_rank,
+            args=({**names, "RANK": rank, "LOCAL_RANK": rank}, target, arguments),
         )
         for rank in range(processes)
     ]
@@ -143,20 +148,24 @@ def train_in_processes(algo: str, corpus: Path, out: Path, processes: int, **set
         process.start()
     for process in started:
         process.join(timeout=120)
-    assert [process.exitcode for process in started] == [0] * processes
+    return [process.exitcode for process in started]
 
 
-def _train_rank(
-    environment: dict[str, Any], algo: str, corpus: Path, out: Path, settings: dict[str, Any]
+def _as_rank(
+    environment: dict[str, Any], target: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     from accelerate import PartialState
-
-    from wmtp.cli.train import train_run
 
     torch.set_num_threads(1)
     os.environ.update({name: str(value) for name, value in environment.items()})
     os.environ["OMP_NUM_THREADS"] = "1"  # else accelerate chooses
     PartialState(cpu=True)
+    target(*arguments)
+
+
+def _train(algo: str, corpus: Path, out: Path, settings: dict[str, Any]) -> None:
+    from wmtp.cli.train import train_run
+
     config = TrainConfig(algo=algo, **{**SMALL, **settings})
     train_run(config, prepare(corpus), RunFolder(out), resume=False)
 

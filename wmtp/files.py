@@ -42,7 +42,7 @@ def writing(path: Path, remedy: str, size: int | None = None) -> Iterator[None]:
 def _is_of_a_writer(error: Exception) -> bool:
     from safetensors import SafetensorError
 
-    words = ("PytorchStreamWriter", "iostream error", "write failed")
+    words = ("PytorchStreamWriter", "inline_container", "iostream error", "os error")
     return isinstance(error, SafetensorError) or any(word in str(error) for word in words)
 
 

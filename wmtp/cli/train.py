@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from accelerate import PartialState
 
 from wmtp.cli import options
 from wmtp.cli.console import console, errors_shown, progress
+from wmtp.cli.stopping import stopping
 from wmtp.data import PreparedData
 from wmtp.data.prepare import DEFAULT_VOCABULARY
 from wmtp.registry import trainer_registry
@@ -87,7 +89,10 @@ def train(
             highlight=False,
         )
         folder = Path("runs", run_name(algo)) if out is None else out
-        result = train_run(settings, prepared, RunFolder(folder), resume=resume)
+        with stopping() as asked:
+            result = train_run(
+                settings, prepared, RunFolder(folder), resume=resume, stop_asked=asked
+            )
     start, end = result["start"]["ce_per_head"], result["end"]["ce_per_head"]
     heads = "  ".join(f"{a:.3f} -> {b:.3f}" for a, b in zip(start, end, strict=True))
     console.print(f"validation cross entropy by head: {heads}", highlight=False)
@@ -98,28 +103,37 @@ def train(
 
 
 def train_run(
-    config: TrainConfig, data: PreparedData, folder: RunFolder, *, resume: bool
+    config: TrainConfig,
+    data: PreparedData,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train, or continue, or read the result of a finished run; the reference model first.
 
     Raises:
-        ConfigError, DataError, RunError, NonFiniteError: what the user can mend.
+        ConfigError, DataError, FileError, RunError, NonFiniteError: what the user can mend.
+        StoppedError: `stop_asked` said so.
     """
     is_main = PartialState().is_main_process
     with folder.locked() if is_main else contextlib.nullcontext():
         with PartialState().main_process_first():
             if is_main:
                 folder.open(run_identity(config, data), resume=resume)
-        return folder.result() or _train_locked(config, data, folder)
+        return folder.result() or _train_locked(config, data, folder, stop_asked)
 
 
-def _train_locked(config: TrainConfig, data: PreparedData, folder: RunFolder) -> dict[str, Any]:
-    trainer_class = find_trainer(config.algo)
-    reference = _reference(config, data, folder) if trainer_class.needs_reference else None
+def _train_locked(
+    config: TrainConfig, data: PreparedData, folder: RunFolder, stop_asked: Callable[[], bool]
+) -> dict[str, Any]:
+    trainer_class, reference = find_trainer(config.algo), None
+    if trainer_class.needs_reference:
+        reference = _reference(config, data, folder, stop_asked)
     trainer = trainer_class(config, data, folder, reference)
     trainer.setup()
     with progress(folder.path.name, trainer.total_steps, trainer.step) as show:
-        return trainer.run(show)
+        return trainer.run(show, stop_asked)
 
 
 def run_name(algo: str) -> str:
@@ -133,7 +147,9 @@ def run_identity(config: TrainConfig, data: PreparedData) -> dict[str, Any]:
     return {**config.identity(), **data.identity, "reference": reference}
 
 
-def _reference(config: TrainConfig, data: PreparedData, folder: RunFolder) -> Reference:
+def _reference(
+    config: TrainConfig, data: PreparedData, folder: RunFolder, stop_asked: Callable[[], bool]
+) -> Reference:
     if config.reference is not None:
         console.print(f"using the reference model in {config.reference}", highlight=False)
         return load_reference(Path(config.reference), data.tokenizer, config.seq_len)
@@ -147,7 +163,7 @@ def _reference(config: TrainConfig, data: PreparedData, folder: RunFolder) -> Re
     else:
         console.print(f"using the reference model in {reference_folder.path}", highlight=False)
     small = replace(config, algo="mtp-baseline", settings={}, horizon=1)
-    train_run(small, data, reference_folder, resume=True)
+    train_run(small, data, reference_folder, resume=True, stop_asked=stop_asked)
     return load_reference(reference_folder.path, data.tokenizer, config.seq_len)
 
 

@@ -1,4 +1,5 @@
-"""A trained model as a folder: model.safetensors, config.json, tokenizer.json."""
+"""A trained model as a folder: model.safetensors, config.json, tokenizer.json; of critic-wmtp
+value_head.safetensors, too."""
 
 import json
 from dataclasses import asdict
@@ -8,16 +9,21 @@ from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer
 
 from wmtp.models.transformer import MTPConfig, MTPTransformer
+from wmtp.models.value_head import ValueHead
 
 MODEL_TYPE = "wmtp-mtp-transformer"
 
 
-def save_model_folder(model: MTPTransformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the three files into `folder`, which exists."""
+def save_model_folder(
+    model: MTPTransformer, tokenizer: Tokenizer, folder: Path, value_head: ValueHead | None = None
+) -> None:
+    """Write the files into `folder`, which exists."""
     save_model(model, str(folder / "model.safetensors"))  # knows tied weights
     config = {"model_type": MODEL_TYPE, **asdict(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
+    if value_head is not None:
+        save_model(value_head, str(folder / "value_head.safetensors"))
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -9,7 +9,7 @@ as one that was never stopped.
 import abc
 import contextlib
 import json
-import statistics
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -19,24 +19,20 @@ from typing import Any, ClassVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors.torch import save_model
 from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
+from wmtp.files import FileError, writing
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.models.storage import save_model_folder
 from wmtp.reference import MTPLoss
 from wmtp.trainers.config import ConfigError, TrainConfig
-from wmtp.trainers.evaluation import (
-    Evaluation,
-    evaluate,
-    peak_memory_bytes,
-    step_statistics,
-)
+from wmtp.trainers.errors import StoppedError
+from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
 from wmtp.trainers.losses import denominator, weighted_loss
 from wmtp.trainers.optimizer import build_optimizer
 from wmtp.trainers.reference_model import Reference, prepare_reference
-from wmtp.trainers.run_folder import RunFolder
+from wmtp.trainers.run_folder import FREE_SPACE, RunFolder
 from wmtp.trainers.settings import check_settings
 from wmtp.trainers.step import (
     STREAMS,
@@ -47,6 +43,8 @@ from wmtp.trainers.step import (
     as_weighting,
     check_finite,
     micro_batches,
+    what_cancels,
+    what_is_masked,
 )
 from wmtp.weightings import Uniform, Weighting
 
@@ -101,6 +99,7 @@ class BaseWmtpTrainer(abc.ABC):
         self.reference: Any = reference
         self.step = 0  # steps done, the value head's warm-up included
         self.evaluation_at_start: Evaluation | None = None
+        self._noted: set[str] = set()
 
     # ---- what an algorithm may say ----
 
@@ -193,17 +192,24 @@ class BaseWmtpTrainer(abc.ABC):
         """Of the next step: "value_warmup", then "train"."""
         return VALUE_WARMUP if self.step < self.warmup_steps else TRAIN
 
-    def run(self, on_step: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ) -> dict[str, Any]:
         """Train to the end, evaluate, save the final model.
 
         Args:
             on_step: is given each step's record, e.g. to show progress.
+            stop_asked: is asked after each step, by every process.
 
         Returns:
             The result, as in `result.json`.
 
         Raises:
             NonFiniteError: see there.
+            StoppedError: some process was asked to stop; the state is saved.
+            FileError: something cannot be written; the last checkpoint is whole.
         """
         if self.evaluation_at_start is None:
             self.evaluation_at_start = self._evaluate()
@@ -217,8 +223,11 @@ class BaseWmtpTrainer(abc.ABC):
                 self.folder.append_metrics(record)
                 if on_step is not None:
                     on_step(record)
-            if self.step % self.config.save_every == 0 or self.step == self.total_steps:
+            stop = self._anywhere(stop_asked())
+            if stop or self.step % self.config.save_every == 0 or self.step == self.total_steps:
                 self._save_checkpoint()
+            if stop:
+                raise StoppedError(f"stopped after step {self.step} of {self.total_steps}")
             before = time.perf_counter()
         return self._finish()
 
@@ -227,7 +236,7 @@ class BaseWmtpTrainer(abc.ABC):
 
         Returns:
             The step's record: step, stage, loss (in the warm-up the value head's), value_loss
-            (critic-wmtp), ce_head_k, weight_head_k, weight_entropy, grad_norm, lr.
+            (critic-wmtp), targets, ce_head_k, weight_head_k, weight_entropy, grad_norm, lr.
 
         Raises:
             NonFiniteError: a number of the record is NaN or infinite; nothing was updated.
@@ -251,6 +260,7 @@ class BaseWmtpTrainer(abc.ABC):
             "grad_norm": self._clip_gradients(stage),
         }
         record = {"step": self.step + 1, "stage": stage, **self._read(measured), "lr": self._lr()}
+        self._note(what_is_masked(record))
         try:
             check_finite(record, batch["sequence_ids"])
         except NonFiniteError:
@@ -274,6 +284,7 @@ class BaseWmtpTrainer(abc.ABC):
             with self.autocast():
                 output = self.model(part["input_ids"])
             weighting = as_weighting(self.compute_head_weights(part, output), type(self).__name__)
+            self._note(what_cancels(weighting, self.config))
             undivided = 1.0 if self._in_parts else None
             loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
             if stage == TRAIN:
@@ -347,6 +358,18 @@ class BaseWmtpTrainer(abc.ABC):
             return sums
         return self.accelerator.reduce(sums, "sum")
 
+    def _anywhere(self, flag: bool) -> bool:
+        """Whether it is set in any process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.total(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
+
+    def _note(self, line: str | None) -> None:
+        """What the user should know, once."""
+        if line is not None and line not in self._noted:
+            self._noted.add(line)
+            self.accelerator.print(f"note: {line}", file=sys.stderr)
+
     def share(self, sums: Tensor) -> Tensor:
         """What a process divides by, for the mean of the processes to be over the whole batch."""
         return (self.total(sums) / self.accelerator.num_processes).clamp(min=1e-8)
@@ -388,8 +411,16 @@ class BaseWmtpTrainer(abc.ABC):
             return evaluate(model, batches, self.accelerator.device)
 
     def _save_checkpoint(self) -> None:
+        path = self.folder.checkpoints.in_progress(self.step)
+        try:
+            with writing(path, FREE_SPACE, self._state_bytes()):
+                self._write_checkpoint(path)
+        except FileError:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
+
+    def _write_checkpoint(self, path: Path) -> None:
         accelerator, folder = self.accelerator, self.folder
-        path = folder.checkpoints.in_progress(self.step)
         if accelerator.is_main_process:
             folder.checkpoints.begin(self.step)
         accelerator.wait_for_everyone()
@@ -402,34 +433,31 @@ class BaseWmtpTrainer(abc.ABC):
             folder.checkpoints.commit(self.step)
             self._manage_checkpoints()
 
+    def _state_bytes(self) -> int:
+        """Of parameters and optimiser: what a checkpoint takes, but for small change."""
+        modules = [module for module in (self.model, self.value_head) if module is not None]
+        tensors = [parameter for module in modules for parameter in module.parameters()]
+        for state in self.optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
+
     def _manage_checkpoints(self) -> None:
         """Keep the newest `keep_last`."""
         self.folder.checkpoints.drop_old(self.config.keep_last)
 
     def _save_final_checkpoint(self) -> None:
-        self.folder.write_folder("final", self._write_final)
-
-    def _write_final(self, path: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        save_model_folder(model, self.data.tokenizer, path)
-        if self.value_head is not None:
-            value_head = self.accelerator.unwrap_model(self.value_head)
-            save_model(value_head, str(path / "value_head.safetensors"))
+        value_head = self.value_head and self.accelerator.unwrap_model(self.value_head)
+        self.folder.write_folder(
+            "final", lambda path: save_model_folder(model, self.data.tokenizer, path, value_head)
+        )
 
     def _finish(self) -> dict[str, Any]:
-        evaluation_at_end = self._evaluate()
+        ends = {"start": self.evaluation_at_start, "end": self._evaluate()}
         model = self.accelerator.unwrap_model(self.model)
-        records = [r for r in self.folder.read_metrics() if r["stage"] == TRAIN]
-        result = {
-            "algo": self.config.algo,
-            "steps": self.config.steps,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "device": str(self.accelerator.device),
-            "start": self.evaluation_at_start,
-            "end": evaluation_at_end,
-            "tokens_per_s": statistics.median(record["tokens_per_s"] for record in records),
-            "peak_memory_bytes": peak_memory_bytes(self.accelerator.device),
-        }
+        result = run_result(
+            self.config, model, self.accelerator.device, self.folder.read_metrics(), ends
+        )
         if self.accelerator.is_main_process:
             self._save_final_checkpoint()
             self.folder.write_result(result)

@@ -1,9 +1,10 @@
 """What is measured: a model on unseen text, a step's weights, the memory used."""
 
 import resource
+import statistics
 import sys
 from collections.abc import Callable, Iterable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from wmtp.data import Batch
 from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
 from wmtp.linear import fused_linear_weighted_mtp_loss
 from wmtp.models import MTPTransformer
+from wmtp.trainers.config import TrainConfig
+from wmtp.trainers.step import TRAIN
 
 
 class Evaluation(TypedDict):
@@ -61,10 +64,11 @@ def step_statistics(
         total: of sums over this part of the batch, those over all of it.
 
     Returns:
-        ce_head_k, the mean cross entropy of head k in nats; weight_head_k, its mean share
-        w / sum_k w over the tokens that have any weight and a target for every head (1 / H for
-        uniform weights, 0 where there is no such token); weight_entropy, the mean entropy of
-        those shares in nats (log H for uniform weights).
+        targets, how many pairs of token and head have one; ce_head_k, the mean cross entropy of
+        head k in nats; weight_head_k, its mean share w / sum_k w over the tokens that have any
+        weight and a target for every head (1 / H for uniform weights, 0 where there is no such
+        token); weight_entropy, the mean entropy of those shares in nats (log H for uniform
+        weights).
     """
     heads = weights.shape[2]
     valid = has_target(target_ids, heads)
@@ -78,9 +82,30 @@ def step_statistics(
     tokens = sums[-2].clamp(min=1)
     ce, shares = ce / count.clamp(min=1), shares / tokens
     return {
+        "targets": count.sum(),
         **{f"ce_head_{k}": ce[k] for k in range(heads)},
         **{f"weight_head_{k}": shares[k] for k in range(heads)},
         "weight_entropy": sums[-1] / tokens,
+    }
+
+
+def run_result(
+    config: TrainConfig,
+    model: MTPTransformer,
+    device: torch.device,
+    records: list[dict[str, Any]],
+    ends: dict[str, Any],
+) -> dict[str, Any]:
+    """What a finished run says of itself; `ends` are the evaluations at its start and end."""
+    speeds = [record["tokens_per_s"] for record in records if record["stage"] == TRAIN]
+    return {
+        "algo": config.algo,
+        "steps": config.steps,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": str(device),
+        **ends,
+        "tokens_per_s": statistics.median(speeds),
+        "peak_memory_bytes": peak_memory_bytes(device),
     }
 
 

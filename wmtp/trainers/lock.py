@@ -12,6 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from wmtp.files import writing
 from wmtp.trainers.errors import RunError
 
 
@@ -22,11 +23,13 @@ def locked(file: Path) -> Iterator[None]:
     Raises:
         RunError: somebody holds it; says who.
     """
-    descriptor = _acquired(file)
+    with writing(file, "choose another --out"):
+        descriptor = _acquired(file)
     owner = {"host": socket.gethostname(), "pid": os.getpid()}
     try:
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        with writing(file, "free some space, or choose another --out"):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield
     finally:
         file.unlink(missing_ok=True)  # while it is held: nobody else can be in between

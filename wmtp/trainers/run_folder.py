@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wmtp.files import TEMPORARY, rename_folder, sync_path, write_text
+from wmtp.files import TEMPORARY, rename_folder, sync_path, write_text, writing
 from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.errors import RunError
 from wmtp.trainers.identity import differences
 from wmtp.trainers.lock import locked
 
 LOCK = "lock"
+FREE_SPACE = "free some space, then continue with --resume"
+ELSEWHERE = "choose another --out"
 
 
 class RunFolder:
@@ -41,9 +43,10 @@ class RunFolder:
         Raises:
             RunError: somebody has, or the folder holds something else.
         """
-        if not (self.path / "config.json").is_file():
-            self._refuse_foreign_files()
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path, ELSEWHERE):
+            if not (self.path / "config.json").is_file():
+                self._refuse_foreign_files()
+            self.path.mkdir(parents=True, exist_ok=True)
         with locked(self.path / LOCK):
             yield
 
@@ -57,8 +60,9 @@ class RunFolder:
         there = self._read_json("config.json")
         if there is None or not self._begun():
             self._refuse_foreign_files()
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_text(self.path / "config.json", json.dumps(identity, indent=2) + "\n")
+            with writing(self.path / "config.json", ELSEWHERE):
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_text(self.path / "config.json", json.dumps(identity, indent=2) + "\n")
         elif not resume:
             raise RunError(
                 f"{self.path} already holds a run: continue it with --resume, "
@@ -90,11 +94,15 @@ class RunFolder:
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Finish the run."""
-        write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        with writing(self.path / "result.json", FREE_SPACE):
+            write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one step's line."""
-        with open(self._metrics_path, "a", encoding="utf-8") as file:
+        with (
+            writing(self._metrics_path, FREE_SPACE),
+            open(self._metrics_path, "a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(record) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -119,7 +127,8 @@ class RunFolder:
                 f"{self._metrics_path} lacks some of the steps 1 to {step} of the checkpoint (step "
                 f"{min(missing)}): restore the file, or start anew in another --out"
             )
-        write_text(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
+        with writing(self._metrics_path, FREE_SPACE):
+            write_text(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def sync_metrics(self) -> None:
         """Have them reach the disk."""
@@ -130,9 +139,10 @@ class RunFolder:
         temporary, final = self.path / (name + TEMPORARY), self.path / name
         for stale in (temporary, final):
             shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
-        write(temporary)
-        rename_folder(temporary, final)
+        with writing(temporary, FREE_SPACE):
+            temporary.mkdir()
+            write(temporary)
+            rename_folder(temporary, final)
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run did not finish writing."""

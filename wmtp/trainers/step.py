@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from wmtp.data import Batch
+from wmtp.trainers.config import TrainConfig
 from wmtp.weightings import Excess, Given, Uniform, Weighting
 
 TRAIN, VALUE_WARMUP = "train", "value_warmup"
@@ -52,6 +53,33 @@ def as_weighting(weights: Any, trainer: str) -> Weighting:
             f"Excess of wmtp.weightings, got {type(weights).__name__}"
         )
     return weights
+
+
+def what_cancels(weighting: Weighting, config: TrainConfig) -> str | None:
+    """Why the weights of these settings change nothing, and what to do."""
+    if config.horizon > 1 or isinstance(weighting, Uniform):
+        return None
+    if isinstance(weighting, Excess):
+        return (
+            f"with horizon 1 the weights of {config.algo} are all 1, for a token's sum to 1: it "
+            "trains as mtp-baseline does; pass --horizon 2 or more"
+        )
+    if config.reduction != "token_mean":
+        return None
+    return (
+        f"with horizon 1 token_mean divides a token's weight out again: {config.algo} trains as "
+        "mtp-baseline does; pass --reduction weight_mean, or --horizon 2 or more"
+    )
+
+
+def what_is_masked(record: dict[str, Any]) -> str | None:
+    """Why a step has learned nothing, and what to do."""
+    if record["targets"]:
+        return None
+    return (
+        "a step had no target at all: its loss is 0 and nothing was learned from it; pass text "
+        "that is longer than --horizon tokens"
+    )
 
 
 def check_finite(record: dict[str, Any], sequence_ids: Tensor) -> None:

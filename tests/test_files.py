@@ -30,9 +30,9 @@ def write_by_safetensors(file):
 
 def _write_beyond_the_limit(write, file):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    with pytest.raises(FileError, match=r"cannot write .*file: .* \(100,000 bytes wanted, .* free"):
-        with writing(file, "free some space", 100_000):
-            write(file)
+    message = r"cannot write .*file: .* \(100,000 bytes wanted, .* free"
+    with pytest.raises(FileError, match=message), writing(file, "free some space", 100_000):
+        write(file)
 
 
 @pytest.mark.parametrize("write", [write_plainly, write_by_torch, write_by_safetensors])
@@ -48,7 +48,7 @@ def test_a_full_disk_is_said_whoever_writes(write, tmp_path):
 def test_other_errors_pass():
     with pytest.raises(ZeroDivisionError), writing(Path("x"), "nothing"):
         raise ZeroDivisionError
-    with pytest.raises(FileError, match="^inner$"), writing(Path("x"), "nothing"):
+    with pytest.raises(FileError, match=r"^inner$"), writing(Path("x"), "nothing"):
         raise FileError("inner")
 
 
@@ -90,9 +90,8 @@ def test_a_folder_that_cannot_be(command, out, corpus, tmp_path, capfd):
     (tmp_path / "file").touch()
     result = wmtp(*command, *SMALL, "--data", corpus, "--out", tmp_path / out)
     assert result.exit_code == 1
-    errors = [
-        line for line in (result.output + capfd.readouterr().err).splitlines() if "err" in line
-    ]
+    lines = (result.output + capfd.readouterr().err).splitlines()
+    errors = [line for line in lines if "error" in line]
     assert len(errors) == 1
     assert errors[0].startswith("error: cannot write")
     assert errors[0].endswith("choose another --out")

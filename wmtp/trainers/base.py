@@ -30,7 +30,8 @@ from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
 from wmtp.trainers.losses import denominator, weighted_loss
-from wmtp.trainers.optimizer import build_optimizer
+from wmtp.trainers.optimizer import build_optimizer, multiply_gradients, state_bytes
+from wmtp.trainers.processes import Processes
 from wmtp.trainers.reference_model import Reference, prepare_reference
 from wmtp.trainers.run_folder import FREE_SPACE, RunFolder
 from wmtp.trainers.settings import check_settings
@@ -99,7 +100,6 @@ class BaseWmtpTrainer(abc.ABC):
         self.reference: Any = reference
         self.step = 0  # steps done, the value head's warm-up included
         self.evaluation_at_start: Evaluation | None = None
-        self._noted: set[str] = set()
 
     # ---- what an algorithm may say ----
 
@@ -146,11 +146,14 @@ class BaseWmtpTrainer(abc.ABC):
             cpu=not torch.accelerator.is_available(),
             step_scheduler_with_optimizer=False,
         )
-        parts = self.accelerator.num_processes * config.grad_accum
+        self.processes = Processes(self.accelerator)
+        parts = self.processes.count * config.grad_accum
+        # The loss is divided by what others of the step's batch have to be asked for.
+        self.in_parts = parts > 1
         if config.batch_size % parts:
             raise ConfigError(
                 f"batch_size {config.batch_size} does not divide among "
-                f"{self.accelerator.num_processes} processes and {config.grad_accum} parts of a "
+                f"{self.processes.count} processes and {config.grad_accum} parts of a "
                 f"step: make it a multiple of {parts}"
             )
         model = MTPTransformer(config.model_config(self.data.train.vocab_size))
@@ -223,7 +226,7 @@ class BaseWmtpTrainer(abc.ABC):
                 self.folder.append_metrics(record)
                 if on_step is not None:
                     on_step(record)
-            stop = self._anywhere(stop_asked())
+            stop = self.processes.any(stop_asked())
             if stop or self.step % self.config.save_every == 0 or self.step == self.total_steps:
                 self._save_checkpoint()
             if stop:
@@ -256,11 +259,16 @@ class BaseWmtpTrainer(abc.ABC):
             losses["value_loss"] = value_loss
         measured = {
             **losses,
-            **step_statistics(ce_per_head, weights, batch["target_ids"], self.total),
+            **step_statistics(ce_per_head, weights, batch["target_ids"], self.processes.total),
             "grad_norm": self._clip_gradients(stage),
         }
-        record = {"step": self.step + 1, "stage": stage, **self._read(measured), "lr": self._lr()}
-        self._note(what_is_masked(record))
+        record = {
+            "step": self.step + 1,
+            "stage": stage,
+            **self.processes.means(measured),
+            "lr": self._lr(),
+        }
+        self.processes.note(what_is_masked(record))
         try:
             check_finite(record, batch["sequence_ids"])
         except NonFiniteError:
@@ -272,11 +280,6 @@ class BaseWmtpTrainer(abc.ABC):
         self.step += 1
         return record
 
-    @property
-    def _in_parts(self) -> bool:
-        """Whether the loss is divided by what others of the step's batch have to be asked for."""
-        return self.accelerator.num_processes * self.config.grad_accum > 1
-
     def _backward(self, part: Batch, stage: str, last: bool) -> Part:
         """The loss of a micro-batch, undivided where there are others, and its gradients."""
         sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
@@ -284,8 +287,8 @@ class BaseWmtpTrainer(abc.ABC):
             with self.autocast():
                 output = self.model(part["input_ids"])
             weighting = as_weighting(self.compute_head_weights(part, output), type(self).__name__)
-            self._note(what_cancels(weighting, self.config))
-            undivided = 1.0 if self._in_parts else None
+            self.processes.note(what_cancels(weighting, self.config))
+            undivided = 1.0 if self.in_parts else None
             loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
             if stage == TRAIN:
                 self.accelerator.backward(loss)
@@ -301,16 +304,14 @@ class BaseWmtpTrainer(abc.ABC):
     def _whole_loss(self, parts: list[Part]) -> Tensor:
         """The step's loss; its gradients are divided as it is."""
         loss = torch.stack([part.loss for part in parts]).sum()
-        if not self._in_parts:
+        if not self.in_parts:
             return loss
         divisors = torch.stack([part.denominator for part in parts])
-        loss, divisor = self.total(torch.stack((loss.double(), divisors.sum())))
+        loss, divisor = self.processes.total(torch.stack((loss.double(), divisors.sum())))
         if self.config.reduction == "sum" or divisor == 0:  # nothing weighs
             divisor = torch.ones_like(divisor)
-        factor = self.accelerator.num_processes / divisor  # the processes' gradients are averaged
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(factor)
+        # The processes' gradients are averaged.
+        multiply_gradients(self.model, self.processes.count / divisor)
         return loss / divisor
 
     def _loss(
@@ -351,29 +352,6 @@ class BaseWmtpTrainer(abc.ABC):
         moved = {name: rows[mine].to(accelerator.device) for name, rows in tensors.items()}
         return cast(Batch, moved)
 
-    def total(self, sums: Tensor) -> Tensor:
-        """Of sums over this process's part of the batch, those over the whole: whatever the
-        definitions take over a batch goes through here."""
-        if self.accelerator.num_processes == 1:
-            return sums
-        return self.accelerator.reduce(sums, "sum")
-
-    def _anywhere(self, flag: bool) -> bool:
-        """Whether it is set in any process."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.total(torch.tensor(float(flag), device=self.accelerator.device)) > 0)
-
-    def _note(self, line: str | None) -> None:
-        """What the user should know, once."""
-        if line is not None and line not in self._noted:
-            self._noted.add(line)
-            self.accelerator.print(f"note: {line}", file=sys.stderr)
-
-    def share(self, sums: Tensor) -> Tensor:
-        """What a process divides by, for the mean of the processes to be over the whole batch."""
-        return (self.total(sums) / self.accelerator.num_processes).clamp(min=1e-8)
-
     def _clip_gradients(self, stage: str) -> Tensor:
         """The norm of the gradient of what the stage trains; each module is clipped by itself."""
         limit = self.config.max_grad_norm
@@ -383,12 +361,6 @@ class BaseWmtpTrainer(abc.ABC):
             if module is not None
         ]
         return norms[0] if stage == TRAIN else norms[-1]
-
-    def _read(self, measured: dict[str, Tensor]) -> dict[str, float]:
-        """The numbers, averaged over the processes, in one transfer from the device."""
-        stacked = torch.stack([value.detach().float() for value in measured.values()])
-        numbers = self.accelerator.reduce(stacked, "mean").tolist()
-        return dict(zip(measured, numbers, strict=True))
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0 if self.stage == TRAIN else -1]["lr"])
@@ -413,7 +385,8 @@ class BaseWmtpTrainer(abc.ABC):
     def _save_checkpoint(self) -> None:
         path = self.folder.checkpoints.in_progress(self.step)
         try:
-            with writing(path, FREE_SPACE, self._state_bytes()):
+            size = state_bytes(self.optimizer, self.model, self.value_head)
+            with writing(path, FREE_SPACE, size):
                 self._write_checkpoint(path)
         except FileError:
             shutil.rmtree(path, ignore_errors=True)
@@ -432,14 +405,6 @@ class BaseWmtpTrainer(abc.ABC):
             folder.sync_metrics()
             folder.checkpoints.commit(self.step)
             self._manage_checkpoints()
-
-    def _state_bytes(self) -> int:
-        """Of parameters and optimiser: what a checkpoint takes, but for small change."""
-        modules = [module for module in (self.model, self.value_head) if module is not None]
-        tensors = [parameter for module in modules for parameter in module.parameters()]
-        for state in self.optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, Tensor)]
-        return sum(tensor.nbytes for tensor in tensors)
 
     def _manage_checkpoints(self) -> None:
         """Keep the newest `keep_last`."""

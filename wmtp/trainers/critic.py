@@ -34,7 +34,7 @@ class CriticWmtpTrainer(BaseWmtpTrainer):
     def value_loss(self, batch: Batch, hidden_states: Tensor, ce_per_head: Tensor) -> Tensor:
         settings, mask = self.config, token_mask(batch["target_ids"])
         values = self.value_head(hidden_states)
-        rewards = token_rewards(ce_per_head, mask, batch.get("reward"), self.total)
+        rewards = token_rewards(ce_per_head, mask, batch.get("reward"), self.processes.total)
         returns = gae_returns(rewards, values, mask, settings.gamma, settings.gae_lambda)
         error = (values - returns).masked_fill(~mask, 0.0)
-        return settings.value_coefficient * error.square().sum() / self.share(mask.sum())
+        return settings.value_coefficient * error.square().sum() / self.processes.share(mask.sum())

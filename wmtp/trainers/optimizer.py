@@ -1,8 +1,9 @@
 """The optimiser: a scheduled learning rate for the model, a constant one for the value head."""
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -39,3 +40,17 @@ def build_optimizer(
         factors.append(constant)
     optimizer = AdamW(groups, betas=(0.9, 0.95))
     return optimizer, LambdaLR(optimizer, factors)
+
+
+def multiply_gradients(model: nn.Module, factor: Tensor) -> None:
+    """In place, where there are any."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
+def state_bytes(optimizer: Optimizer, *modules: nn.Module | None) -> int:
+    """Of parameters and optimiser: what a checkpoint takes, but for small change."""
+    tensors: list[Any] = [each for module in modules if module for each in module.parameters()]
+    tensors += [value for state in optimizer.state.values() for value in state.values()]
+    return sum(each.nbytes for each in tensors if isinstance(each, Tensor))

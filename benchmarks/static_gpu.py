@@ -1,6 +1,6 @@
 """What Triton's compiler makes of the kernels, for cards that are not here.
 
-    python -m benchmarks.static_gpu [--check [--compiles]] [--sample N] [--json FILE]
+    python -m benchmarks.static_gpu [--check] [--sample N] [--json FILE]
         [--summary FILE] [--cubins FOLDER] [--dtype D] [--only PATTERN] [--jobs N] [TARGET..]
 
 Every binary that the library can ask for (static_variants.py), as its own configuration function
@@ -212,8 +212,11 @@ def chosen(options: argparse.Namespace, targets: list[str]) -> list[tuple[str, V
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="print what is wrong, and fail")
-    parser.add_argument("--compiles", action="store_true", help="fail for what has no binary alone")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="print what is wrong, and fail for what does not compile, or spills",
+    )
     parser.add_argument("--sample", type=int, help="one of each class, or so many if more")
     parser.add_argument("--json", type=Path, help="write the report there")
     parser.add_argument(
@@ -233,22 +236,25 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Print a line a kernel, or write all as JSON; with --check, exit 1 if there is a complaint."""
+    """Print a line a kernel, or write all as JSON; with --check, exit 1 if one does not compile,
+    or spills."""
     import triton
 
     options, version = arguments(), triton.__version__
-    parts, rows, complaints = [options.targets], [], 0
+    parts, rows, complaints, faults = [options.targets], [], 0, 0
     if options.summary is not None:  # target by target, and what is there is not made again
         there = read_summary(options.summary).get(version, {})
         parts = [[target] for target in options.targets if target not in there]
         lines = [line for kernels in there.values() for line in kernels.values()]
         complaints += sum(line["complaints"] for line in lines)
+        faults += sum(line["failures"] + line["spills"] for line in lines)
     for part in parts:
         of_part = []
         for row in report(chosen(options, part), options.cubins, options.jobs):
             of_part.append(row)
             found = complaint(row) if options.check else None
-            complaints += found is not None and not (options.compiles and "failure" not in row)
+            complaints += found is not None
+            faults += found is not None and ("failure" in row or row["spill_bytes"] > 0)
             if found or not (options.check or options.json):
                 print(json.dumps({"complaint": found, **row} if found else row), flush=True)
         if options.summary is not None:
@@ -258,8 +264,9 @@ def main() -> None:
         options.json.write_text(json.dumps({"triton": version, "kernels": rows}))
     if options.check:
         tiers = ", ".join(sorted({row["tier"] for row in rows if row.get("tier")}))
-        print(f"Triton {version}: {len(rows)} kernels, tiers {tiers}, {complaints} complaints")
-    sys.exit(complaints > 0)
+        counts = f"{complaints} complaints, {faults} failures and spills"
+        print(f"Triton {version}: {len(rows)} kernels, tiers {tiers}, {counts}")
+    sys.exit(faults > 0)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ STATIC  ?= --summary benchmarks/results/static-gpu.json
 JOBS    ?= $(shell nproc)
 static: $(TRITONS:%=build/triton-%/.ready)  ## all 17,000 binaries of the kernels, by four versions of Triton for four cards: some four hours of a core; STATIC='--sample 80': so many a version
 	@failed=; for version in $(TRITONS); do \
-	build/triton-$$version/bin/python -m benchmarks.static_gpu --check --jobs $(JOBS) $(STATIC) || failed=1; \
+	build/triton-$$version/bin/python -m benchmarks.static_gpu --check --jobs $(JOBS) --known build/triton-$$version/rows.jsonl $(STATIC) || failed=1; \
 	done; [ -z "$$failed" ]
 
 build/triton-%/.ready:

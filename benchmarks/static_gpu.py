@@ -1,7 +1,8 @@
 """What Triton's compiler makes of the kernels, for cards that are not here.
 
     python -m benchmarks.static_gpu [--check] [--sample N] [--json FILE]
-        [--summary FILE] [--cubins FOLDER] [--dtype D] [--only PATTERN] [--jobs N] [TARGET..]
+        [--summary FILE] [--known FILE] [--cubins FOLDER] [--dtype D] [--only PATTERN] [--jobs N]
+        [TARGET..]
 
 Every binary that the library can ask for (static_variants.py), as its own configuration function
 (kernels/gpu/tiers.py) would launch it, compiled for sm_80, sm_90, sm_100 and gfx942, each in a
@@ -70,7 +71,42 @@ def load_kernels() -> dict[str, Any]:
     return {name: importlib.import_module(f"wmtp.kernels.{name}") for name in names}
 
 
-def report(work: list[tuple[str, Variant]], cubins: Path | None, jobs: int) -> Iterator[Row]:
+class Known:
+    """Rows that were made before, in a file, by all that they follow from."""
+
+    def __init__(self, file: Path | None):
+        self._file = file
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        self._rows = {}
+        for line in lines:
+            if line.endswith("}"):  # the last may be cut short
+                known = json.loads(line)
+                self._rows[known["key"]] = known["row"]
+
+    def get(self, key: str) -> Row | None:
+        return self._rows.get(key)
+
+    def add(self, key: str, row: Row) -> None:
+        if self._file is not None and "failure" not in row:
+            with open(self._file, "a") as file:
+                file.write(json.dumps({"key": key, "row": row}) + "\n")
+
+
+def key_of(target: str, variant: Variant) -> str:
+    """Of the compiler, the kernel's source, how it is launched, and how the binary is read."""
+    import triton
+
+    reader = Path(__file__).with_name("static_compile.py").read_text()
+    follows_from = (
+        *(triton.__version__, target, CARDS[target], variant.kernel.cache_key, reader),
+        *(variant.name, variant.dtype, variant.vocabulary, variant.launch, variant.constants),
+    )
+    return hashlib.sha256(repr(follows_from).encode()).hexdigest()
+
+
+def report(
+    work: list[tuple[str, Variant]], cubins: Path | None, jobs: int, known: Known
+) -> Iterator[Row]:
     """A row for each target and variant; keeps the cubins, beside what launching them takes."""
 
     def compiled(number: int) -> Row:
@@ -86,12 +122,16 @@ def report(work: list[tuple[str, Variant]], cubins: Path | None, jobs: int) -> I
         return row
 
     warm_caches(work)
-    for (target, variant), row in zip(
-        work, in_processes(compiled, range(len(work)), jobs), strict=True
-    ):
-        known = {"name": variant.name, "target": target, "dtype": variant.dtype}
-        known |= {"vocabulary": variant.vocabulary, "constants": variant.constants}
-        yield {**known, "launch": variant.launch.options(), **row}
+    keys = [key_of(*each) for each in work]
+    made = in_processes(compiled, [i for i, key in enumerate(keys) if not known.get(key)], jobs)
+    for (target, variant), key in zip(work, keys, strict=True):
+        row = known.get(key)
+        if row is None:
+            row = next(made)
+            known.add(key, row)
+        of_all = {"name": variant.name, "target": target, "dtype": variant.dtype}
+        of_all |= {"vocabulary": variant.vocabulary, "constants": variant.constants}
+        yield {**of_all, "launch": variant.launch.options(), **row}
 
 
 def warm_caches(work: list[tuple[str, Variant]]) -> None:
@@ -165,28 +205,9 @@ def summary(rows: list[Row]) -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def read_summary(file: Path) -> dict[str, Any]:
-    """What the file says of these kernels; of others, nothing."""
-    known = json.loads(file.read_text()) if file.exists() else {}
-    return known if known.get("kernels") == kernels_digest() else {"kernels": kernels_digest()}
-
-
-def kernels_digest() -> str:
-    """Of all that a binary follows from, but its compiler."""
-    here = Path(__file__).resolve().parent
-    folder = Path(str(sys.modules["wmtp.kernels"].__path__[0]))
-    sources = [
-        *sorted(folder.glob("*.py")),
-        here / "static_compile.py",
-        here / "static_variants.py",
-    ]
-    text = b"".join(source.read_bytes() for source in sources)
-    return hashlib.sha256(text).hexdigest()[:16]
-
-
 def add_summary(file: Path, version: str, rows: list[Row]) -> None:
     """Put this version's targets into the file, beside what it holds of others; a line a kernel."""
-    known = read_summary(file)
+    known = json.loads(file.read_text()) if file.exists() else {}
     known[version] = {**known.get(version, {}), **summary(rows)}
     text = json.dumps(dict(sorted(known.items())), indent=1)
     file.write_text(re.sub(r"\{\s+(\"variants[^}]*?)\s+\}", _on_one_line, text) + "\n")
@@ -219,8 +240,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sample", type=int, help="one of each class, or so many if more")
     parser.add_argument("--json", type=Path, help="write the report there")
+    parser.add_argument("--summary", type=Path, help="put what is found there, target by target")
     parser.add_argument(
-        "--summary", type=Path, help="put what is found there, target by target; go on from there"
+        "--known", type=Path, help="rows made before are taken from there, and new ones put there"
     )
     parser.add_argument("--cubins", type=Path, help="keep the binaries of the loss there")
     parser.add_argument("--dtype", choices=ITEMSIZE, help="one instead of all")
@@ -228,6 +250,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(CARDS)}; all by default")
     options = parser.parse_args()
+    if options.cubins is not None and options.known is not None:
+        parser.error("--known has no binaries: leave it out with --cubins")
     partly = options.only or options.dtype or options.sample is not None
     if options.summary is not None and partly:
         parser.error("--summary is of all variants: leave --only, --dtype and --sample out")
@@ -241,16 +265,10 @@ def main() -> None:
     import triton
 
     options, version = arguments(), triton.__version__
-    parts, rows, complaints, faults = [options.targets], [], 0, 0
-    if options.summary is not None:  # target by target, and what is there is not made again
-        there = read_summary(options.summary).get(version, {})
-        parts = [[target] for target in options.targets if target not in there]
-        lines = [line for kernels in there.values() for line in kernels.values()]
-        complaints += sum(line["complaints"] for line in lines)
-        faults += sum(line["failures"] + line["spills"] for line in lines)
-    for part in parts:
+    known, rows, complaints, faults = Known(options.known), [], 0, 0
+    for part in [[target] for target in options.targets] if options.summary else [options.targets]:
         of_part = []
-        for row in report(chosen(options, part), options.cubins, options.jobs):
+        for row in report(chosen(options, part), options.cubins, options.jobs, known):
             of_part.append(row)
             found = complaint(row) if options.check else None
             complaints += found is not None

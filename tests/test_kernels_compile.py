@@ -22,24 +22,31 @@ from wmtp.benchmarks import static_compile, static_gpu, static_variants
 STREAMS = r"^(register (known|excess)|online (known|excess)|partial|next_token_ce|row_gradient)$"
 
 
-@functools.cache
-def report(*arguments):
-    """Rows, and the sizes of the cubins, by the command: in this process Triton may be its
-    interpreter."""
+def check(*arguments):
+    """Rows by the command: in this process Triton may be its interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
-        file, cubins = Path(folder) / "report.json", Path(folder) / "cubins"
+        file = Path(folder) / "report.json"
         command = [sys.executable, static_gpu.__file__, "--check", "--json", file]
         done = subprocess.run(
-            [*map(str, command), "--cubins", str(cubins), *arguments, "cuda:90"],
+            [*map(str, command), *arguments, "cuda:90"],
             env=environment,
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(file.read_text())["kernels"]
+
+
+@functools.cache
+def report(*arguments):
+    """Rows, and the sizes of the cubins."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = Path(folder)
+        rows = check("--cubins", folder, *arguments)
         kept = {path.stem: path.stat().st_size for path in cubins.glob("*.cubin")}
         assert len(kept) == len(list(cubins.glob("*.json")))
-        return json.loads(file.read_text())["kernels"], kept
+        return rows, kept
 
 
 def of_each_kind():
@@ -170,12 +177,23 @@ def test_the_summary_counts_by_target_and_kernel_and_keeps_other_versions(tmp_pa
         static_gpu.add_summary(file, version, rows)
     static_gpu.add_summary(file, "3.9.0", [{**known, "target": "cuda:80"}])
     found = json.loads(file.read_text())
-    assert list(found) == ["3.6.0", "3.9.0", "kernels"]
+    assert list(found) == ["3.6.0", "3.9.0"]
     assert list(found["3.9.0"]) == ["cuda:90", "cuda:80"]
     assert found["3.9.0"]["cuda:90"] == {
         "online": {"variants": 2, "failures": 0, "spills": 1, "complaints": 1, "registers": 64},
         "weights": {"variants": 1, "failures": 1, "spills": 0, "complaints": 1, "registers": 40},
     }
     assert len(file.read_text().splitlines()) < 20
-    file.write_text(json.dumps({**found, "kernels": "others"}))
-    assert list(static_gpu.read_summary(file)) == ["kernels"]
+
+
+def test_rows_made_before_are_not_made_again(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    arguments = ("--sample", "1", "--dtype", "bf16", "--only", "^scale", "--known", str(file))
+    first = check(*arguments)
+    line = json.loads(file.read_text())
+    line["row"]["registers"] = 77
+    file.write_text(json.dumps(line) + "\n" + '{"key": "cut sh')
+    assert [row["registers"] for row in check(*arguments)] == [77]
+    line["key"] = "of another compiler, or kernel"
+    file.write_text(json.dumps(line) + "\n")
+    assert check(*arguments) == first

@@ -118,7 +118,7 @@ def choose(
     if forced and forced not in TIERS:
         raise ValueError(f"WMTP_TRITON_TIER must be one of {', '.join(TIERS)}, got {forced!r}")
     token = excess and rows > 1
-    below = online(vocab_size, itemsize, machine)
+    below = online(vocab_size, itemsize, machine, 80 if token else 64)
     if forced == "online" or not gradient:
         return below
     tier = forced or ("token" if token else "row")
@@ -167,10 +167,10 @@ def _cap(registers: int, machine: Machine) -> int | None:
     return registers if machine.nvidia else None
 
 
-def online(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
-    """Rows in steps."""
+def online(vocab_size: int, itemsize: int, machine: Machine, most: int = 64) -> Launch:
+    """Rows in steps; the weights of a token's heads take a few registers more."""
     shape = launch_shape(vocab_size, itemsize, machine.warp_size)
-    return Launch("online", *shape, max_registers=_cap(64, machine))
+    return Launch("online", *shape, max_registers=_cap(most, machine))
 
 
 def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> int:

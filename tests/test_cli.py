@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from typer.testing import CliRunner
 
 from tiny_runs import read_metrics
 from wmtp.cli import options
 from wmtp.cli.app import app
-from wmtp.cli.plot import plot_comparison
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--tiny", "--steps=6", "--batch-size=2", "--seq-len=16", "--horizon=3"]
@@ -120,42 +118,6 @@ def test_a_killed_command_resumes_to_the_same_numbers(corpus, tmp_path):
     assert wmtp(*arguments(tmp_path / "whole")).exit_code == 0
     assert read_metrics(out) == read_metrics(tmp_path / "whole")
     assert len(read_metrics(out)) == 32
-
-
-def test_compare_trains_all_alike_once(corpus, tmp_path, monkeypatch):
-    # In this process instead of one each, which costs an import of torch each.
-    commands = []
-
-    def run_here(command: list[str], check: bool) -> subprocess.CompletedProcess:
-        commands.append(command)
-        assert command[:3] == [sys.executable, "-m", "wmtp"]
-        return subprocess.CompletedProcess(command, wmtp(*command[3:]).exit_code)
-
-    monkeypatch.setattr("wmtp.cli.compare.subprocess.run", run_here)
-    arguments = ["compare", *SMALL, "--loss=fused", "--data", corpus, "--out", tmp_path / "runs"]
-    first = wmtp(*arguments)
-    assert first.exit_code == 0, first.output
-    assert len(commands) == 3
-    assert all("--loss=fused" in command for command in commands)
-    results = json.loads((tmp_path / "runs/compare.json").read_text())
-    assert list(results) == ["mtp-baseline", "critic-wmtp", "rho1-wmtp"]
-    starts = [result["start"] for result in results.values()]
-    assert starts[0] == starts[1] == starts[2]
-    for algo, result in results.items():
-        assert algo in first.output
-        assert result["peak_memory_bytes"] > 2**20
-    assert Image.open(tmp_path / "runs/compare.png").size == (1800, 990)
-
-    assert wmtp(*arguments).exit_code == 0
-    assert len(commands) == 3  # nothing was trained again
-    other = wmtp(*arguments, "--steps", 7)
-    assert other.exit_code == 1
-
-
-def test_the_picture_takes_a_run_of_any_size(tmp_path):
-    record = {"stage": "train", "loss": 1.0, "ce_head_0": 1.0, "weight_head_0": 1.0}
-    plot_comparison({"one": [{**record, "step": 1}]}, tmp_path / "one.png")
-    assert (tmp_path / "one.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("missing", ["typer", "accelerate"])

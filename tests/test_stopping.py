@@ -9,7 +9,7 @@ from test_cli import SMALL, unwrapped, wmtp
 
 import tiny_runs
 from tiny_runs import in_processes, read_metrics
-from wmtp.cli.stopping import resume_command
+from wmtp.cli.stopping import own_command
 from wmtp.trainers import BaseWmtpTrainer, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +104,6 @@ def test_one_of_two_processes_is_signalled_and_both_stop_at_the_same_step(corpus
 
 def test_the_command_that_resumes(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/bin/wmtp", "train", "--out", "a b", "--resume"])
-    assert resume_command() == "wmtp train --out 'a b' --resume"
+    assert own_command("--resume") == "wmtp train --out 'a b' --resume"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert resume_command().startswith("torchrun --nproc-per-node=2 -m wmtp train")
+    assert own_command().startswith("torchrun --nproc-per-node=2 -m wmtp train")

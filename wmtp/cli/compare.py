@@ -1,8 +1,7 @@
 """`wmtp compare`: algorithms from one seed, one data order and one initialisation."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,13 +10,20 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from wmtp.cli import options
+from wmtp.cli.child import run_child
 from wmtp.cli.console import console, errors_shown
+from wmtp.cli.stopping import STATUSES, own_command
 from wmtp.cli.train import run_identity, run_name
 from wmtp.data.prepare import DEFAULT_VOCABULARY
+from wmtp.files import write_text, writing
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, RunFolder, find_trainer
 from wmtp.trainers.evaluation import Evaluation
+from wmtp.trainers.reference_model import find_reference
 from wmtp.trainers.settings import parse_settings, setting_names
+
+EVALUATIONS = 4  # in training, unless --eval-every says otherwise
+NEXT_TOKEN = "next-token"  # plain training of one head, rho1-wmtp's reference
 
 
 @options.with_settings
@@ -37,6 +43,7 @@ def compare(
     tokenizer: options.TokenizerFile = None,
     vocab_size: options.VocabSize = DEFAULT_VOCABULARY,
     skip_unreadable: options.SkipUnreadable = False,
+    ref: options.Ref = None,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/compare"),
     **given: Any,
 ) -> None:
@@ -50,23 +57,27 @@ def compare(
     with errors_shown():
         algos = list(dict.fromkeys(algo or trainer_registry.names()))
         sets = _settings_of(algos, own or [])
+        references = _references_of(algos, ref)
+        given |= _evaluations(tiny, config, given)
         prepared = options.prepare(data, tokenizer, vocab_size, skip_unreadable)
         folders = {name: RunFolder(out / run_name(name)) for name in algos}
         for name, folder in folders.items():
-            parsed = parse_settings(find_trainer(name).settings_type, sets[name])
             asked = options.make_config(
-                name, tiny=tiny, config_file=config, settings=parsed, **given
+                name,
+                tiny=tiny,
+                config_file=config,
+                settings=parse_settings(find_trainer(name).settings_type, sets[name]),
+                reference=references[name],
+                **given,
             )
             if folder.result_of(run_identity(asked, prepared)) is None:
-                _train(name, tiny, sets[name], {**shared, **given, "out": folder.path})
-        results = {algo: folder.result() for algo, folder in folders.items()}
-        metrics = {algo: folder.read_metrics() for algo, folder in folders.items()}
-    console.print(_table(results))
-    (out / "compare.json").write_text(json.dumps(results, indent=2) + "\n")
-    from wmtp.cli.plot import plot_comparison
-
-    plot_comparison(metrics, out / "compare.png")
-    console.print(f"curves in {out / 'compare.png'}, numbers in {out / 'compare.json'}")
+                options_of_run = {**shared, **given, "ref": references[name], "out": folder.path}
+                _train(name, tiny, sets[name], options_of_run)
+        runs = {name: folder.read_metrics() for name, folder in folders.items()}
+        results = {name: folder.result() for name, folder in folders.items()}
+        results |= _next_token(folder for name, folder in folders.items() if not references[name])
+        console.print(_table(results))
+        _write(results, runs, out)
 
 
 def _settings_of(algos: list[str], own: list[str]) -> dict[str, list[str]]:
@@ -84,6 +95,33 @@ def _settings_of(algos: list[str], own: list[str]) -> dict[str, list[str]]:
     return {name: [text for text in own if text.partition("=")[0] in known[name]] for name in algos}
 
 
+def _references_of(algos: list[str], ref: Path | None) -> dict[str, str | None]:
+    """The reference of each algorithm that compares with one; None: it trains its own, or none.
+
+    Raises:
+        ConfigError: a reference that nobody compares with.
+    """
+    place = None if ref is None else str(find_reference(str(ref)))
+    found = {name: place if find_trainer(name).needs_reference else None for name in algos}
+    if place is not None and not any(found.values()):
+        raise ConfigError(f"{', '.join(algos)} compare with no reference model: leave --ref out")
+    return found
+
+
+def _evaluations(tiny: bool, config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """`eval_every`, where the user has not said it."""
+    asked = options.make_config("mtp-baseline", tiny=tiny, config_file=config, **given)
+    said = "eval_every" in given or "eval_every" in options.read_config(config)
+    return {} if said else {"eval_every": max(1, asked.steps // EVALUATIONS)}
+
+
+def _next_token(folders: Iterable[RunFolder]) -> dict[str, Any]:
+    """The result of the first reference model that was trained here."""
+    results = (RunFolder(folder.path / "reference").result() for folder in folders)
+    found = next(filter(None, results), None)
+    return {} if found is None else {NEXT_TOKEN: found}
+
+
 def _train(algo: str, tiny: bool, own: list[str], settings: dict[str, Any]) -> None:
     """In a process of its own, so that peak memory and speed are this algorithm's alone."""
     arguments = [f"--algo={algo}", "--resume"] + ["--tiny"] * tiny
@@ -92,9 +130,22 @@ def _train(algo: str, tiny: bool, own: list[str], settings: dict[str, Any]) -> N
         if value is not None:
             flag = f"--{name.replace('_', '-')}"
             arguments.append(flag if value is True else f"{flag}={value}")
-    finished = subprocess.run([sys.executable, "-m", "wmtp", "train", *arguments], check=False)
-    if finished.returncode:
-        raise typer.Exit(finished.returncode)
+    status = run_child(["train", *arguments])
+    if status in STATUSES:
+        console.print(f"compare itself goes on with:\n  {own_command()}", soft_wrap=True)
+    if status:
+        raise typer.Exit(status)
+
+
+def _write(results: dict[str, Any], runs: dict[str, Any], out: Path) -> None:
+    from wmtp.cli.plot import plot_comparison
+
+    numbers, picture = out / "compare.json", out / "compare.png"
+    with writing(numbers, "free some space, and repeat the command: nothing is trained again"):
+        write_text(numbers, json.dumps(results, indent=2) + "\n")
+    with writing(picture, "free some space, and repeat the command: nothing is trained again"):
+        plot_comparison(runs, results, picture)
+    console.print(f"curves in {picture}, numbers in {numbers}", highlight=False)
 
 
 def _table(results: dict[str, Any]) -> Table:
@@ -103,17 +154,22 @@ def _table(results: dict[str, Any]) -> Table:
         title="validation cross entropy, nats per token", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     table.add_column("algorithm", style="bold", no_wrap=True)
-    titles = [f"head {k}" for k in range(len(start["ce_per_head"]))]
-    for title in (*titles, "accuracy", "tokens/s", "MiB"):
+    heads = len(start["ce_per_head"])
+    for title in (*(f"head {k}" for k in range(heads)), "accuracy", "tokens/s", "MiB"):
         table.add_column(title, justify="right")
-    table.add_row("untrained", *_scores(start), "", "", style="dim")
+    table.add_row("untrained", *_scores(start, heads), "", "", style="dim")
     for algo, result in results.items():
         memory = f"{result['peak_memory_bytes'] / 2**20:,.0f}"
-        table.add_row(algo, *_scores(result["end"]), f"{result['tokens_per_s']:,.0f}", memory)
-    table.caption = "accuracy: head 0's next token; MiB: peak memory of the process"
+        speed = f"{result['tokens_per_s']:,.0f}"
+        table.add_row(algo, *_scores(result["end"], heads), speed, memory)
+    lines = ["accuracy: head 0's next token; MiB: peak memory of the process"]
+    if NEXT_TOKEN in results:
+        lines.append(f"{NEXT_TOKEN}: one head alone (horizon 1), the reference of the excess")
+    table.caption = "\n".join(lines)
     return table
 
 
-def _scores(evaluation: Evaluation) -> list[str]:
+def _scores(evaluation: Evaluation, heads: int) -> list[str]:
     by_head = [f"{ce:.3f}" for ce in evaluation["ce_per_head"]]
-    return [*by_head, f"{evaluation['next_token_accuracy']:.1%}"]
+    blank = [""] * (heads - len(by_head))
+    return [*by_head, *blank, f"{evaluation['next_token_accuracy']:.1%}"]

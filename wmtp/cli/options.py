@@ -59,6 +59,16 @@ Set = Annotated[
     ),
 ]
 
+Ref = Annotated[
+    Path | None,
+    typer.Option(
+        help="rho1-wmtp: the reference model, a run folder of ours (--horizon 1), a Hugging Face "
+        "folder, or an id that the hub's cache holds. Default: a small one is trained first, in "
+        "the run's folder.",
+        show_default=False,
+    ),
+]
+
 TINY: dict[str, Any] = {
     "steps": 160,
     "batch_size": 8,

@@ -14,6 +14,7 @@ from wmtp.cli.console import console, say
 from wmtp.trainers.errors import StoppedError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STATUSES = tuple(128 + number for number in SIGNALS)  # of a command that they have stopped
 
 
 class StopAsked:
@@ -43,17 +44,16 @@ def stopping() -> Iterator[StopAsked]:
     try:
         yield asked
     except StoppedError as stopped:
-        console.print(f"{stopped}, continue with:\n  {resume_command()}", soft_wrap=True)
+        console.print(f"{stopped}, continue with:\n  {own_command('--resume')}", soft_wrap=True)
         raise typer.Exit(128 + (asked.signal or signal.SIGTERM)) from stopped
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
 
 
-def resume_command() -> str:
-    """This process's own, with --resume."""
+def own_command(*more: str) -> str:
+    """What this process was started with, and more options if they are not there."""
     arguments = sys.argv[1:]
-    resume = [] if "--resume" in arguments else ["--resume"]
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     program = ["torchrun", f"--nproc-per-node={processes}", "-m", "wmtp"] if processes else ["wmtp"]
-    return shlex.join([*program, *arguments, *resume])
+    return shlex.join([*program, *arguments, *(each for each in more if each not in arguments)])

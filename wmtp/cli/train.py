@@ -45,15 +45,7 @@ def train(
     tokenizer: options.TokenizerFile = None,
     vocab_size: options.VocabSize = DEFAULT_VOCABULARY,
     skip_unreadable: options.SkipUnreadable = False,
-    ref: Annotated[
-        Path | None,
-        typer.Option(
-            help="rho1-wmtp: the reference model, a run folder of ours (--horizon 1) or a "
-            "Hugging Face one. "
-            "Default: a small one is trained first, in OUT/reference.",
-            show_default=False,
-        ),
-    ] = None,
+    ref: options.Ref = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the run in OUT, if there is one.")
     ] = False,

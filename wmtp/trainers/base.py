@@ -100,6 +100,7 @@ class BaseWmtpTrainer(abc.ABC):
         self.reference: Any = reference
         self.step = 0  # steps done, the value head's warm-up included
         self.evaluation_at_start: Evaluation | None = None
+        self._evaluated: Evaluation | None = None  # after the last step
 
     # ---- what an algorithm may say ----
 
@@ -368,7 +369,9 @@ class BaseWmtpTrainer(abc.ABC):
     def _evaluation_of_step(self) -> dict[str, Any]:
         every, done = self.config.eval_every, self.step - self.warmup_steps
         if every and done > 0 and done % every == 0:
-            return {"validation": self._evaluate()}
+            self._evaluated = self._evaluate()
+            return {"validation": self._evaluated}
+        self._evaluated = None
         return {}
 
     # ---- what stays on disk ----
@@ -418,7 +421,7 @@ class BaseWmtpTrainer(abc.ABC):
         )
 
     def _finish(self) -> dict[str, Any]:
-        ends = {"start": self.evaluation_at_start, "end": self._evaluate()}
+        ends = {"start": self.evaluation_at_start, "end": self._evaluated or self._evaluate()}
         model = self.accelerator.unwrap_model(self.model)
         result = run_result(
             self.config, model, self.accelerator.device, self.folder.read_metrics(), ends

@@ -8,6 +8,7 @@ a chunk, which neither V nor S makes larger.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +17,15 @@ import torch
 from wmtp.benchmarks.linear_problem import plan_of
 from wmtp.benchmarks.linear_providers import DIRECTIONS
 from wmtp.benchmarks.memory import available_bytes, linear_peak_bytes
-from wmtp.benchmarks.memory_profile import GIBI, MARGIN, MEBI, SPARE, if_it_fits, record_history
+from wmtp.benchmarks.memory_profile import (
+    GIBI,
+    MARGIN,
+    MEBI,
+    SPARE,
+    if_it_fits,
+    record_history,
+    sections,
+)
 from wmtp.benchmarks.problem import Case, Shape
 from wmtp.benchmarks.report import gradient_bytes
 from wmtp.chunks import default_chunk_bytes
@@ -49,20 +58,32 @@ def sweep(vocabularies: list[int], lengths: list[int]) -> list[tuple[int, int]]:
     return over_vocabulary + [(length, vocabularies[0]) for length in lengths[1:]]
 
 
-def profile_linear(sizes: list[tuple[int, int]], setting: LinearSetting) -> dict[str, Any]:
-    """Peak bytes of every provider and direction at every (S, V); ready for JSON."""
+def profile_linear(
+    sizes: list[tuple[int, int]],
+    setting: LinearSetting,
+    show: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Peak bytes of every provider and direction at every (S, V); ready for JSON.
+
+    Args:
+        show: is given the same of each size alone, when it is measured.
+    """
     free = available_bytes() if setting.device == "cpu" else None
-    return {
+    results = {
         **setting._asdict(),
         "dtype": str(setting.dtype).removeprefix("torch."),
         "free_bytes": free,
-        "cases": [
+        "cases": [],
+    }
+    for length, vocabulary in sizes:
+        cases = [
             _case(direction, provider, (1, length, setting.heads, vocabulary), setting)
-            for length, vocabulary in sizes
             for direction in DIRECTIONS
             for provider in PROFILED
-        ],
-    }
+        ]
+        show({**results, "cases": cases})
+        results["cases"] += cases
+    return results
 
 
 def scratch_bytes(case: dict[str, Any]) -> int | None:
@@ -82,23 +103,15 @@ def allowed_bytes(chunk_bytes: int) -> int:
     return chunk_bytes + chunk_bytes // 4 + 8 * MEBI
 
 
-def linear_table(results: dict[str, Any]) -> Table:
-    """A section for each size, in MiB."""
-    from rich import box
-    from rich.table import Table
-
+def linear_table(results: dict[str, Any], first: bool = True) -> Table:
+    """A section for each size, in MiB; the first one has the headings."""
     dim, heads = results["dim"], results["heads"]
-    table = Table(
-        title="peak MiB beyond hidden states, weight and their gradients\n"
+    title = (
+        "peak MiB beyond hidden states, weight and their gradients\n"
         f"[1, S, {heads}, {dim}] and [V, {dim}], {results['dtype']}, {results['device']}, "
-        f"backend {results['backend']}",
-        caption=_caption(results),
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+        f"backend {results['backend']}"
     )
-    table.add_column("S, V", no_wrap=True)
-    for name in (*PROFILED, "its chunk", "allowed"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = sections(title, ("S, V", *PROFILED, "its chunk", "allowed"), first)
     cases = {
         (case["length"], case["vocabulary"], case["direction"], case["provider"]): case
         for case in results["cases"]
@@ -199,7 +212,8 @@ def _mebi(count: int | None) -> str:
     return "" if count is None else f"{count / MEBI:.1f}"
 
 
-def _caption(results: dict[str, Any]) -> str:
+def linear_caption(results: dict[str, Any]) -> str:
+    """What the table's words mean, and what did not fit."""
     lines = [
         "frozen: no gradient of the weight; its chunk: fused without the float32 sum of a 16-bit "
         "weight's gradient, which itself is not there yet while there are chunks; allowed: 1.25 "

@@ -27,6 +27,10 @@ CGROUP_FILES = {
 }
 
 
+# Above all of its levels: libkineto says something for each beginning and end of a profile.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
 def peak_bytes(call: Callable[[], object], device: str = "cpu") -> int:
     """The most bytes that `call` held at any moment, its results included.
 

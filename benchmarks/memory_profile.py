@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,21 +43,31 @@ class Setting(NamedTuple):
         return 1, self.length, self.heads, vocabulary
 
 
-def profile_losses(vocabularies: list[int], setting: Setting) -> dict[str, Any]:
-    """Peak bytes of every provider, direction and vocabulary, beyond the logits; ready for JSON."""
+def profile_losses(
+    vocabularies: list[int],
+    setting: Setting,
+    show: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Peak bytes of every provider, direction and vocabulary, beyond the logits; ready for JSON.
+
+    Args:
+        show: is given the same of each vocabulary alone, when it is measured.
+    """
     per_element, left_out = _small_cases(setting)
     free = available_bytes() if setting.device == "cpu" else None
-    return {
+    results = {
         **setting._asdict(),
         "dtype": str(setting.dtype).removeprefix("torch."),
         "free_bytes": free,
         "absent": left_out,
-        "cases": [
-            _case(vocabulary, contest, setting, per_element[contest])
-            for vocabulary in vocabularies
-            for contest in per_element
-        ],
+        "cases": [],
     }
+    for vocabulary in vocabularies:
+        contests = per_element.items()
+        cases = [_case(vocabulary, contest, setting, each) for contest, each in contests]
+        show({**results, "cases": cases})
+        results["cases"] += cases
+    return results
 
 
 def needed_bytes(setting: Setting, vocabulary: int, per_element: float) -> int:
@@ -72,21 +82,13 @@ def needed_bytes(setting: Setting, vocabulary: int, per_element: float) -> int:
     return int(elements * (2 * setting.dtype.itemsize + MARGIN * per_element)) + scratch
 
 
-def profile_table(results: dict[str, Any]) -> Table:
-    """A section for each vocabulary, in units of the logits."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title=f"peak memory beyond the logits [1, {results['length']}, {results['heads']}, V], "
-        f"{results['dtype']}, {results['device']}, backend {results['backend']}",
-        caption=_caption(results),
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
+def profile_table(results: dict[str, Any], first: bool = True) -> Table:
+    """A section for each vocabulary, in units of the logits; the first one has the headings."""
+    title = (
+        f"peak memory beyond the logits [1, {results['length']}, {results['heads']}, V], "
+        f"{results['dtype']}, {results['device']}, backend {results['backend']}"
     )
-    table.add_column("V", no_wrap=True)
-    for provider in PROFILED:
-        table.add_column(provider, justify="right", min_width=7)
+    table = sections(title, ("V", *PROFILED), first)
     cases = {
         (case["vocabulary"], case["direction"], case["provider"]): case for case in results["cases"]
     }
@@ -97,6 +99,23 @@ def profile_table(results: dict[str, Any]) -> Table:
             cells = [_cell(cases.get((vocabulary, direction, name))) for name in PROFILED]
             table.add_row(f"  {direction}", *cells)
         table.add_section()
+    return table
+
+
+def sections(title: str, columns: Sequence[str], first: bool) -> Table:
+    """A table that is printed section by section, all of the same widths."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title if first else None,
+        show_header=first,
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column(columns[0], no_wrap=True, min_width=len("  forward+backward"))
+    for name in columns[1:]:
+        table.add_column(name, justify="right", min_width=max(7, len(name)))
     return table
 
 
@@ -202,7 +221,8 @@ def _cell(case: dict[str, Any] | None) -> str:
     return f"{case['peak_bytes'] / case['logits_bytes']:.3f}"
 
 
-def _caption(results: dict[str, Any]) -> str:
+def profile_caption(results: dict[str, Any]) -> str:
+    """What the table's words mean, and what was left out."""
     lines = ["in units of the logits; forward: without gradient"]
     lines += [f"absent: {name}, {why}" for name, why in results["absent"].items()]
     unfit = [case for case in results["cases"] if case["peak_bytes"] is None]

@@ -4,11 +4,12 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,15 @@ TIMES = ("median_ms", "q1_ms", "q3_ms")
 SERIES = ("rounds", *TIMES)
 
 
-def run_suites(suites: Iterable[str], size: str) -> dict[str, Any]:
+def run_suites(
+    suites: Iterable[str], size: str, show: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
     """Time everything once, in a process of its own.
 
     Args:
         suites: of SUITES.
         size: "full", "quick" or "tiny".
+        show: is given a line at the start and after each case.
 
     Returns:
         what pytest-benchmark writes.
@@ -42,18 +46,24 @@ def run_suites(suites: Iterable[str], size: str) -> dict[str, Any]:
     files = [str(Path(__file__).with_name(SUITES[suite])) for suite in suites]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.json"
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "pytest", "-x", *files, "-p", "no:cacheprovider"),
-                f"--benchmark-json={file}",
-            ],
+        arguments = ["-x", "-vv", *files, "-p", "no:cacheprovider", f"--benchmark-json={file}"]
+        show("pytest-benchmark is starting")
+        with subprocess.Popen(
+            [sys.executable, "-u", "-m", "pytest", *arguments],
             env={**os.environ, "WMTP_BENCH_SIZE": size},
             cwd=folder,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-        )
-        if done.returncode != 0:
-            raise RuntimeError(f"the benchmark suite failed:\n{done.stdout}{done.stderr}")
+        ) as process:
+            assert process.stdout is not None
+            output = []
+            for line in process.stdout:
+                output.append(line)
+                if case := re.match(r"\S+\.py::\S+\[(.*)\] ", line):
+                    show(case[1])
+        if process.returncode != 0:
+            raise RuntimeError(f"the benchmark suite failed:\n{''.join(output)}")
         return json.loads(file.read_text())
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -111,7 +112,13 @@ def test_a_provider_that_disagrees_is_found(monkeypatch, part):
 
 def test_suites_run_and_report_every_case():
     size = "tiny"
-    measured = report.run_suites(report.SUITES, size)
+    shown, begun = [], time.monotonic()
+    measured = report.run_suites(
+        report.SUITES, size, lambda line: shown.append((time.monotonic() - begun, line))
+    )
+    assert shown[0][0] < 5
+    assert len(shown) == 1 + len(measured["benchmarks"])
+    assert shown[1][1].startswith("loss-")
     results = json.loads(json.dumps(report.gather("wmtp bench", size, [measured, measured])))
     cases = report.cases_by_key(results)
     assert {case.study for case in cases} == {"loss", "linear", *STUDIES}
@@ -286,7 +293,8 @@ def test_plot_writes_a_picture(tmp_path):
 def test_command_runs_tabulates_and_writes(monkeypatch, tmp_path):
     asked = []
 
-    def run_suites(suites, size):
+    def run_suites(suites, size, show):
+        show("the case")
         asked.append((list(suites), size))
         (case,) = loss_results((1, 2, 2, 10), 1.0)["cases"][2:3]
         fields = {name: case[name] for name in (*Case._fields, "peak_bytes")}
@@ -300,6 +308,7 @@ def test_command_runs_tabulates_and_writes(monkeypatch, tmp_path):
     done = CliRunner().invoke(app, [*command, "--json", str(json_file), "--plot", str(plot_file)])
     assert done.exit_code == 0, done.output
     assert asked == [(["loss"], "quick")] * 2
+    assert done.output.count("the case") == 2
     assert "3.00 ms" in done.output  # the median of 2 and 4
     written = json.loads(json_file.read_text())
     assert written["command"] == "wmtp bench --quick --runs 2 --only loss"
@@ -308,8 +317,26 @@ def test_command_runs_tabulates_and_writes(monkeypatch, tmp_path):
     assert plot_file.exists()
 
 
+@pytest.mark.parametrize("command", ["bench", "profile"])
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(command):
+    done = CliRunner().invoke(app, [command, "--json", "/dev/null/results.json"])
+    assert done.exit_code == 1
+    assert "error: cannot write /dev/null/results.json: " in done.output
+    assert "choose another --json" in done.output
+
+
+def test_a_disk_that_fills_up_costs_the_file_and_not_the_table(monkeypatch):
+    results = {"machine_info": {"cpu": {}}, "benchmarks": []}
+    monkeypatch.setattr(report, "run_suites", lambda *_: results)
+    monkeypatch.setattr(report, "gather", lambda *_: loss_results((1, 2, 2, 10), 1.0))
+    done = CliRunner().invoke(app, ["bench", "--quick", "--json", "/dev/full"])
+    assert done.exit_code == 1
+    assert "loss, forward" in done.output
+    assert "error: cannot write /dev/full: No space left on device" in done.output
+
+
 def test_command_says_what_failed(monkeypatch):
-    def run_suites(suites, size):
+    def run_suites(suites, size, show):
         raise RuntimeError("fused disagrees")
 
     monkeypatch.setattr(report, "run_suites", run_suites)

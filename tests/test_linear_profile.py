@@ -14,6 +14,7 @@ from wmtp.benchmarks.linear_profile import (
     LinearSetting,
     allowed_bytes,
     chunk_scratch_bytes,
+    linear_caption,
     linear_table,
     profile_linear,
     scratch_bytes,
@@ -37,9 +38,9 @@ def found(results, provider, direction=BOTH):
     ]
 
 
-def printed(table):
+def printed(*parts):
     text = io.StringIO()
-    Console(file=text, width=80).print(table)
+    Console(file=text, width=80).print(*parts)
     return text.getvalue()
 
 
@@ -127,7 +128,7 @@ def test_what_would_not_fit_is_not_run_but_derived(monkeypatch):
     assert (unfit["run"], unfit["peak_bytes"]) == (False, None)
     assert unfit["derived_bytes"] > 5.9 * logits_bytes
     assert ("eager_float", 20000) not in calls
-    text = unwrapped(printed(linear_table(results)))
+    text = unwrapped(printed(linear_table(results), linear_caption(results)))
     assert f">= {scratch_bytes(unfit) / MEBI:.1f}" in text
     assert "not run" in text
     assert "V = 512 and 1024" in text
@@ -138,7 +139,7 @@ def test_nothing_is_derived_from_what_would_not_fit_either(monkeypatch):
     results = profile_linear([(256, 20000)], SETTING)
     assert calls == []
     assert {case["derived_bytes"] for case in results["cases"]} == {None}
-    text = printed(linear_table(results))
+    text = printed(linear_table(results), linear_caption(results))
     assert text.count("not fit") == 6 + 1  # once in the caption
     assert ">= " not in text
 
@@ -154,7 +155,7 @@ def test_running_out_of_memory_leaves_one_cell_empty(monkeypatch):
     assert [case["provider"] for case in results["cases"] if case["peak_bytes"] is None] == [
         *("fused", "fused")
     ]
-    assert "ran out of cpu memory" in printed(linear_table(results))
+    assert "ran out of cpu memory" in printed(linear_table(results), linear_caption(results))
 
 
 def test_a_snapshot_holds_an_eager_and_a_fused_step(monkeypatch, tmp_path):
@@ -232,4 +233,4 @@ def test_table_fits_80_columns():
     results = profile_linear([(8, 300)], SETTING)
     for case in results["cases"]:
         case.update(length=10 * 2048, vocabulary=256000, peak_bytes=None, derived_bytes=2**37)
-    assert "…" not in printed(linear_table(results))
+    assert "…" not in printed(linear_table(results), linear_caption(results))

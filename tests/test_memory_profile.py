@@ -16,6 +16,7 @@ from wmtp.benchmarks.memory_profile import (
     SPARE,
     Setting,
     needed_bytes,
+    profile_caption,
     profile_losses,
     profile_table,
     write_snapshot,
@@ -59,9 +60,9 @@ def peaks(results):
     }
 
 
-def printed(table):
+def printed(*parts):
     text = io.StringIO()
-    Console(file=text, width=80).print(table)
+    Console(file=text, width=80).print(*parts)
     return text.getvalue()
 
 
@@ -75,7 +76,11 @@ def profile(*arguments):
 
 
 def test_every_vocabulary_direction_and_provider_has_its_peak(uncompiled):
-    results = profile_losses([100, 1000], SMALL)
+    parts = []
+    results = profile_losses([100, 1000], SMALL, parts.append)
+    assert [{case["vocabulary"] for case in part["cases"]} for part in parts] == [{100}, {1000}]
+    headings = ["eager_float" in printed(profile_table(part, part is parts[0])) for part in parts]
+    assert headings == [True, False]
     assert results["absent"] == {"compiled": "no time"}
     table = profile_table(results)
     columns = {column.header: list(column.cells) for column in table.columns}
@@ -87,7 +92,7 @@ def test_every_vocabulary_direction_and_provider_has_its_peak(uncompiled):
     expected = loss_peak_bytes("eager_float", "forward", (1, 16, 2, 1000), torch.bfloat16, "cpu")
     assert peaks(results)[1000, "forward", "eager_float"] == expected
     assert columns["eager_float"][5] == f"{expected / (16 * 2 * 1000 * 2):.3f}"
-    assert "absent: compiled, no time" in printed(table)
+    assert "absent: compiled, no time" in printed(profile_caption(results))
 
 
 @pytest.mark.skipif("compiled" in absent(compiling=True), reason="torch.compile cannot run here")
@@ -127,7 +132,7 @@ def test_what_would_not_fit_into_main_memory_is_not_run(uncompiled, monkeypatch)
     assert unfit == [(5000, "forward+backward", "eager_float")]
     assert ("forward+backward", "eager_float", 5000) not in ran
     assert ("forward+backward", "eager", 5000) in ran
-    text = unwrapped(printed(profile_table(results)))
+    text = unwrapped(printed(profile_table(results), profile_caption(results)))
     assert "does not fit: not run." in text
     assert f"of {free / GIBI:.1f} GiB free, 0.5 of them spared" in text
 
@@ -167,7 +172,7 @@ def test_running_out_of_memory_leaves_one_cell_empty(uncompiled, monkeypatch, er
         (5000, "forward", "fused"),
         (5000, "forward+backward", "fused"),
     ]
-    text = unwrapped(printed(profile_table(results)))
+    text = unwrapped(printed(profile_table(results), profile_caption(results)))
     assert "does not fit: ran out of cpu memory" in text
     assert "not run" not in text
 
@@ -266,7 +271,7 @@ def test_table_fits_80_columns_and_plot_says_what_does_not_fit(uncompiled, monke
         case.update(vocabulary=1000 * case["vocabulary"], logits_bytes=1000 * case["logits_bytes"])
         if (case["provider"], case["direction"]) == ("eager", "forward+backward"):
             case.update(peak_bytes=None, run=True)
-    text = printed(profile_table(results))
+    text = printed(profile_table(results), profile_caption(results))
     assert "…" not in text
     assert "256000000: 976.6 MiB" in text
     labels = []
@@ -279,3 +284,8 @@ def test_table_fits_80_columns_and_plot_says_what_does_not_fit(uncompiled, monke
         *("the logits", "eager, does not fit:\n300000, 256000000", "eager_float"),
         *("fused", "fused_inplace"),
     ]
+
+
+def test_the_profiler_itself_says_nothing(capfd):
+    peak_bytes(lambda: torch.empty(10))
+    assert "profiler_st" not in capfd.readouterr().err

@@ -39,6 +39,22 @@ def writing(path: Path, remedy: str, size: int | None = None) -> Iterator[None]:
         raise FileError(_cannot_write(path, first_line, size, remedy)) from error
 
 
+def check_writable(file: Path | None, remedy: str) -> None:
+    """Before an hour of work is done for it; makes its folder.
+
+    Raises:
+        FileError: it is not.
+    """
+    if file is None:
+        return
+    with writing(file, remedy):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = not file.exists()
+        file.open("ab").close()
+        if new:
+            file.unlink()
+
+
 def _is_of_a_writer(error: Exception) -> bool:
     from safetensors import SafetensorError
 

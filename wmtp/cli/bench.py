@@ -11,7 +11,8 @@ from typing import Annotated
 
 import typer
 
-from wmtp.cli.console import console
+from wmtp.cli.console import console, errors_shown
+from wmtp.files import check_writable, writing
 
 SETTINGS = ("OMP_NUM_THREADS", "WMTP_CPU_ISA", "WMTP_KEEP_GRADIENT")  # what changes the numbers
 
@@ -67,8 +68,9 @@ def bench(
         sys.exit("wmtp: bench needs pytest-benchmark: pip install 'wmtp[bench]'")
     if plot_file is not None and only == Suite.SCALING:
         raise typer.BadParameter("--plot draws the suite that --only scaling leaves out")
-    for file in filter(None, (json_file, plot_file)):
-        file.parent.mkdir(parents=True, exist_ok=True)  # now, not after ten minutes
+    with errors_shown():
+        for option, file in (("--json", json_file), ("--plot", plot_file)):
+            check_writable(file, f"choose another {option}")  # now, not after ten minutes
     if plot_file is not None:
         importlib.import_module("matplotlib")
     size = "quick" if quick else "full"
@@ -76,12 +78,17 @@ def bench(
     try:
         for run in range(runs):
             console.print(f"run {run + 1} of {runs}", highlight=False)
-            measured.append(run_suites([only] if only else OF_LOGITS, size))
+            measured.append(run_suites([only] if only else OF_LOGITS, size, _show_case))
     except RuntimeError as error:
         typer.secho(str(error), fg="red", err=True)
         raise typer.Exit(1) from error
     results = gather(_command(quick, runs, only), size, measured)
-    _show(results, json_file, plot_file, linear=only == Suite.LINEAR)
+    with errors_shown():
+        _show(results, json_file, plot_file, linear=only == Suite.LINEAR)
+
+
+def _show_case(line: str) -> None:
+    console.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def _command(quick: bool, runs: int, only: Suite | None) -> str:
@@ -98,11 +105,13 @@ def _command(quick: bool, runs: int, only: Suite | None) -> str:
 def _show(results: dict, json_file: Path | None, plot_file: Path | None, linear: bool) -> None:
     from wmtp.benchmarks.tables import tables
 
+    for table in tables(results):
+        console.print(table)
     if json_file is not None:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+        with writing(json_file, "choose another --json"):
+            json_file.write_text(json.dumps(results, indent=1) + "\n")
     if plot_file is not None:
         from wmtp.benchmarks.plot import plot_linear, plot_loss
 
-        (plot_linear if linear else plot_loss)(results, plot_file)
-    for table in tables(results):
-        console.print(table)
+        with writing(plot_file, "choose another --plot"):
+            (plot_linear if linear else plot_loss)(results, plot_file)

@@ -4,9 +4,10 @@ import importlib
 import json
 import os
 import platform
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,17 +15,10 @@ from rich.table import Table
 
 from wmtp.backends import choose_backend
 from wmtp.cli.bench import SETTINGS
-from wmtp.cli.console import console
+from wmtp.cli.console import console, errors_shown
+from wmtp.files import check_writable, writing
 
 DIM = 1024
-
-
-class Report(NamedTuple):
-    """What is shown."""
-
-    measured: dict[str, Any]
-    table: Table
-    plot: str  # which function of wmtp.benchmarks.plot draws it
 
 
 class Dtype(StrEnum):
@@ -93,8 +87,10 @@ def profile(
             "--snapshot records CUDA's allocator and needs a CUDA device: leave it out, the table "
             "is exact on the CPU"
         )
-    for file in filter(None, (snapshot, plot_file, json_file)):
-        file.parent.mkdir(parents=True, exist_ok=True)  # now, not after a minute
+    outputs = {"--snapshot": snapshot, "--plot": plot_file, "--json": json_file}
+    with errors_shown():
+        for option, file in outputs.items():
+            check_writable(file, f"choose another {option}")  # now, not after a minute
     if plot_file is not None:
         importlib.import_module("matplotlib")
     common = (horizon, getattr(torch, dtype), device, _chosen(backend, device, dtype))
@@ -103,34 +99,54 @@ def profile(
     if linear:
         dim = dim or DIM
         options += f" --linear --dim {dim}" + (f" --chunk-bytes {chunk_bytes}" * bool(chunk_bytes))
-        report = _linear(vocabularies, lengths, (dim, *common, chunk_bytes), snapshot)
+        measured = _linear(vocabularies, lengths, (dim, *common, chunk_bytes), snapshot)
     else:
-        report = _of_logits(vocabularies, (*lengths, *common), snapshot)
-    _show(report, options, json_file, plot_file)
+        measured = _of_logits(vocabularies, (*lengths, *common), snapshot)
+    with errors_shown():
+        _write(measured, options, json_file)
+        _draw(measured, "plot_linear_profile" if linear else "plot_profile", plot_file)
 
 
-def _of_logits(vocabularies: list[int], setting: tuple[Any, ...], snapshot: Path | None) -> Report:
+def _of_logits(
+    vocabularies: list[int], setting: tuple[Any, ...], snapshot: Path | None
+) -> dict[str, Any]:
     from wmtp.benchmarks import memory_profile as memory
 
     common = memory.Setting(*setting)
+    show = _section_writer(memory.profile_table)
     with console.status("measuring; torch.compile takes some seconds a vocabulary"):
-        measured = memory.profile_losses(vocabularies, common)
+        measured = memory.profile_losses(vocabularies, common, show)
+    console.print(memory.profile_caption(measured), style="italic")
     if snapshot is not None:
         memory.write_snapshot(snapshot, vocabularies[0], common)
-    return Report(measured, memory.profile_table(measured), "plot_profile")
+    return measured
 
 
 def _linear(
     vocabularies: list[int], lengths: list[int], setting: tuple[Any, ...], snapshot: Path | None
-) -> Report:
+) -> dict[str, Any]:
     from wmtp.benchmarks import linear_profile as memory
 
     common = memory.LinearSetting(*setting)
+    show = _section_writer(memory.linear_table)
     with console.status("measuring; the products of large sizes take minutes"):
-        measured = memory.profile_linear(memory.sweep(vocabularies, lengths), common)
+        measured = memory.profile_linear(memory.sweep(vocabularies, lengths), common, show)
+    console.print(memory.linear_caption(measured), style="italic")
     if snapshot is not None:
         memory.write_linear_snapshot(snapshot, lengths[0], vocabularies[0], common)
-    return Report(measured, memory.linear_table(measured), "plot_linear_profile")
+    return measured
+
+
+def _section_writer(table: Callable[[dict[str, Any], bool], Table]) -> Callable[..., None]:
+    """Prints a part of the results when it comes, the first one with headings."""
+    first = True
+
+    def show(part: dict[str, Any]) -> None:
+        nonlocal first
+        console.print(table(part, first))
+        first = False
+
+    return show
 
 
 def _whole_numbers(option: str, given: str, least: int = 1) -> list[int]:
@@ -154,14 +170,17 @@ def _chosen(backend: str, device: str, dtype: Dtype) -> str:
         raise typer.Exit(1) from error
 
 
-def _show(report: Report, options: str, json_file: Path | None, plot_file: Path | None) -> None:
-    if json_file is not None:
-        results = _with_environment(report.measured, options)
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
-    if plot_file is not None:
-        plot = importlib.import_module("wmtp.benchmarks.plot")
-        getattr(plot, report.plot)(report.measured, plot_file)
-    console.print(report.table)
+def _write(measured: dict[str, Any], options: str, file: Path | None) -> None:
+    if file is not None:
+        with writing(file, "choose another --json"):
+            file.write_text(json.dumps(_with_environment(measured, options), indent=1) + "\n")
+
+
+def _draw(measured: dict[str, Any], function: str, file: Path | None) -> None:
+    if file is not None:
+        draw = getattr(importlib.import_module("wmtp.benchmarks.plot"), function)
+        with writing(file, "choose another --plot"):
+            draw(measured, file)
 
 
 def _with_environment(measured: dict[str, Any], options: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from wmtp.benchmarks import memory_profile
-from wmtp.benchmarks.memory import loss_peak_bytes
+from wmtp.benchmarks.memory import loss_peak_bytes, peak_bytes
 from wmtp.benchmarks.memory_profile import (
     GIBI,
     SPARE,

@@ -41,6 +41,8 @@ def test_only_our_own_names_count(checkpoints):
 
 def test_an_empty_folder_is_not_the_newest(checkpoints):
     (checkpoints.path / "step-99").mkdir()
+    assert newest(checkpoints) == (4, [])
+    (checkpoints.path / "step-99" / "note.txt").touch()
     step, (complaint,) = newest(checkpoints)
     assert step == 4
     assert f"step-99 is damaged (it has no {DIGESTS})" in complaint

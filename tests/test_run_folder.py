@@ -55,14 +55,22 @@ def test_a_folder_in_use_is_refused(tmp_path):
             RunFolder(tmp_path / "photos").open({}, resume=resume)
 
 
-def test_metrics_that_lack_steps(tmp_path):
+def test_a_checkpoint_ahead_of_the_metrics_is_passed_over(tmp_path):
     folder = RunFolder(tmp_path)
-    for step in (1, 3):
+    for step in (2, 4):
+        folder.checkpoints.begin(step)
+        (folder.checkpoints.in_progress(step) / "model.safetensors").touch()
+        folder.checkpoints.commit(step)
+    for step in (1, 2, 4):
         folder.append_metrics({"step": step})
-    with pytest.raises(RunError, match=r"lacks some of the steps 1 to 3"):
-        folder.cut_metrics_back(3)
+    (step, _), (complaint,) = folder.newest_whole()
+    assert step == 2
+    assert complaint.endswith("step-4 is ahead of metrics.jsonl, which lacks 3")
+    folder.cut_metrics_back(2)
+    assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
     folder.cut_metrics_back(1)
-    assert folder.read_metrics() == [{"step": 1}]
+    with pytest.raises(RunError, match=r"no whole checkpoint.*step-2 is ahead of metrics\.jsonl"):
+        folder.newest_whole()
 
 
 # ---- kill -9 ----

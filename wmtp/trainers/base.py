@@ -173,7 +173,7 @@ class BaseWmtpTrainer(abc.ABC):
         if self.accelerator.is_main_process:
             self.folder.remove_leftovers()
         self.accelerator.wait_for_everyone()
-        checkpoint, complaints = self.folder.checkpoints.newest_whole()
+        checkpoint, complaints = self.folder.newest_whole()
         if checkpoint is not None:
             self.step, path = checkpoint
             for complaint in complaints:

@@ -5,6 +5,7 @@ resumed from, and only our own names are ever touched: a copy that somebody keep
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -22,12 +23,16 @@ class Checkpoints:
         self.path = path
 
     def steps(self) -> list[int]:
-        """Of all that are finished, whole or not, in order."""
-        found = [re.fullmatch(r"step-(0|[1-9]\d*)", path.name) for path in self.path.glob("step-*")]
+        """Of all that are finished, whole or not, in order; nothing is lost with an empty one."""
+        filled = [path.name for path in self.path.glob("step-*") if any(path.glob("*"))]
+        found = [re.fullmatch(r"step-(0|[1-9]\d*)", name) for name in filled]
         return sorted(int(match[1]) for match in found if match)
 
-    def newest_whole(self) -> tuple[tuple[int, Path] | None, list[str]]:
+    def newest_whole(self, recorded: float = math.inf) -> tuple[tuple[int, Path] | None, list[str]]:
         """The newest whole one and the step it was taken after, and what is wrong with newer ones.
+
+        Args:
+            recorded: how many steps have their record; one that was taken later is passed over.
 
         Raises:
             RunError: there are some, and none is whole.
@@ -36,9 +41,12 @@ class Checkpoints:
         for step in reversed(self.steps()):
             path = self._named(step)
             wrong = what_is_wrong(path)
-            if wrong is None:
+            if wrong is not None:
+                complaints.append(f"{path} is damaged ({wrong})")
+            elif step > recorded:
+                complaints.append(f"{path} is ahead of metrics.jsonl, which lacks {recorded + 1}")
+            else:
                 return (step, path), complaints
-            complaints.append(f"{path} is damaged ({wrong})")
         if complaints:
             raise RunError(
                 f"no whole checkpoint: {'; '.join(complaints)}: restore one, or delete "

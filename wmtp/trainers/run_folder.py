@@ -11,6 +11,7 @@ Whatever must be whole is written under a name ending in .tmp, synced, and renam
 """
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -114,19 +115,15 @@ class RunFolder:
         records = [record for line in lines[:-1] if (record := _record(line))]
         return sorted({record["step"]: record for record in records}.values(), key=_step)
 
-    def cut_metrics_back(self, step: int) -> None:
-        """Forget the metrics after `step`: the resumed run writes them again.
+    def newest_whole(self) -> tuple[tuple[int, Path] | None, list[str]]:
+        """The checkpoint to go on from; see `Checkpoints.newest_whole`."""
+        there = {record["step"] for record in self.read_metrics()}
+        recorded = next(step for step in itertools.count() if step + 1 not in there)
+        return self.checkpoints.newest_whole(recorded)
 
-        Raises:
-            RunError: the metrics up to `step` are not all there.
-        """
+    def cut_metrics_back(self, step: int) -> None:
+        """Forget the metrics after `step`: the resumed run writes them again."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        missing = set(range(1, step + 1)) - {record["step"] for record in kept}
-        if missing:
-            raise RunError(
-                f"{self._metrics_path} lacks some of the steps 1 to {step} of the checkpoint (step "
-                f"{min(missing)}): restore the file, or start anew in another --out"
-            )
         with writing(self._metrics_path, FREE_SPACE):
             write_text(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
 

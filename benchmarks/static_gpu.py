@@ -121,7 +121,6 @@ def report(
             stem.with_suffix(".json").write_text(json.dumps({**row, **symbol}))
         return row
 
-    warm_caches(work)
     keys = [key_of(*each) for each in work]
     made = in_processes(compiled, [i for i, key in enumerate(keys) if not known.get(key)], jobs)
     for (target, variant), key in zip(work, keys, strict=True):
@@ -205,10 +204,24 @@ def summary(rows: list[Row]) -> dict[str, dict[str, dict[str, int]]]:
     return found
 
 
-def add_summary(file: Path, version: str, rows: list[Row]) -> None:
+def digest_of(work: list[tuple[str, Variant]]) -> str:
+    """Of all that the rows follow from."""
+    return hashlib.sha256("".join(key_of(*each) for each in work).encode()).hexdigest()[:16]
+
+
+def summary_there(file: Path | None, version: str, target: str, of: str) -> dict[str, Any] | None:
+    """A target's in the file, if it is of the same binaries."""
+    if file is None or not file.exists():
+        return None
+    found = json.loads(file.read_text()).get(version, {}).get(target, {})
+    return {**found} if found.pop("of", None) == of else None
+
+
+def add_summary(file: Path, version: str, rows: list[Row], of: str) -> None:
     """Put this version's targets into the file, beside what it holds of others; a line a kernel."""
     known = json.loads(file.read_text()) if file.exists() else {}
-    known[version] = {**known.get(version, {}), **summary(rows)}
+    for target, kernels in summary(rows).items():
+        known.setdefault(version, {})[target] = {"of": of, **kernels}
     text = json.dumps(dict(sorted(known.items())), indent=1)
     file.write_text(re.sub(r"\{\s+(\"variants[^}]*?)\s+\}", _on_one_line, text) + "\n")
 
@@ -240,7 +253,11 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sample", type=int, help="one of each class, or so many if more")
     parser.add_argument("--json", type=Path, help="write the report there")
-    parser.add_argument("--summary", type=Path, help="put what is found there, target by target")
+    parser.add_argument(
+        "--summary",
+        type=Path,
+        help="put what is found there, target by target; a target that is there is not made again",
+    )
     parser.add_argument(
         "--known", type=Path, help="rows made before are taken from there, and new ones put there"
     )
@@ -267,8 +284,13 @@ def main() -> None:
     options, version = arguments(), triton.__version__
     known, rows, complaints, faults = Known(options.known), [], 0, 0
     for part in [[target] for target in options.targets] if options.summary else [options.targets]:
-        of_part = []
-        for row in report(chosen(options, part), options.cubins, options.jobs, known):
+        of_part, work = [], chosen(options, part)
+        warm_caches(work)
+        if there := summary_there(options.summary, version, part[0], digest_of(work)):
+            complaints += sum(line["complaints"] for line in there.values())
+            faults += sum(line["failures"] + line["spills"] for line in there.values())
+            continue
+        for row in report(work, options.cubins, options.jobs, known):
             of_part.append(row)
             found = complaint(row) if options.check else None
             complaints += found is not None
@@ -276,7 +298,7 @@ def main() -> None:
             if found or not (options.check or options.json):
                 print(json.dumps({"complaint": found, **row} if found else row), flush=True)
         if options.summary is not None:
-            add_summary(options.summary, version, of_part)
+            add_summary(options.summary, version, of_part, digest_of(work))
         rows += of_part
     if options.json is not None:
         options.json.write_text(json.dumps({"triton": version, "kernels": rows}))

@@ -174,16 +174,20 @@ def test_the_summary_counts_by_target_and_kernel_and_keeps_other_versions(tmp_pa
     ]
     file = tmp_path / "summary.json"
     for version in ("3.9.0", "3.6.0"):
-        static_gpu.add_summary(file, version, rows)
-    static_gpu.add_summary(file, "3.9.0", [{**known, "target": "cuda:80"}])
+        static_gpu.add_summary(file, version, rows, "these")
+    static_gpu.add_summary(file, "3.9.0", [{**known, "target": "cuda:80"}], "others")
     found = json.loads(file.read_text())
     assert list(found) == ["3.6.0", "3.9.0"]
     assert list(found["3.9.0"]) == ["cuda:90", "cuda:80"]
-    assert found["3.9.0"]["cuda:90"] == {
+    there = static_gpu.summary_there(file, "3.9.0", "cuda:90", "these")
+    assert there == {
         "online": {"variants": 2, "failures": 0, "spills": 1, "complaints": 1, "registers": 64},
         "weights": {"variants": 1, "failures": 1, "spills": 0, "complaints": 1, "registers": 40},
     }
-    assert len(file.read_text().splitlines()) < 20
+    assert len(file.read_text().splitlines()) < 25
+    assert static_gpu.summary_there(file, "3.9.0", "cuda:90", "others") is None
+    assert static_gpu.summary_there(file, "3.9.0", "cuda:100", "these") is None
+    assert static_gpu.summary_there(tmp_path / "none", "3.9.0", "cuda:90", "these") is None
 
 
 def test_rows_made_before_are_not_made_again(tmp_path):

@@ -140,6 +140,18 @@ def test_validation_is_from_the_start_to_the_end():
     assert plot._validation(records, RESULT) == {0: 9.0, 2: 3.5, 3: 1.5}
 
 
+def test_no_algorithm_is_left_out_of_the_picture():
+    results = {str(number): RESULT for number in range(9)}
+    runs = {name: [record(1)] for name in results}
+    curves, ends = plot.plt.figure().subplots(1, 2)
+    plot._plot_curves(curves, runs, results)
+    plot._plot_ends(ends, results)
+    for axes in (curves, ends):
+        names = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert set(results) <= set(names)
+    plot.plt.close()
+
+
 @pytest.mark.parametrize("weights", [(0.5, 0.5), (0.9, 0.1)])
 def test_the_picture_takes_a_run_of_any_size(weights, tmp_path):
     runs = {"one": [record(1), record(2, weights)][-1:], "two": [record(1), record(2, weights)]}

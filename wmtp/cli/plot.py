@@ -1,5 +1,6 @@
 """The picture of a comparison: what all are measured by, and how they spread their weight."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 Records = list[dict[str, Any]]
 
 INK, MUTED, GRID = "#22262b", "#6c7480", "#e6e8eb"
-COLOURS = ("#2a78d6", "#e0662f", "#15966a", "#8457c9")
+COLOURS = ("#2a78d6", "#e0662f", "#15966a", "#8457c9", "#b0893a", "#5b6b7f")
 STYLE: dict[Any, Any] = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -69,7 +70,7 @@ def _is_uniform(records: Records) -> bool:
 
 
 def _plot_curves(axes: Axes, runs: dict[str, Records], results: dict[str, Any]) -> None:
-    for colour, (algo, records) in zip(COLOURS, runs.items(), strict=False):
+    for colour, (algo, records) in zip(itertools.cycle(COLOURS), runs.items(), strict=False):
         steps = np.arange(1, len(records) + 1)
         means = np.mean([_column(records, f"ce_head_{k}") for k in _heads(records)], axis=0)
         axes.plot(steps, means, color=colour, alpha=0.18, linewidth=0.8)
@@ -105,7 +106,7 @@ def _validation(records: Records, result: dict[str, Any]) -> dict[int, float]:
 
 
 def _plot_ends(axes: Axes, results: dict[str, Any]) -> None:
-    for colour, (algo, result) in zip(COLOURS, results.items(), strict=False):
+    for colour, (algo, result) in zip(itertools.cycle(COLOURS), results.items(), strict=False):
         of_heads = result["end"]["ce_per_head"]
         heads = range(len(of_heads))
         axes.plot(heads, of_heads, color=colour, linewidth=2, marker="o", markersize=6, label=algo)

@@ -17,7 +17,7 @@ test: $(READY)  ## the whole suite, doctests included; GPU tests run where there
 fuzz: $(READY)  ## ten times as many generated cases against the fp64 truth; others: WMTP_FUZZ_SEED=1 make fuzz
 	WMTP_FUZZ_CASES=2000 $(BIN)/python -m pytest tests/test_fuzz.py -n 2
 
-faults: $(READY)  ## sixty kills, full disks and damaged files at random moments of a run; others: WMTP_FAULTS_SEED=1 make faults
+faults: $(READY)  ## sixty runs that are killed, damaged, out of disk at random; others: WMTP_FAULTS_SEED=1 make faults
 	WMTP_FAULTS=60 $(BIN)/python -m pytest tests/test_faults.py -n 2
 
 lint: $(READY)

@@ -2,6 +2,7 @@
 
 import os
 import runpy
+from collections import Counter
 from pathlib import Path
 
 # A graph that was compiled with an operator as it was yesterday is not to be found again.
@@ -145,3 +146,13 @@ def pytest_make_collect_report(collector):
             reason = f"Skipped: {missing.name} is not installed"
             report.outcome, report.longrepr = "skipped", (str(collector.path), 0, reason)
     return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What the runs of test_faults.py went through."""
+    passed = terminalreporter.stats.get("passed", [])
+    rounds = [dict(report.user_properties).get("faults") for report in passed]
+    faults: Counter[str] = sum(map(Counter, filter(None, rounds)), Counter())
+    if faults:
+        told = ", ".join(f"{count} {name}" for name, count in sorted(faults.items()))
+        terminalreporter.write_line(f"runs that ended as they should, of all faults: {told}")

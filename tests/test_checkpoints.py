@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from tiny_runs import make_trainer
+from wmtp.digests import DIGESTS, what_is_wrong
 from wmtp.trainers import RunError, RunFolder
-from wmtp.trainers.checkpoints import DIGESTS, Checkpoints, what_is_wrong
+from wmtp.trainers.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

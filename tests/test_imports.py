@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"transforms"},
     {"exact_zero"},
-    {"labels", "layout", "reduction", "registry", "gradient_memory"},
-    {"inplace", "kinds", "sharded"},
+    {"labels", "layout", "reduction", "registry", "gradient_memory", "files"},
+    {"inplace", "kinds", "sharded", "digests"},
     {"checks"},
     {"cpu_library"},
     {"reference", "cpu", "kernels"},

@@ -28,6 +28,7 @@ def test_a_run_leaves_what_it_promises(data, tmp_path):
     assert {"model.safetensors", "optimizer.bin", "scheduler.bin", "progress.json"} <= names
     assert {path.name for path in (tmp_path / "final").iterdir()} == {
         "config.json",
+        "digests.json",
         "model.safetensors",
         "tokenizer.json",
         "value_head.safetensors",

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from wmtp.trainers.checkpoints import DIGESTS, Checkpoints, what_is_wrong
+from wmtp.digests import DIGESTS, what_is_wrong
+from wmtp.trainers.checkpoints import Checkpoints
 
 
 @dataclass
@@ -26,9 +27,11 @@ class Damage:
     before: dict[Path, bytes | None] = field(default_factory=dict)
 
     def named_in(self, message: str) -> bool:
-        """Whether it says which file it is: by its path, or by its checkpoint's and its name."""
+        """Whether it says which file it is: by its path, or by its folder's and its name. Damaged
+        digests speak of another file."""
         return any(
-            str(file) in message or (str(file.parent) in message and file.name in message)
+            str(file) in message
+            or (str(file.parent) in message and (file.name in message or file.name == DIGESTS))
             for file in self.before
         )
 
@@ -63,6 +66,16 @@ def _in_every_checkpoint(random: Random, out: Path) -> Damage | None:
         return None
     done = Damage("", refusable=True)
     done.said = ", ".join(_spoil(random, step, done.before) for step in reversed(steps))
+    return done
+
+
+def _in_the_reference(random: Random, out: Path) -> Damage | None:
+    """The finished model that the excess is taken over."""
+    final = out / "reference" / "final"
+    if not final.is_dir():
+        return None
+    done = Damage("", refusable=True)
+    done.said = _spoil(random, final, done.before)
     return done
 
 
@@ -182,6 +195,7 @@ KINDS = (
     _in_a_checkpoint,
     _in_a_checkpoint,
     _in_every_checkpoint,
+    _in_the_reference,
     _after_the_metrics,
     _of_the_metrics,
     _of_a_record,

@@ -1,5 +1,5 @@
-"""A trained model as a folder: model.safetensors, config.json, tokenizer.json; of critic-wmtp
-value_head.safetensors, too."""
+"""A trained model as a folder: model.safetensors, config.json, tokenizer.json, their digests; of
+critic-wmtp value_head.safetensors, too."""
 
 import json
 from dataclasses import asdict
@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer
 
+from wmtp.digests import write_digests
 from wmtp.models.transformer import MTPConfig, MTPTransformer
 from wmtp.models.value_head import ValueHead
 
@@ -24,6 +25,7 @@ def save_model_folder(
     tokenizer.save(str(folder / "tokenizer.json"))
     if value_head is not None:
         save_model(value_head, str(folder / "value_head.safetensors"))
+    write_digests(folder)
 
 
 def is_model_folder(folder: Path) -> bool:

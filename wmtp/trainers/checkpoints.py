@@ -4,16 +4,14 @@ A checkpoint is whole when the digests are there and all files answer to them. O
 resumed from, and only our own names are ever touched: a copy that somebody keeps stays.
 """
 
-import json
 import math
 import re
 import shutil
 from pathlib import Path
 
-from wmtp.files import TEMPORARY, digest_of, rename_folder, write_text
+from wmtp.digests import DIGESTS, what_is_wrong, write_digests
+from wmtp.files import TEMPORARY, rename_folder
 from wmtp.trainers.errors import RunError
-
-DIGESTS = "digests.json"
 
 
 class Checkpoints:
@@ -67,7 +65,7 @@ class Checkpoints:
     def commit(self, step: int) -> None:
         """Write the digests of `in_progress` and give it its name, in place of what has it."""
         temporary, final = self.in_progress(step), self._named(step)
-        write_text(temporary / DIGESTS, json.dumps(digests(temporary), indent=1) + "\n")
+        write_digests(temporary)
         if final.exists():
             _remove(final)
         rename_folder(temporary, final)
@@ -80,31 +78,6 @@ class Checkpoints:
 
     def _named(self, step: int) -> Path:
         return self.path / f"step-{step}"
-
-
-def what_is_wrong(checkpoint: Path) -> str | None:
-    """With a finished checkpoint; None: it is whole."""
-    try:
-        wanted = json.loads((checkpoint / DIGESTS).read_text(encoding="utf-8"))
-        found = digests(checkpoint)
-    except FileNotFoundError:
-        return f"it has no {DIGESTS}"
-    except (OSError, ValueError) as error:
-        return f"{DIGESTS} cannot be read: {error}"
-    if not isinstance(wanted, dict):
-        return f"{DIGESTS} is no object"
-    for name, digest in wanted.items():
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != digest:
-            return f"{name} has changed since it was written"
-    return None
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """Of each file in it, by its name relative to the folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGESTS)
-    return {file.relative_to(folder).as_posix(): digest_of(file) for file in files}
 
 
 def _remove(folder: Path) -> None:

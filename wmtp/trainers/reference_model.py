@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from wmtp.data.tokenizer import vocabulary_size
+from wmtp.digests import what_is_wrong
 from wmtp.files import digest_of, shown
 from wmtp.linear import linear_next_token_cross_entropy
 from wmtp.loss import next_token_cross_entropy
@@ -199,8 +200,11 @@ def load_reference(folder: Path, tokenizer: Tokenizer, seq_len: int) -> nn.Modul
         ConfigError: nothing there that can be loaded, or of another tokenizer, or shorter than S.
     """
     place = _model_in(folder)
+    ours = is_model_folder(place)
+    if ours and (wrong := what_is_wrong(place)):
+        raise ConfigError(f"{place} is damaged ({wrong}): restore it, or train it again")
     check_same_tokenizer(place, tokenizer)
-    if is_model_folder(place):
+    if ours:
         own = load_model_folder(place)
         _check_one_head(own, str(folder))
         return own

@@ -11,6 +11,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
 
+# Two processes of two threads on two cores: threads that wait must not spin.
+test fuzz faults sanitize: export OMP_WAIT_POLICY := passive
 test: $(READY)  ## the whole suite, doctests included; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 

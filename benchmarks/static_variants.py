@@ -108,7 +108,7 @@ def _variants(modules: dict[str, Any], machine: Any) -> Iterator[Variant]:
             for vocabulary in (1000, ODD):  # streaming in steps: two classes
                 yield from _streaming_variants(modules, machine, dtype, vocabulary, heads)
     for heads in range(1, max(HEADS) + 1):
-        yield from _small_variants(modules, heads)
+        yield from _small_variants(modules, machine, heads)
 
 
 def _loss_variants(
@@ -218,18 +218,18 @@ def _streaming_variants(
             )
 
 
-def _small_variants(modules: dict[str, Any], heads: int) -> Iterator[Variant]:
+def _small_variants(modules: dict[str, Any], machine: Any, heads: int) -> Iterator[Variant]:
     """Those that stream no logits."""
     weights, tiers = modules["weights_kernel"], modules["tiers"]
-    once = tiers.Launch("", 0, 8)
+    once, alone = tiers.Launch("", 0, 8), tiers.one_program(machine)
     tokens = {"H": heads, "TOKENS": weights.tokens_a_step(heads)}
     kernel = weights.weights_kernel
     for weighting in ("UNIFORM", "GIVEN", "EXCESS"):
         for reduction, code in weights.REDUCTIONS.items():
             name = f"weights {weighting.lower()} {reduction}"
             how = {"WEIGHTING": getattr(weights, weighting).value, "REDUCTION": code.value}
-            yield Variant(name, "fp32", 0, kernel, how | tokens, once)
-    yield Variant("finish", "fp32", 0, weights.finish_kernel, tokens, once)
+            yield Variant(name, "fp32", 0, kernel, how | tokens, alone)
+    yield Variant("finish", "fp32", 0, weights.finish_kernel, tokens, alone)
     scale = modules["scale_kernel"].scale_kernel
     for dtype, itemsize in ITEMSIZE.items():
         block = {"BLOCK": modules["scale_kernel"].BLOCK_BYTES // itemsize}

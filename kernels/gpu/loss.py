@@ -8,7 +8,7 @@ a fixed order).
 import torch
 
 from wmtp.kernels.launch import Case, launch
-from wmtp.kernels.rows import OPTIONS
+from wmtp.kernels.tiers import machine, one_program
 from wmtp.kernels.weights_kernel import (
     EXCESS,
     GIVEN,
@@ -74,7 +74,7 @@ def weighted_loss(
         weighting, weights = GIVEN, head_weights
     elif ref_ce is not None:
         weighting = EXCESS
-    step = tokens_a_step(heads)
+    step, alone = tokens_a_step(heads), one_program(machine(logits.device)).options()
     with torch.cuda.device_of(logits):
         weights_kernel[(1,)](
             target_ids,
@@ -95,8 +95,7 @@ def weighted_loss(
             WEIGHTING=weighting,
             REDUCTION=REDUCTIONS[reduction],
             TOKENS=step,
-            num_warps=8,
-            **OPTIONS,
+            **alone,
         )
         if logits.numel():
             known = (factors, row_scalar, weight_sum)
@@ -118,7 +117,7 @@ def weighted_loss(
             launch(case)
         finish_kernel[(1,)](
             ce, row_scalar, factors, token_loss, loss, tokens,
-            H=heads, TOKENS=step, num_warps=8, **OPTIONS,
+            H=heads, TOKENS=step, **alone,
         )  # fmt: skip
     of_rows = (row_scalar, row_max, log_sum)
     return loss, valid_mask, ce, token_loss, weight_sum, *of_rows, factors[:2], grad

@@ -173,6 +173,11 @@ def online(vocab_size: int, itemsize: int, machine: Machine, most: int = 64) -> 
     return Launch("online", *shape, max_registers=_cap(most, machine))
 
 
+def one_program(machine: Machine) -> Launch:
+    """Over all tokens: it has an SM to itself."""
+    return Launch("", 0, 8, max_registers=_cap(255, machine))
+
+
 def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> int:
     """Parts of a row in the online tier: a power of two. More than one where rows are fewer than
     SMs, as long as a part keeps a program busy for four steps of 8 KiB."""

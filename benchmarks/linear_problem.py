@@ -19,7 +19,7 @@ from wmtp.benchmarks.problem import (
     random_weights,
     with_gradient,
 )
-from wmtp.chunks import Linear
+from wmtp.ops.chunks import Linear
 
 # torch's chunked one adds up the loss in the inputs' dtype, a few rows at a time: 0.066 off in
 # bfloat16 at V = 128256. Its gradients are held to what the others' are.

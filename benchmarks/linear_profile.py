@@ -28,7 +28,7 @@ from wmtp.benchmarks.memory_profile import (
 )
 from wmtp.benchmarks.problem import Case, Shape
 from wmtp.benchmarks.report import gradient_bytes
-from wmtp.chunks import default_chunk_bytes
+from wmtp.ops.chunks import default_chunk_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table

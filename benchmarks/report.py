@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import wmtp
-import wmtp.cpu
+from wmtp.backends import cpu
 from wmtp.benchmarks import linear_providers, providers
 from wmtp.benchmarks.problem import Case
 
@@ -79,12 +79,12 @@ def gather(command: str, size: str, runs: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def environment(cpu: str) -> dict[str, Any]:
+def environment(processor: str) -> dict[str, Any]:
     """What a reader needs to know to repeat the numbers."""
     packages = ("torch", "cut-cross-entropy", "pytest-benchmark")
     return {
-        "cpu": cpu,
-        "instruction_set": None if wmtp.cpu.unavailable() else wmtp.cpu.instruction_set(),
+        "cpu": processor,
+        "instruction_set": None if cpu.unavailable() else cpu.instruction_set(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

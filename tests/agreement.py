@@ -1,15 +1,18 @@
 """Random cases, and how close a backend has to come to the fp64 truth on them."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from wmtp import cpu
+from wmtp.arguments import loss_inputs
+from wmtp.backends import cpu
 from wmtp.labels import IGNORE_INDEX, has_target
+from wmtp.records import Inputs, Outputs, RowInputs, Settings
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss, compute_weighted_mtp_loss
+from wmtp.weightings import Excess, Given, Uniform
 
 # Beyond eager torch's own error in that dtype, relative to the largest gradient entry.
 GRADIENT_TOLERANCE = {
@@ -160,32 +163,36 @@ def assert_agrees(function, case: Case, **more) -> None:
         assert torch.count_nonzero(ours[~valid]) == 0
 
 
-class KernelOutput(NamedTuple):
-    """What `wmtp.cpu.weighted_loss` returns, in its order."""
-
-    loss: Tensor
-    valid_mask: Tensor
-    ce: Tensor
-    token_loss: Tensor
-    weight_sum: Tensor
-    row_scalar: Tensor
-    row_max: Tensor
-    log_sum: Tensor
-    factors: Tensor
-    grad: Tensor
-
-
-def cpu_loss(
-    logits, target_ids, weights=None, ref_ce=None, *,
-    signed=False, reduction="token_mean", normalizer=1.0, gradient="none",
-) -> KernelOutput:  # fmt: skip
-    """The C++ kernel's own outputs; unless told otherwise row_scalar is w / sum_k w."""
-    divisor = None if normalizer is None else torch.tensor(normalizer)
-    how = (divisor, torch.tensor(0.7), signed, reduction, IGNORE_INDEX, gradient)
-    return KernelOutput(*cpu.weighted_loss(logits, target_ids, weights, ref_ce, *how))
+def kernel_loss(
+    backend, logits, target_ids, weights=None, ref_ce=None, *,
+    excess="abs", reduction="token_mean", normalizer=1.0, gradient="none",
+) -> Outputs:  # fmt: skip
+    """A backend's own outputs; unless told otherwise row_scalar is w / sum_k w."""
+    rule = Uniform() if weights is None else Given(weights)
+    if ref_ce is not None:
+        rule = Excess(ref_ce, 0.7, excess)
+    heads = [logits] if isinstance(logits, Tensor) else logits
+    how = loss_inputs(rule, target_ids, normalizer, accumulation_dtype(heads[0]))
+    settings = Settings(
+        rule=rule.key(),
+        reduction=reduction,
+        ignore_index=IGNORE_INDEX,
+        backend="",
+        gradient=gradient,
+    )
+    return backend.weighted_loss(Inputs(logits=heads, **how), settings)
 
 
-def cpu_gradient(logits, target_ids, row_scalar) -> Tensor:
-    """The gradient of sum row_scalar ce, by the C++ kernel."""
+cpu_loss = partial(kernel_loss, cpu)
+
+
+def kernel_gradient(backend, logits, target_ids, row_scalar, row_max=None, log_sum=None) -> Tensor:
+    """The gradient of sum row_scalar ce."""
     unused = torch.full_like(row_scalar, float("nan"))
-    return cpu.row_gradient(logits, target_ids, unused, unused, row_scalar, IGNORE_INDEX)
+    statistics = [unused if value is None else value for value in (row_max, log_sum)]
+    return backend.row_gradient(
+        RowInputs(logits, target_ids, *statistics, row_scalar), IGNORE_INDEX
+    )
+
+
+cpu_gradient = partial(kernel_gradient, cpu)

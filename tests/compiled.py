@@ -17,7 +17,10 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from wmtp import kernels
+from wmtp.arguments import loss_inputs
 from wmtp.kernels import tiers
+from wmtp.records import Inputs, RowInputs, Settings
+from wmtp.weightings import Excess, Given, Uniform, Weighting
 
 TARGET = GPUTarget("cuda", 90, 32)
 BACKEND = make_backend(TARGET)
@@ -58,15 +61,29 @@ def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
 
 def loss(
     shape=SHAPES[0], dtype=torch.bfloat16, kind="known", gradient="new", move=torch.clone, *,
-    logits=None, temperature=ONE, normalizer=None, ignore_index=IGNORED, head_offsets=None,
+    logits=None, temperature=ONE, normalizer=None, ignore_index=IGNORED,
 ):  # fmt: skip
     batch, length, heads, _ = shape
+    rule: Weighting = Uniform()
+    if kind == "known":
+        rule = Given(move(torch.rand(batch, length, heads)))
+    if kind == "excess":
+        rule = Excess(move(torch.rand(batch, length - 1)), temperature)
     ids = move(torch.zeros(batch, length, dtype=torch.int64))
-    given = move(torch.rand(batch, length, heads)) if kind == "known" else None
-    ref_ce = move(torch.rand(batch, length - 1)) if kind == "excess" else None
     logits = torch.randn(shape).to(dtype) if logits is None else logits
-    how = (normalizer, temperature, False, "token_mean", ignore_index, gradient, head_offsets)
-    kernels.weighted_loss(logits, ids, given, ref_ce, *how)
+    inputs = Inputs(
+        logits=[logits] if isinstance(logits, torch.Tensor) else logits,
+        **loss_inputs(rule, ids, normalizer, torch.float32),
+    )
+    inputs.target_ids = ids
+    settings = Settings(
+        rule=rule.key(),
+        reduction="token_mean",
+        ignore_index=ignore_index,
+        backend="triton",
+        gradient=gradient,
+    )
+    kernels.weighted_loss(inputs, settings)
 
 
 def launch_losses(dtype: torch.dtype, folder: Path) -> None:
@@ -85,10 +102,11 @@ def launch_losses(dtype: torch.dtype, folder: Path) -> None:
     loss(logits=one_row)
     loss(logits=torch.randn(2, 5, 4, 1033).to(dtype)[..., 1:1001])
     for apart in APART:
-        loss(logits=one_row, head_offsets=tuple(apart * k for k in range(4)))
         file = folder / "logits"  # sparse
         storage = torch.from_file(str(file), True, 2 * apart, dtype=dtype)
         loss(logits=storage.as_strided(SHAPES[0], (apart, 4000, 1000, 1)))
+        heads = [storage.as_strided((2, 5, 1000), (5000, 1000, 1), apart * k) for k in (0, 1)]
+        loss((2, 5, 2, 1000), logits=heads)
 
 
 def launch_the_others(dtype: torch.dtype) -> None:
@@ -96,7 +114,7 @@ def launch_the_others(dtype: torch.dtype) -> None:
         logits = torch.randn(shape).to(dtype)
         ids, of_rows = torch.zeros(shape[:2], dtype=torch.int64), torch.rand(3, *shape[:3])
         for move in (torch.clone, elsewhere):
-            kernels.row_gradient(logits, move(ids), *map(move, of_rows), IGNORED)
+            kernels.row_gradient(RowInputs(logits, move(ids), *map(move, of_rows)), IGNORED)
             kernels.next_token_ce(logits[:, :, 0], move(ids), IGNORED)
         for number in NUMBERS:
             kernels.multiply_(logits, number.float())

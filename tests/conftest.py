@@ -21,7 +21,8 @@ import pytest
 from torch.utils import deterministic
 
 import interpreter
-from wmtp import cpu_library, kernels
+from wmtp import kernels
+from wmtp.backends import cpu_library
 
 if kernels.interpreted():
     interpreter.amend()

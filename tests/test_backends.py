@@ -33,7 +33,7 @@ def test_triton_refuses_float64():
 
 @pytest.fixture
 def no_cpu_kernel(monkeypatch):
-    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: "not built: install a compiler")
+    monkeypatch.setattr("wmtp.backends.cpu.unavailable", lambda: "not built: install a compiler")
     monkeypatch.setattr(backends, "_warned", set())
 
 

@@ -7,8 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
-from wmtp.chunks import MIB, Linear, default_chunk_bytes, make_plan
 from wmtp.labels import has_target, shift_to_heads
+from wmtp.ops.chunks import MIB, Linear, default_chunk_bytes, make_plan
 
 IDS = torch.tensor([[10, 11, 12, -1, 14], [20, -1, -1, 23, 24]])
 

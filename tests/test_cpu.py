@@ -18,7 +18,8 @@ from agreement import (
     loss_and_gradients,
     make_case,
 )
-from wmtp import cpu, fused_weighted_mtp_loss, next_token_cross_entropy
+from wmtp import fused_weighted_mtp_loss, next_token_cross_entropy
+from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES, REDUCTIONS
 from wmtp.labels import IGNORE_INDEX, has_target
 from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, next_token_ce

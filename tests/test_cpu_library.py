@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from wmtp import backends, cpu_library, fused_weighted_mtp_loss
+from wmtp import backends, fused_weighted_mtp_loss
+from wmtp.backends import cpu_library
 
 missing = cpu_library.unavailable()
 needs_kernel = pytest.mark.skipif(missing is not None, reason=f"no CPU kernel: {missing}")

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from agreement import assert_identical, cpu_gradient, cpu_loss, loss_and_gradients, make_case
-from wmtp import cpu, fused_weighted_mtp_loss
+from wmtp import fused_weighted_mtp_loss
+from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES
 
 missing = cpu.unavailable()
@@ -182,7 +183,7 @@ def test_another_default_device_does_not_matter():
 
 
 def test_import_loads_no_library():
-    run_python("import wmtp; assert wmtp.cpu_library.load.cache_info().currsize == 0")
+    run_python("import wmtp; assert wmtp.backends.cpu_library.load.cache_info().currsize == 0")
 
 
 def test_every_instruction_set_answers_to_its_name(instruction_set):

@@ -17,7 +17,8 @@ from agreement import (
     loss_and_gradients,
     make_case,
 )
-from wmtp import cpu, fused_weighted_mtp_loss
+from wmtp import fused_weighted_mtp_loss
+from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES
 from wmtp.labels import has_target
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from agreement import make_case
-from wmtp import cpu, fused_weighted_mtp_loss, gradient_memory, release_memory
-from wmtp.gradient_memory import KEPT_FROM_BYTES, new_gradient
+from wmtp import fused_weighted_mtp_loss, release_memory
+from wmtp.backends import cpu, gradient_memory
+from wmtp.backends.gradient_memory import KEPT_FROM_BYTES, new_gradient
 
 SHAPE = (1, 2, 2, KEPT_FROM_BYTES // 16)  # float32
 CASE_SHAPE = (1, 65, 1, KEPT_FROM_BYTES // 256)  # the same and a little more
@@ -151,11 +152,11 @@ def test_the_environment_switches_it_off(monkeypatch, allocations):
 def test_where_torch_cannot_count_users_nothing_is_kept():
     code = (
         "import torch; del torch._C._storage_Use_Count\n"
-        "from wmtp.gradient_memory import KEPT_FROM_BYTES, new_gradient\n"
+        "from wmtp.backends.gradient_memory import KEPT_FROM_BYTES, new_gradient\n"
         "new = []\n"
         "for _ in range(2): new_gradient((KEPT_FROM_BYTES,), torch.int8, lambda _: new.append(1))\n"
-        "import wmtp.gradient_memory\n"
-        "assert len(new) == 2 and not wmtp.gradient_memory._kept"
+        "import wmtp.backends.gradient_memory\n"
+        "assert len(new) == 2 and not wmtp.backends.gradient_memory._kept"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

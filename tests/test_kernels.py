@@ -7,10 +7,17 @@ import sys
 import pytest
 import torch
 
-from agreement import GRADIENT_TOLERANCE, KernelOutput, correctly_rounded, relative_error
+from agreement import (
+    GRADIENT_TOLERANCE,
+    correctly_rounded,
+    kernel_gradient,
+    kernel_loss,
+    relative_error,
+)
 from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import shift_to_heads
-from wmtp.reference import cross_entropy_per_head, excess_head_weights, max_and_log_sum
+from wmtp.reference import cross_entropy_per_head, max_and_log_sum
+from wmtp.weightings.excess import excess_head_weights
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Less than a block and more, of any alignment: each dtype has an odd one and an even one.
@@ -47,10 +54,14 @@ def weighted_loss(
     logits, target_ids, weights=None, ref_ce=None, signed=False, normalize=True, gradient="new"
 ):
     """(token_loss, row_scalar, weight_sum, ce, row_max, log_sum, gradient)."""
-    one = torch.ones((), device=logits.device)
-    reduction = "token_mean" if normalize else "sum"
-    how = (one, torch.tensor(0.7), signed, reduction, IGNORED, gradient)
-    out = KernelOutput(*kernels.weighted_loss(logits, target_ids, weights, ref_ce, *how))
+    out = kernel_loss(
+        kernels,
+        *(logits, target_ids, weights, ref_ce),
+        excess="signed" if signed else "abs",
+        reduction="token_mean" if normalize else "sum",
+        normalizer=torch.ones((), device=logits.device),
+        gradient=gradient,
+    )
     torch.testing.assert_close(out.loss, out.token_loss.sum(), equal_nan=True)
     assert torch.equal(out.valid_mask, ~(out.weight_sum <= 1e-8))
     of_rows = (out.ce, out.row_max, out.log_sum)
@@ -101,7 +112,7 @@ def assert_gradient(logits, target_ids, shared=False):
     eager = true_gradient(logits, target_ids, row_scalar, logits.dtype)
     if shared:
         wanted, eager = wanted.sum(2, keepdim=True), eager.sum(2, keepdim=True)
-    grad = kernels.row_gradient(logits, target_ids, row_max, log_sum, row_scalar, IGNORED)
+    grad = kernel_gradient(kernels, logits, target_ids, row_scalar, row_max, log_sum)
     assert grad.is_contiguous()
     assert grad.dtype == logits.dtype
     assert grad.shape == wanted.shape
@@ -213,7 +224,7 @@ def test_nonfinite_logits_behave_as_in_eager(device, dtype, vocabulary):
     assert ce[0, 4, 0] == ce[0, 5, 0] == lse[0, 5, 0] == INF
 
     ones = torch.ones_like(lse)
-    grad = kernels.row_gradient(logits, target_ids, row_max, log_sum, ones, IGNORED)
+    grad = kernel_gradient(kernels, logits, target_ids, ones, row_max, log_sum)
     grad = grad.cpu().double()
     assert grad[0, [0, 1, 3, 7]].isnan().all()
     finite = true_gradient(logits, target_ids, ones)[0, [2, 4, 5]]
@@ -244,7 +255,7 @@ def test_target_out_of_range_gives_nan_and_only_there(device, bad, heads):
         assert torch.equal(found[i].isnan().cpu(), hit)
         assert_close([found[i].cpu()[~hit]], [good[i][~hit]])
     assert torch.equal(found[0].isnan().cpu(), hit.any(-1))
-    grad = kernels.row_gradient(logits, target_ids, *found[4:], found[1], IGNORED)
+    grad = kernel_gradient(kernels, logits, target_ids, found[1], *found[4:])
     rows = hit.any(-1, keepdim=True) if heads < 0 else hit
     assert torch.equal(grad.isnan().all(-1).cpu(), rows)
     assert torch.equal(grad.isnan().any(-1).cpu(), rows)
@@ -258,7 +269,7 @@ def test_rows_without_a_target_are_not_read(device):
     found, wanted = forward(spoiled, target_ids), forward(logits, target_ids)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     scalar = torch.where(valid, 1.0, NAN)
-    grad = kernels.row_gradient(spoiled, target_ids, *found[4:], scalar, IGNORED)
+    grad = kernel_gradient(kernels, spoiled, target_ids, scalar, *found[4:])
     assert (grad[~valid] == 0).all()
     assert grad.isfinite().all()
     ref_ce = kernels.next_token_ce(spoiled[:, :, 0], target_ids, IGNORED)
@@ -271,7 +282,7 @@ def test_short_and_empty_batches(device, shape):
     logits, target_ids = make(shape, torch.float32, device, ignored=0.0)
     found = forward(logits, target_ids)
     assert_close(found, truth(logits, target_ids))
-    grad = kernels.row_gradient(logits, target_ids, *found[4:], found[1], IGNORED)
+    grad = kernel_gradient(kernels, logits, target_ids, found[1], *found[4:])
     assert grad.shape == shape
     assert grad.isfinite().all()
     ref_ce = kernels.next_token_ce(logits[:, :, 0], target_ids, IGNORED)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_kernels import IGNORED, INF, NAN, assert_close, make, true_gradient, truth, weighted_loss
 
+from agreement import kernel_gradient
 from wmtp import kernels
 
 
@@ -72,7 +73,7 @@ def test_what_has_no_weight_spoils_nothing(device, tier, normalize):
     assert ce[0, 0, 0] == ce[0, 2, 0] == INF
     assert ce[0, 1, 1].isnan()
     assert ce[0, 3, 1].isnan()
-    of_ce = kernels.row_gradient(logits, target_ids, *found[4:], found[1], IGNORED)
+    of_ce = kernel_gradient(kernels, logits, target_ids, found[1], *found[4:])
     assert (of_ce[weights == 0] == 0).all()
     assert of_ce[:, :4].isfinite().all()
 

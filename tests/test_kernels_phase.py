@@ -8,11 +8,12 @@ import torch
 
 from agreement import GRADIENT_TOLERANCE, relative_error
 from wmtp import kernels
+from wmtp.records import RowInputs
 
 if not kernels.interpreted():
     pytest.skip("a device aligns all its storages", allow_module_level=True)
 
-from wmtp.kernels.launch import Case, launch
+from wmtp.kernels.launch import Case, OfHeads, Rule, launch
 from wmtp.kernels.rows import UNIT_BYTES
 from wmtp.reference import max_and_log_sum
 
@@ -61,8 +62,8 @@ def launch_on(logits, target_ids, grad, head_offsets=None):
     ones = torch.ones(max(3, heads))
     outputs = (torch.empty(heads) for _ in range(3))
     offsets = target_ids if head_offsets is None else torch.tensor(head_offsets)
-    pointers = (ones, ones, ones, ones, ones, offsets, *outputs)
-    launch(Case(logits, target_ids, heads, grad, pointers, -100, False, False, head_offsets))
+    of_heads = OfHeads(ones, ones, ones, ones, offsets, *outputs)
+    launch(Case(logits, target_ids, heads, grad, of_heads, -100, Rule(), head_offsets))
 
 
 def assert_right(grad, wanted):
@@ -144,5 +145,7 @@ def test_the_gradient_of_cross_entropies_anywhere(monkeypatch, same_phase):
     for place, grad_place in placed(torch.float32, same_phase):
         ours, grad = Placed(logits, place), Placed(torch.full_like(logits, math.nan), grad_place)
         monkeypatch.setattr(torch, "empty_like", lambda *_, grad=grad, **__: grad.tensor)
-        assert_right(kernels.row_gradient(ours.tensor, target_ids, *of_rows, -100), wanted)
+        assert_right(
+            kernels.row_gradient(RowInputs(ours.tensor, target_ids, *of_rows), -100), wanted
+        )
         grad.assert_nothing_around_it_is_written()

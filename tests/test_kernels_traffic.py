@@ -6,6 +6,7 @@ import torch
 from agreement import every_pair
 from wmtp import kernels
 from wmtp.labels import has_target
+from wmtp.records import RowInputs
 
 if not kernels.interpreted():
     pytest.skip("counted in Triton's interpreter only", allow_module_level=True)
@@ -96,7 +97,7 @@ def test_gradient_of_cross_entropies_reads_once_and_writes_once(dtype, vocabular
     small |= {"row_scalar": torch.rand(2, 4, 2)}
     traffic = Traffic(logits=logits, target_ids=target_ids, **small)
     with traffic.counted():
-        kernels.row_gradient(logits, target_ids, *small.values(), IGNORED)
+        kernels.row_gradient(RowInputs(logits, target_ids, **small), IGNORED)
     valid_rows = valid_bytes // (vocabulary * logits.element_size())
     entries = valid_rows * logits.element_size()  # each row's target, by itself
     assert traffic.loaded["logits"] == valid_bytes + entries

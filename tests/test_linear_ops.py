@@ -6,12 +6,35 @@ from test_linear import SOME, gradients, make_case
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
+from wmtp.arguments import loss_inputs
+from wmtp.records import LinearInputs, LinearSettings, flat
+from wmtp.weightings import Excess, Given, Uniform
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def product(leaves, dtype, backend="cpu", wanted=(True, True, True), chunk_bytes=SOME):
-    return (*leaves, dtype, torch.float32, chunk_bytes, backend), list(wanted)
+def arguments_of(leaves, options, dtype, wanted=(True, True, True), chunk_bytes=SOME, ahead=True):
+    """`linear_loss`'s."""
+    weights, ref_ce = map(options.get, ("head_weights", "ref_ce"))
+    rule = Uniform() if weights is None else Given(weights)
+    if ref_ce is not None:
+        rule = Excess(ref_ce)
+    inputs = LinearInputs(
+        **dict(zip(("hidden", "weight", "bias"), leaves, strict=True)),
+        **loss_inputs(rule, options["target_ids"], None, torch.float32),
+    )
+    settings = LinearSettings(
+        rule=rule.key(),
+        reduction="token_mean",
+        ignore_index=-100,
+        backend="cpu",
+        dtype=dtype,
+        accum_dtype=torch.float32,
+        chunk_bytes=chunk_bytes,
+        wanted=list(wanted),
+        ahead=ahead,
+    )
+    return tuple(flat(inputs, settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -19,12 +42,9 @@ def product(leaves, dtype, backend="cpu", wanted=(True, True, True), chunk_bytes
 @pytest.mark.parametrize("chunk_bytes", [SOME, None])
 def test_opcheck_linear_loss(weighting, dtype, chunk_bytes):
     leaves, options = make_case(dtype, weighting, bias=True, shape=(2, 4, 2, 3, 9))
-    linear, wanted = product(leaves, dtype, chunk_bytes=chunk_bytes)
-    weights = options.get("head_weights")
-    if weights is not None:
-        weights.requires_grad_()
-    how = (weights, options.get("ref_ce"), None, torch.tensor(0.7), "abs", "token_mean")
-    arguments = (*linear, options["target_ids"], -100, wanted, True, *how)
+    if weighting == "given":
+        options["head_weights"].requires_grad_()
+    arguments = arguments_of(leaves, options, dtype, chunk_bytes=chunk_bytes)
     torch.library.opcheck(torch.ops.wmtp.linear_loss.default, arguments)
 
 
@@ -32,8 +52,8 @@ def test_opcheck_linear_loss(weighting, dtype, chunk_bytes):
 def test_opcheck_linear_gradient(wanted):
     leaves, options = make_case(torch.float32, bias=True, shape=(2, 4, 2, 3, 9))
     leaves = [leaf.detach() for leaf in leaves]
-    linear, wanted = product(leaves, torch.float32, wanted=wanted)
-    arguments = (*linear, options["target_ids"], -100, wanted, torch.randn(2, 4, 2))
+    arguments = arguments_of(leaves, options, torch.float32, wanted, ahead=False)
+    arguments = (*arguments, torch.randn(2, 4, 2))
     torch.library.opcheck(torch.ops.wmtp.linear_gradient.default, arguments)
 
 

@@ -15,7 +15,8 @@ from tiny_runs import (
     small_model,
     train_in_processes,
 )
-from wmtp import chunks, cpu
+from wmtp.backends import cpu
+from wmtp.ops import chunks
 from wmtp.trainers import TrainConfig, losses, reference_model
 from wmtp.trainers.config import LOSSES
 from wmtp.trainers.evaluation import evaluate

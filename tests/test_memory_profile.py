@@ -199,7 +199,7 @@ def test_the_backend_is_that_of_the_fused_losses(backend):
 
 
 def test_a_backend_that_cannot_run_is_one_line(on_cpu, monkeypatch):
-    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: "no compiler: get one")
+    monkeypatch.setattr("wmtp.backends.cpu.unavailable", lambda: "no compiler: get one")
     missing = profile("--backend", "cpu")
     unknown = profile("--backend", "cuda")
     assert missing.exit_code == unknown.exit_code == 1

@@ -8,8 +8,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from agreement import make_case
-from wmtp import cpu, fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
+from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
+from wmtp.arguments import loss_inputs
+from wmtp.backends import cpu
+from wmtp.records import Inputs, Settings, flat
 from wmtp.reference import max_and_log_sum
+from wmtp.weightings import Excess, Given, Uniform
 
 INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted on GPUs")
 BACKENDS = ["cpu", pytest.param("triton", marks=INTERPRETED)]
@@ -18,9 +22,13 @@ BACKENDS = ["cpu", pytest.param("triton", marks=INTERPRETED)]
 def loss_arguments(weighting, backend, shape=(2, 4, 2, 9), reduction="token_mean", normalizer=None):
     """`weighted_loss`'s, but for shared_heads, ahead and inplace."""
     case = make_case(shape, weighting=weighting)
-    options = [case.options.get(name) for name in ("head_weights", "ref_ce")]
-    how = (normalizer, torch.tensor(0.7), False, reduction, -100, backend)
-    return (case.logits, case.target_ids, *options, *how)
+    weights, ref_ce = map(case.options.get, ("head_weights", "ref_ce"))
+    rule = Uniform() if weights is None else Given(weights)
+    if ref_ce is not None:
+        rule = Excess(ref_ce)
+    inputs = loss_inputs(rule, case.target_ids, normalizer, torch.float32)
+    settings = {"reduction": reduction, "ignore_index": -100, "backend": backend}
+    return Inputs(logits=[case.logits], **inputs), Settings(rule=rule.key(), **settings)
 
 
 @pytest.mark.parametrize(
@@ -29,26 +37,37 @@ def loss_arguments(weighting, backend, shape=(2, 4, 2, 9), reduction="token_mean
 )
 @pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce"])
 def test_opcheck_weighted_loss(backend, ahead, weighting):
-    arguments = loss_arguments(weighting, backend)
-    for tensor in (arguments[0], arguments[2]):
+    inputs, settings = loss_arguments(weighting, backend)
+    for tensor in (*inputs.logits, inputs.head_weights):
         if tensor is not None:
             tensor.requires_grad_()
-    operator = torch.ops.wmtp.weighted_loss.default
-    torch.library.opcheck(operator, (*arguments, False, ahead, False))
+    settings.gradient = "new" if ahead else "none"
+    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, tuple(flat(inputs, settings)))
 
 
 @pytest.mark.parametrize("reduction", ["weight_mean", "sum"])
 def test_opcheck_weighted_loss_with_a_normalizer(reduction):
-    arguments = loss_arguments("given", "cpu", reduction=reduction, normalizer=torch.tensor(5.0))
-    arguments[0].requires_grad_()
-    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, (*arguments, False, True, False))
+    inputs, settings = loss_arguments(
+        "given", "cpu", reduction=reduction, normalizer=torch.tensor(5.0)
+    )
+    inputs.logits[0].requires_grad_()
+    settings.gradient = "new"
+    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, tuple(flat(inputs, settings)))
+
+
+def test_opcheck_a_list_of_heads():
+    inputs, settings = loss_arguments("given", "cpu")
+    inputs.logits = [head.clone().requires_grad_() for head in inputs.logits[0].unbind(2)]
+    settings.gradient = "new"
+    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, tuple(flat(inputs, settings)))
 
 
 def test_opcheck_shared_heads():
-    logits, *rest = loss_arguments("given", "cpu", (2, 4, 1, 9))
-    weights = torch.rand(2, 4, 3)
-    arguments = (logits.expand(-1, -1, 3, -1), rest[0], weights, *rest[2:], True)
-    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, (*arguments, True, False))
+    inputs, settings = loss_arguments("given", "cpu", (2, 4, 1, 9))
+    inputs.logits = [inputs.logits[0].expand(-1, -1, 3, -1)]
+    inputs.head_weights = torch.rand(2, 4, 3)
+    settings.gradient, settings.shared_heads = "new", True
+    torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, tuple(flat(inputs, settings)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -68,9 +87,9 @@ def kernel_calls(monkeypatch):
     """One entry for each pass of the C++ kernel: whether it wrote a gradient."""
     calls, run = [], cpu._run
 
-    def counted(logits, target_ids, how, ignore_index, grad, *others):
-        calls.append(grad is not None)
-        return run(logits, target_ids, how, ignore_index, grad, *others)
+    def counted(inputs, ignore_index, settings, gradient):
+        calls.append(gradient.memory is not None)
+        return run(inputs, ignore_index, settings, gradient)
 
     monkeypatch.setattr(cpu, "_run", counted)
     return calls
@@ -260,7 +279,7 @@ def test_a_gradient_that_waits_goes_with_its_graph():
 
     def watched(*arguments):
         outputs = weighted_loss(*arguments)
-        waiting.append(weakref.ref(outputs[-1].untyped_storage()))
+        waiting.append(weakref.ref(outputs.grad.untyped_storage()))
         return outputs
 
     weighted_loss = cpu.weighted_loss

@@ -5,14 +5,9 @@ import math
 import pytest
 import torch
 
+from wmtp import excess_head_weights, td_head_weights
 from wmtp.labels import shift_to_heads
-from wmtp.reference import (
-    compute_weighted_mtp_loss,
-    cross_entropy_per_head,
-    excess_head_weights,
-    next_token_ce,
-    td_head_weights,
-)
+from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, next_token_ce
 
 LOG2, LOG3, LOG4 = math.log(2), math.log(3), math.log(4)
 

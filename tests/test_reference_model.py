@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from tiny_runs import largest_allocation, make_trainer, small_model
-from wmtp import chunks, next_token_cross_entropy
+from wmtp import next_token_cross_entropy
 from wmtp.data.tokenizer import train_tokenizer
+from wmtp.ops import chunks
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, RunFolder, TrainConfig
 from wmtp.trainers.config import LOSSES

@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from agreement import GRADIENT_TOLERANCE
-from wmtp import cpu
-from wmtp.backends import KERNELS
+from wmtp.backends import KERNELS, cpu
 from wmtp.checks import FLOAT_DTYPES
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]

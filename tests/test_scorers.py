@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from wmtp import td_head_weights
 from wmtp.labels import shift_to_heads
 from wmtp.models import ValueHead
-from wmtp.reference import td_head_weights
 from wmtp.scorers import CriticScorer, Rho1ExcessScorer
 
 IGNORE = -100

@@ -4,14 +4,17 @@ from wmtp import fused_weighted_mtp_loss
 loss, valid_mask, ce_per_head = fused_weighted_mtp_loss(logits, target_ids)
 """
 
-from wmtp.gradient_memory import release_memory
+from wmtp import weightings
+from wmtp.backends.gradient_memory import release_memory
 from wmtp.linear import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.loss import (
     fused_weighted_mtp_loss,
     mtp_cross_entropy,
     next_token_cross_entropy,
 )
-from wmtp.reference import MTPLoss, excess_head_weights, td_head_weights
+from wmtp.reference import MTPLoss
+from wmtp.weightings.critic import td_head_weights
+from wmtp.weightings.excess import excess_head_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,4 +27,5 @@ __all__ = [
     "next_token_cross_entropy",
     "release_memory",
     "td_head_weights",
+    "weightings",
 ]

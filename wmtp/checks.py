@@ -8,7 +8,6 @@ from torch import Tensor
 from wmtp.inplace import check_not_overwritten
 from wmtp.kinds import (
     FLOAT_DTYPES,
-    check_choice,
     check_float_tensor,
     check_integers,
     check_number,
@@ -26,83 +25,6 @@ REDUCTIONS = ("token_mean", "weight_mean", "sum")
 EXCESSES = ("abs", "signed")
 
 
-def check_loss_arguments(
-    logits: Tensor,
-    target_ids: Tensor,
-    head_weights: Tensor | None,
-    *,
-    ref_logits: Tensor | None,
-    ref_ce: Tensor | None,
-    temperature: Tensor | float,
-    excess: str,
-    reduction: str,
-    normalizer: Tensor | float | None,
-    ignore_index: int,
-    horizon: int | None,
-) -> None:
-    """Everything about the arguments that can be known without reading a tensor's values."""
-    check_logits("logits", logits, "[B, S, H, V]")
-    check_one_weighting(head_weights=head_weights, ref_logits=ref_logits, ref_ce=ref_ce)
-    if ref_logits is not None:
-        check_logits("ref_logits", ref_logits, "[B, S, V]")
-        shape = (*logits.shape[:2], ref_logits.shape[2])
-        check_shape("ref_logits", ref_logits, "[B, S, V]", shape, "same batch as the logits")
-        check_same_device("logits", logits, ref_logits=ref_logits)
-    check_weighting(
-        "logits",
-        logits,
-        target_ids,
-        head_weights,
-        ref_ce=ref_ce,
-        temperature=temperature,
-        excess=excess,
-        reduction=reduction,
-        normalizer=normalizer,
-        ignore_index=ignore_index,
-        horizon=horizon,
-    )
-
-
-def check_weighting(
-    name: str,
-    scores: Tensor,
-    target_ids: Tensor,
-    head_weights: Tensor | None,
-    *,
-    ref_ce: Tensor | None,
-    temperature: Tensor | float,
-    excess: str,
-    reduction: str,
-    normalizer: Tensor | float | None,
-    ignore_index: int,
-    horizon: int | None,
-) -> None:
-    """What goes with logits [B, S, H, V] or hidden states [B, S, H, D], `name`, checked before."""
-    batch, length, heads, _ = scores.shape
-    check_target_ids(target_ids, name, scores)
-    check_horizon(horizon, heads)
-    check_one_weighting(head_weights=head_weights, ref_ce=ref_ce)
-    if head_weights is not None:
-        shape, remedy = (batch, length, heads), "one weight per token and head"
-        check_float_tensor("head_weights", head_weights, "[B, S, H]", shape, remedy)
-    if ref_ce is not None:
-        check_ref_ce(ref_ce, batch, length)
-    check_temperature(temperature)
-    check_choice("excess", excess, EXCESSES)
-    check_choice("reduction", reduction, REDUCTIONS)
-    check_normalizer(normalizer)
-    check_ignore_index(ignore_index)
-    check_same_device(
-        name,
-        scores,
-        target_ids=target_ids,
-        head_weights=head_weights,
-        ref_ce=ref_ce,
-        normalizer=normalizer,
-        temperature=temperature,
-    )
-
-
 def check_targets_of(name: str, scores: Tensor, target_ids: Tensor, ignore_index: int) -> None:
     """What goes with [B, S, ...] where no weights do."""
     check_target_ids(target_ids, name, scores)
@@ -114,6 +36,12 @@ def check_ref_ce(ref_ce: Tensor, batch: int, length: int) -> None:
     shape = (batch, max(length - 1, 0))
     remedy = "position t is the reference's loss on target_ids[t + 1]"
     check_float_tensor("ref_ce", ref_ce, "[B, S-1]", shape, remedy)
+
+
+def check_ref_logits(ref_logits: Tensor, name: str, scores: Tensor) -> None:
+    check_logits("ref_logits", ref_logits, "[B, S, V]")
+    shape = (*scores.shape[:2], ref_logits.shape[2])
+    check_shape("ref_logits", ref_logits, "[B, S, V]", shape, f"same batch as the {name}")
 
 
 def check_logits(name: str, logits: Tensor, axes: str) -> None:
@@ -245,7 +173,7 @@ def check_discount(discount: float) -> None:
         )
 
 
-def check_one_weighting(**weightings: Tensor | None) -> None:
+def check_one_weighting(**weightings: object) -> None:
     given = [name for name, value in weightings.items() if value is not None]
     if len(given) > 1:
         raise ValueError(

@@ -17,9 +17,17 @@ from wmtp.layout import Layout, has_storage, is_aligned, overlap, rows_overlap
 SAMPLES = (4, 8, 4, 2)  # how many values a note keeps along B, S, H and V
 
 
-def check_inplace(inplace: bool, logits: Tensor) -> None:
+def check_inplace(inplace: bool, logits: Sequence[Tensor]) -> None:
+    """One tensor, or heads in memory of their own."""
     if not inplace:
         return
+    for head in logits:
+        _check_tensor(head)
+    if len(logits) > 1:
+        _check_alike(logits)
+
+
+def _check_tensor(logits: Tensor) -> None:
     if torch.compiler.is_compiling():
         raise ValueError(
             "inplace=True overwrites the logits, which torch.compile cannot trace: pass "
@@ -50,11 +58,7 @@ def check_inplace(inplace: bool, logits: Tensor) -> None:
         )
 
 
-def check_inplace_heads(inplace: bool, heads: Sequence[Tensor]) -> None:
-    if not inplace:
-        return
-    for head in heads:
-        check_inplace(inplace, head)
+def _check_alike(heads: Sequence[Tensor]) -> None:
     if len({head.stride() for head in heads}) > 1:
         raise ValueError(
             "inplace=True needs heads of the same strides, got "

@@ -1,7 +1,8 @@
 """How a strided tensor lies in memory, and whether two of them share any of it."""
 
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -124,6 +125,45 @@ def is_aligned(tensor: Tensor) -> bool:
     """Whether its elements begin at multiples of their size, as compiled code takes for granted;
     `torch.frombuffer` promises nothing of the kind."""
     return tensor.data_ptr() % tensor.element_size() == 0
+
+
+@overload
+def aligned(tensor: Tensor) -> Tensor: ...
+@overload
+def aligned(tensor: None) -> None: ...
+def aligned(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, or a copy that is aligned."""
+    return tensor if tensor is None or is_aligned(tensor) else tensor.clone()
+
+
+def unit_stride(logits: Tensor) -> Tensor:
+    """The tensor, or a copy whose last stride is 1."""
+    logits = aligned(logits.resolve_neg())
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def alike(heads: Sequence[Tensor]) -> list[Tensor]:
+    """The heads with one set of strides, the last of them 1."""
+    heads = [unit_stride(head) for head in heads]
+    if any(head.stride() != heads[0].stride() for head in heads):
+        heads = [head.contiguous() for head in heads]
+    return heads
+
+
+def one_tensor(logits: Sequence[Tensor]) -> Tensor:
+    """[B, S, H, V]: itself, or H [B, S, V] stacked."""
+    return logits[0] if logits[0].dim() == 4 else torch.stack(tuple(logits), 2)
+
+
+def as_rows(logits: Sequence[Tensor]) -> tuple[Tensor, tuple[int, ...] | None]:
+    """[B, S, H, V] of one tensor, or of H [B, S, V] as if each were the one of the lowest address;
+    then also how many elements after it each of them begins."""
+    if logits[0].dim() == 4:
+        return logits[0], None
+    lowest = min(logits, key=Tensor.data_ptr)
+    begin = lowest.data_ptr()
+    offsets = tuple((head.data_ptr() - begin) // head.element_size() for head in logits)
+    return lowest[:, :, None].expand(-1, -1, len(logits), -1), offsets
 
 
 def rows_overlap(logits: Tensor) -> bool:

@@ -6,14 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmtp import checks, linear_ops, reference
+from wmtp import checks, reference
+from wmtp.arguments import check_call, chosen_weighting, in_one_pass, local_call, loss_inputs
 from wmtp.backends import choose_backend
 from wmtp.labels import has_target
-from wmtp.ops import gradients_ahead
+from wmtp.ops.linear import linear_loss
+from wmtp.ops.loss import gradients_ahead
+from wmtp.records import LinearInputs, LinearOutputs, LinearSettings
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 from wmtp.sharded import gathered, local_parts
 from wmtp.transforms import refuse_transforms
+from wmtp.weightings import Given, Uniform, Weighting
+from wmtp.weightings.base import as_tensor
 
 
 def fused_linear_weighted_mtp_loss(
@@ -22,8 +27,10 @@ def fused_linear_weighted_mtp_loss(
     target_ids: Tensor,
     head_weights: Tensor | None = None,
     *,
-    lm_head_bias: Tensor | None = None,
+    weighting: Weighting | None = None,
     ref_ce: Tensor | None = None,
+    ref_logits: Tensor | None = None,
+    lm_head_bias: Tensor | None = None,
     temperature: Tensor | float = 0.7,
     excess: str = "abs",
     reduction: str = "token_mean",
@@ -90,64 +97,71 @@ def fused_linear_weighted_mtp_loss(
         >>> lm_head_weight.grad[:, 0]                 # 1/5, less how often each is predicted
         tensor([ 0.2000,  0.0333, -0.1333, -0.3000,  0.2000])
     """
-    hidden, target_ids, head_weights, ref_ce, temperature, normalizer = local_parts(
-        "hidden",
-        hidden,
-        target_ids=target_ids,
-        head_weights=head_weights,
+    rule = chosen_weighting(
+        head_weights,
+        weighting,
         ref_ce=ref_ce,
+        ref_logits=ref_logits,
         temperature=temperature,
-        normalizer=normalizer,
+        excess=excess,
+    )
+    hidden, target_ids, normalizer, rule = local_call(
+        "hidden", hidden, target_ids, normalizer, rule
     )
     if isinstance(hidden, Sequence) and not isinstance(hidden, str):
         checks.check_heads("hidden", hidden, "[B, S, D]")
         hidden = torch.stack(tuple(hidden), 2)
     dtype = _check_product(hidden, "[B, S, H, D]", lm_head_weight, lm_head_bias, chunk_bytes)
-    checks.check_weighting(
+    check_call(
         "hidden",
         hidden,
         target_ids,
-        head_weights,
-        ref_ce=ref_ce,
-        temperature=temperature,
-        excess=excess,
+        rule,
         reduction=reduction,
         normalizer=normalizer,
         ignore_index=ignore_index,
         horizon=horizon,
     )
     checks.check_accum_dtype(grad_accum_dtype, lm_head_weight.dtype)
-    chosen = choose_backend(backend, hidden.device.type, dtype)
+    chosen, ignore_index = choose_backend(backend, hidden.device.type, dtype), int(ignore_index)
     weight = gathered(lm_head_weight)
     bias = None if lm_head_bias is None else gathered(lm_head_bias)
     if chosen == "eager":
         # Where there is no target, not even NaN may reach the weight's gradient.
         valid = has_target(target_ids, hidden.shape[2], ignore_index)
-        return reference.compute_weighted_mtp_loss(
-            F.linear(hidden.masked_fill(~valid[..., None], 0.0), weight, bias),
-            target_ids,
-            head_weights,
-            hidden.shape[2],
-            ignore_index,
-            ref_ce=ref_ce,
-            temperature=temperature,
-            excess=excess,
-            reduction=reduction,
-            normalizer=normalizer,
-        )
-    refuse_transforms(hidden, weight, bias, head_weights)
+        logits = F.linear(hidden.masked_fill(~valid[..., None], 0.0), weight, bias)
+        how = (as_tensor(normalizer), reduction, ignore_index)
+        return reference.weighted_loss(logits, target_ids, rule, *how)
+    refuse_transforms(hidden, weight, bias, *rule.tensors().values())
+    rule = rule.resolved(target_ids, hidden.shape[2], ignore_index)
     acc = accumulation_dtype(hidden)
-    loss = linear_ops.linear_loss(
-        *(hidden, weight, bias, dtype, grad_accum_dtype or _widest(weight)),
-        *(chunk_bytes, chosen),
-        *(target_ids.long(), int(ignore_index), _wanted(hidden, weight, bias), gradients_ahead()),
-        None if head_weights is None else head_weights.to(acc),
-        None if ref_ce is None else ref_ce.detach().to(acc),
-        reference.as_tensor(normalizer),
-        None if ref_ce is None else reference.as_tensor(temperature),
-        *(excess, reduction),
-    )
-    return MTPLoss(*loss[:3])
+
+    def call(rule: Weighting, reduction: str, wanted: list[bool]) -> LinearOutputs:
+        inputs = LinearInputs(
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            **loss_inputs(rule, target_ids, normalizer, acc),
+        )
+        settings = LinearSettings(
+            rule=rule.key(),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=chosen,
+            dtype=dtype,
+            accum_dtype=grad_accum_dtype or _widest(weight),
+            chunk_bytes=chunk_bytes,
+            wanted=wanted,
+            ahead=gradients_ahead(),
+        )
+        return linear_loss(inputs, settings)
+
+    if not in_one_pass(rule, reduction, normalizer, dtype):
+        with torch.no_grad():
+            ce = call(Uniform(), "sum", [False] * 3).ce
+        valid = has_target(target_ids, hidden.shape[2], ignore_index)
+        rule = Given(reference.weights_of(rule, ce, valid))
+    return MTPLoss(*call(rule, reduction, _wanted(hidden, weight, bias))[:3])
 
 
 def linear_next_token_cross_entropy(
@@ -192,13 +206,20 @@ def linear_next_token_cross_entropy(
         if chosen == "eager":
             logits = F.linear(hidden, weight, bias)
             return reference.next_token_ce(logits, target_ids, int(ignore_index))
-        _, _, ce, *_ = linear_ops.linear_loss(
-            *(hidden[:, :, None], weight, bias, dtype, _widest(weight)),
-            *(chunk_bytes, chosen),
-            *(target_ids.long(), int(ignore_index), [False] * 3, False),
-            *(None, None, None, None, "abs", "sum"),
+        inputs = LinearInputs(
+            hidden=hidden[:, :, None], weight=weight, bias=bias, target_ids=target_ids.long()
         )
-        return ce[:, : max(hidden.shape[1] - 1, 0), 0]
+        settings = LinearSettings(
+            rule=Uniform().key(),
+            reduction="sum",
+            ignore_index=int(ignore_index),
+            backend=chosen,
+            dtype=dtype,
+            accum_dtype=_widest(weight),
+            chunk_bytes=chunk_bytes,
+            wanted=[False] * 3,
+        )
+        return linear_loss(inputs, settings).ce[:, : max(hidden.shape[1] - 1, 0), 0]
 
 
 def _check_product(

@@ -1,19 +1,25 @@
 """The public losses on logits: check the arguments, choose a backend, call the operator."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from wmtp import checks, head_list, ops, reference
-from wmtp.backends import choose_backend
-from wmtp.inplace import check_inplace, check_inplace_heads
+from wmtp import checks, reference
+from wmtp.arguments import check_call, chosen_weighting, in_one_pass, local_call, loss_inputs
+from wmtp.backends import choose_backend, fuses, warn_once
+from wmtp.inplace import check_inplace
 from wmtp.kinds import check_flag
+from wmtp.labels import has_target
+from wmtp.layout import one_tensor
+from wmtp.ops.loss import weighted_loss
+from wmtp.records import Inputs, Settings
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 from wmtp.sharded import local_parts
 from wmtp.transforms import refuse_transforms
+from wmtp.weightings import Given, Uniform, Weighting
+from wmtp.weightings.base import as_tensor
 
 
 def fused_weighted_mtp_loss(
@@ -21,8 +27,9 @@ def fused_weighted_mtp_loss(
     target_ids: Tensor,
     head_weights: Tensor | None = None,
     *,
-    ref_logits: Tensor | None = None,
+    weighting: Weighting | None = None,
     ref_ce: Tensor | None = None,
+    ref_logits: Tensor | None = None,
     temperature: Tensor | float = 0.7,
     excess: str = "abs",
     reduction: str = "token_mean",
@@ -110,70 +117,59 @@ def fused_weighted_mtp_loss(
         >>> logits.grad[0, 0, 0]                # 3 tokens, weight 0.8: 0.8/3 (1/5 - onehot(1))
         tensor([ 0.0533, -0.2133,  0.0533,  0.0533,  0.0533])
     """
-    logits, target_ids, head_weights, ref_logits, ref_ce, temperature, normalizer = local_parts(
-        "logits",
-        logits,
-        target_ids=target_ids,
-        head_weights=head_weights,
-        ref_logits=ref_logits,
-        ref_ce=ref_ce,
-        temperature=temperature,
-        normalizer=normalizer,
-    )
-    heads, logits = _as_one(logits)
-    checks.check_loss_arguments(
-        logits,
-        target_ids,
+    rule = chosen_weighting(
         head_weights,
-        ref_logits=ref_logits,
+        weighting,
         ref_ce=ref_ce,
+        ref_logits=ref_logits,
         temperature=temperature,
         excess=excess,
+    )
+    logits, target_ids, normalizer, rule = local_call(
+        "logits", logits, target_ids, normalizer, rule
+    )
+    heads, seen = _as_heads(logits)
+    checks.check_logits("logits", seen, "[B, S, H, V]")
+    check_call(
+        "logits",
+        seen,
+        target_ids,
+        rule,
         reduction=reduction,
         normalizer=normalizer,
         ignore_index=ignore_index,
         horizon=horizon,
     )
     check_flag("inplace", inplace)
-    chosen = choose_backend(backend, logits.device.type, logits.dtype)
-    if ref_logits is not None:
-        ref_ce = next_token_cross_entropy(
-            ref_logits, target_ids, ignore_index=ignore_index, backend=backend
-        )
+    chosen, ignore_index = choose_backend(backend, seen.device.type, seen.dtype), int(ignore_index)
     if chosen == "eager":
-        return reference.compute_weighted_mtp_loss(
-            logits if heads is None else torch.stack(heads, 2),
-            target_ids,
-            head_weights,
-            logits.shape[2],
-            ignore_index,
-            ref_ce=ref_ce,
-            temperature=temperature,
-            excess=excess,
-            reduction=reduction,
-            normalizer=normalizer,
+        how = (as_tensor(normalizer), reduction, ignore_index)
+        return reference.weighted_loss(one_tensor(heads), target_ids, rule, *how)
+    refuse_transforms(*heads, *rule.tensors().values())
+    rule = rule.resolved(target_ids, seen.shape[2], ignore_index)
+    if rule.tensors().get("ref_logits") is not None:
+        choose_backend(backend, seen.device.type, rule.tensors()["ref_logits"].dtype)
+    fused = fuses(chosen, rule.key())
+    if not (fused and in_one_pass(rule, reduction, normalizer, seen.dtype)):
+        if not fused:
+            warn_once(_two_passes(rule, chosen))
+        ce = mtp_cross_entropy(
+            _detached(logits), target_ids, ignore_index=ignore_index, backend=backend
         )
-    refuse_transforms(*(heads or [logits]), head_weights)
-    dtype = accumulation_dtype(logits)
-    arguments = (
-        target_ids.long().contiguous(),
-        None if head_weights is None else head_weights.to(dtype).contiguous(),
-        None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
-        reference.as_tensor(normalizer),
-        None if ref_ce is None else reference.as_tensor(temperature),
-        excess == "signed",
+        valid = has_target(target_ids, seen.shape[2], ignore_index)
+        rule = Given(reference.weights_of(rule, ce, valid).detach())
+    check_inplace(inplace, heads)
+    inputs = Inputs(
+        logits=heads, **loss_inputs(rule, target_ids, normalizer, accumulation_dtype(seen))
     )
-    options: dict[str, Any] = {
-        "reduction": reduction,
-        "ignore_index": int(ignore_index),
-        "backend": chosen,
-        "inplace": inplace,
-    }
-    if heads is not None:
-        check_inplace_heads(inplace, heads)
-        return MTPLoss(*head_list.weighted_loss(heads, *arguments, **options))
-    check_inplace(inplace, logits)
-    return MTPLoss(*ops.weighted_loss(logits, *arguments, **options))
+    settings = Settings(
+        rule=rule.key(),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        backend=chosen,
+        gradient="inplace" if inplace else "new",
+    )
+    return MTPLoss(*weighted_loss(inputs, settings))
 
 
 def mtp_cross_entropy(
@@ -210,24 +206,16 @@ def mtp_cross_entropy(
                 [0.0000, 0.0000]])
     """
     logits, target_ids = local_parts("logits", logits, target_ids=target_ids)
-    heads, logits = _as_one(logits)
-    chosen = _checked_backend(logits, "[B, S, H, V]", target_ids, ignore_index, backend)
+    heads, seen = _as_heads(logits)
+    chosen = _checked_backend(seen, "[B, S, H, V]", target_ids, ignore_index, backend)
     if chosen == "eager":
-        logits = logits if heads is None else torch.stack(heads, 2)
-        return reference.cross_entropy_per_head(logits, target_ids, int(ignore_index))
-    refuse_transforms(*(heads or [logits]))
-    weighted_loss: Callable = ops.weighted_loss if heads is None else head_list.weighted_loss
-    nothing = (None, None, None, None, False)  # no weighting, for the loss is not wanted
-    _, _, ce = weighted_loss(
-        logits if heads is None else heads,
-        target_ids.long().contiguous(),
-        *nothing,
-        reduction="sum",
-        ignore_index=int(ignore_index),
-        backend=chosen,
-        loss_wanted=False,
+        return reference.cross_entropy_per_head(one_tensor(heads), target_ids, int(ignore_index))
+    refuse_transforms(*heads)
+    inputs = Inputs(logits=heads, target_ids=target_ids.long().contiguous())
+    settings = Settings(
+        rule=Uniform().key(), reduction="sum", ignore_index=int(ignore_index), backend=chosen
     )
-    return ce
+    return weighted_loss(inputs, settings)[2]
 
 
 def next_token_cross_entropy(
@@ -262,16 +250,27 @@ def next_token_cross_entropy(
     chosen = _checked_backend(logits, "[B, S, V]", target_ids, ignore_index, backend)
     if chosen == "eager":
         return reference.next_token_ce(logits, target_ids, int(ignore_index))
-    arguments = (target_ids.long().contiguous(), int(ignore_index), chosen)
-    return ops.next_token_ce(logits.detach(), *arguments)
+    how = (int(ignore_index), chosen)
+    return torch.ops.wmtp.next_token_ce(logits.detach(), target_ids.long().contiguous(), *how)
 
 
-def _as_one(logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor] | None, Tensor]:
-    """The heads, if it is a list of them, and [B, S, H, V]: then of their shape, not their data."""
+def _as_heads(logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """A list of the one tensor or of all heads, and [B, S, H, V], of heads' shape, not data."""
     if not isinstance(logits, Sequence) or isinstance(logits, str):
-        return None, logits
+        return [logits], logits
     checks.check_heads("logits", logits, "[B, S, V]")
     return list(logits), logits[0][:, :, None].expand(-1, -1, len(logits), -1)
+
+
+def _detached(logits: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+    return logits.detach() if isinstance(logits, Tensor) else [head.detach() for head in logits]
+
+
+def _two_passes(rule: Weighting, backend: str) -> str:
+    return (
+        f"{type(rule).__name__} has no twin for backend {backend!r}: the loss reads its logits "
+        "once for the cross entropies and once more for the gradient"
+    )
 
 
 def _checked_backend(

@@ -58,10 +58,10 @@ const InstructionSet kInstructionSets[] = {  // the best first
 const InstructionSet* chosen = nullptr;
 
 // The first target outside [0, V) of those that may be used: target_ids[b, 0] is nobody's.
-bool targets_ok(const Rows& r, int64_t* position) {
-  for (int64_t i = 0; i < r.B * r.T; ++i) {
-    const int64_t id = r.target_ids[i];
-    if (i % r.T == 0 || id == r.ignore_index || (id >= 0 && id < r.V)) continue;
+bool targets_ok(const Inputs& in, int64_t* position) {
+  for (int64_t i = 0; i < in.B * in.T; ++i) {
+    const int64_t id = in.target_ids[i];
+    if (i % in.T == 0 || id == in.ignore_index || (id >= 0 && id < in.V)) continue;
     *position = i;
     return false;
   }
@@ -69,15 +69,15 @@ bool targets_ok(const Rows& r, int64_t* position) {
 }
 
 // The first negative or non-finite weight of a (t, k) with a valid target; the others may be anything.
-template <class T> bool weights_ok(const Rows& r, const T* w, int64_t* position) {
+template <class T> bool weights_ok(const Inputs& in, const T* w, int64_t* position) {
   const T infinity = T(__builtin_inff());
-  for (int64_t token = 0; token < r.B * r.S; ++token) {
-    const int64_t b = token / r.S, first = token - b * r.S + 1;  // head 0's target
-    for (int64_t k = 0; k < r.H && first + k < r.T; ++k) {
-      const T value = w[token * r.H + k];
+  for (int64_t token = 0; token < in.B * in.S; ++token) {
+    const int64_t b = token / in.S, first = token - b * in.S + 1;  // head 0's target
+    for (int64_t k = 0; k < in.H && first + k < in.T; ++k) {
+      const T value = w[token * in.H + k];
       if (value >= 0 && value < infinity) continue;
-      if (r.target_ids[b * r.T + first + k] == r.ignore_index) continue;
-      *position = token * r.H + k;
+      if (in.target_ids[b * in.T + first + k] == in.ignore_index) continue;
+      *position = token * in.H + k;
       return false;
     }
   }
@@ -86,10 +86,10 @@ template <class T> bool weights_ok(const Rows& r, const T* w, int64_t* position)
 
 }  // namespace
 
-// Compared by wmtp/cpu_library.py before it calls anything. Data, for a library of another version may not have the
+// Compared by wmtp/backends/cpu_library.py before it calls anything. Data, for a library of another version may not have the
 // function that would be called to ask.
 WMTP_EXPORT const int32_t wmtp_cpu_abi[] = {
-    kAbiVersion, sizeof(Rows), sizeof(Weighting), sizeof(Output)};
+    kAbiVersion, sizeof(Inputs), sizeof(Settings), sizeof(Outputs)};
 
 // Null or "" chooses the best that this machine has.
 WMTP_EXPORT int wmtp_cpu_select(const char* name) {
@@ -104,6 +104,9 @@ WMTP_EXPORT int wmtp_cpu_select(const char* name) {
 
 WMTP_EXPORT const char* wmtp_cpu_instruction_set() { return chosen->name; }
 
+// The number of the rule of this name; -2 if there is none.
+WMTP_EXPORT int32_t wmtp_cpu_rule(const char* name) { return chosen->kernels->rule(name); }
+
 // Fresh memory is paid for by page: with 4 KiB pages a fresh 131 MB gradient takes three times as long
 // (75 ms against 23, both on a busy machine). Only a hint.
 WMTP_EXPORT void wmtp_cpu_ask_for_huge_pages(const void* memory, size_t bytes) {
@@ -116,20 +119,20 @@ WMTP_EXPORT void wmtp_cpu_ask_for_huge_pages(const void* memory, size_t bytes) {
 #endif
 }
 
-// Bytes that Output::scratch must have.
-WMTP_EXPORT int64_t wmtp_cpu_scratch_bytes(const Rows* rows, const Weighting* how, int with_grad) {
-  const int64_t of_threads = useful_threads(*rows) * scratch_of_thread(*rows, *how, with_grad).all;
-  return of_threads + rows->B * rows->S * int64_t(sizeof(double));
+// Bytes that Outputs::scratch must have.
+WMTP_EXPORT int64_t wmtp_cpu_scratch_bytes(const Inputs* in, const Settings* set, int with_grad) {
+  const int64_t of_threads = useful_threads(*in) * scratch_of_thread(*in, *set, with_grad).all;
+  return of_threads + in->B * in->S * int64_t(sizeof(double));
 }
 
-WMTP_EXPORT int wmtp_cpu_weighted_loss(const Rows* rows, const Weighting* how, const Output* out,
+WMTP_EXPORT int wmtp_cpu_weighted_loss(const Inputs* in, const Settings* set, const Outputs* out,
                                        int64_t* position) {
-  if (!targets_ok(*rows, position)) return kBadTarget;
-  const void* w = how->are_row_scalars ? nullptr : how->head_weights;
-  if (w && !(rows->dtype == kFloat64 ? weights_ok(*rows, static_cast<const double*>(w), position)
-                                     : weights_ok(*rows, static_cast<const float*>(w), position)))
+  if (!targets_ok(*in, position)) return kBadTarget;
+  const void* w = set->rule == kRowScalar ? nullptr : in->head_weights;
+  if (w && !(in->dtype == kFloat64 ? weights_ok(*in, static_cast<const double*>(w), position)
+                                     : weights_ok(*in, static_cast<const float*>(w), position)))
     return kBadWeight;
-  chosen->kernels->weighted_loss(*rows, *how, *out);
+  chosen->kernels->weighted_loss(*in, *set, *out);
   return kOk;
 }
 

@@ -18,26 +18,25 @@
 namespace wmtp {
 namespace WMTP_ISA {
 
-template <class E> inline const E* row_of(const Rows& r, const Token& token, int64_t k) {
-  const int64_t head = r.head_offsets ? r.head_offsets[k] : k * r.stride_h;
-  return static_cast<const E*>(r.logits) + token.b * r.stride_b + token.t * r.stride_s + head;
+template <class E> inline const E* row_of(const Inputs& in, const Token& token, int64_t k) {
+  const int64_t head = in.head_offsets ? in.head_offsets[k] : k * in.stride_h;
+  return static_cast<const E*>(in.logits) + token.b * in.stride_b + token.t * in.stride_s + head;
 }
 
 // The heads that a row of logits serves: all of them, or the one.
-struct Heads { int64_t first, last; };
-inline Heads heads_of(const Rows& r, int64_t row) {
-  return shared_heads(r) ? Heads{0, r.H} : Heads{row, row + 1};
+inline Heads heads_of(const Inputs& in, int64_t row) {
+  return shared_heads(in) ? Heads{0, in.H} : Heads{row, row + 1};
 }
 
-inline bool row_has_target(const Rows& r, const Token& token, int64_t row) {
-  for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k)
-    if (target_of(r, token, k) >= 0) return true;
+inline bool row_has_target(const Inputs& in, const Token& token, int64_t row) {
+  for (int64_t k = heads_of(in, row).first; k < heads_of(in, row).last; ++k)
+    if (target_of(in, token, k) >= 0) return true;
   return false;
 }
 
-template <class E> E* gradient_row(const Rows& r, const Output& out, const Token& token, int64_t row) {
-  if (out.grad == r.logits) return const_cast<E*>(row_of<E>(r, token, row));
-  return static_cast<E*>(out.grad) + (token.index * (shared_heads(r) ? 1 : r.H) + row) * r.V;
+template <class E> E* gradient_row(const Inputs& in, const Outputs& out, const Token& token, int64_t row) {
+  if (out.grad == in.logits) return const_cast<E*>(row_of<E>(in, token, row));
+  return static_cast<E*>(out.grad) + (token.index * (shared_heads(in) ? 1 : in.H) + row) * in.V;
 }
 
 // Placed so that they and the gradient's row, which for an odd V begins anywhere, meet vector by vector.
@@ -54,28 +53,28 @@ template <class T> struct TokenState { LogSumExp<T>* stats; T *x_target, *ce, *w
 // Rows [first, last) of a token -> statistics and cross entropies. All reading of x for them is done when
 // this returns, by every thread: in place, it may be overwritten then.
 template <class E>
-void read_rows(const Rows& r, const Output& out, const Token& token, Heads rows, const Team& team,
+void read_rows(const Inputs& in, const Outputs& out, const Token& token, Heads rows, const Team& team,
                const TokenState<Acc<E>>& state) {
   using T = Acc<E>;
   PartialSum<T>* const sums =
-      reinterpret_cast<PartialSum<T>*>(team.partial_sums) + team.turn * r.H * team.size;
+      reinterpret_cast<PartialSum<T>*>(team.partial_sums) + team.turn * in.H * team.size;
   bool live = false;
   for (int64_t row = rows.first; row < rows.last; ++row) {
-    const E* x = row_of<E>(r, token, row);
-    live |= row_has_target(r, token, row);
-    for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k)
-      if (const int64_t target = target_of(r, token, k); target >= 0)
+    const E* x = row_of<E>(in, token, row);
+    live |= row_has_target(in, token, row);
+    for (int64_t k = heads_of(in, row).first; k < heads_of(in, row).last; ++k)
+      if (const int64_t target = target_of(in, token, k); target >= 0)
         state.x_target[k] = value_at(x, target);
-    if (!row_has_target(r, token, row)) continue;
+    if (!row_has_target(in, token, row)) continue;
     Exponentials<T> keep = {};
-    if (out.grad) keep = exponentials(team, row - rows.first, gradient_row<E>(r, out, token, row));
+    if (out.grad) keep = exponentials(team, row - rows.first, gradient_row<E>(in, out, token, row));
     sums[row * team.size + team.rank] = sum_exp(x + team.begin, team.end - team.begin, keep);
   }
   if (live) team.barrier();
   for (int64_t row = rows.first; row < rows.last; ++row) {
-    if (row_has_target(r, token, row)) state.stats[row] = combine(sums + row * team.size, team.size);
-    for (int64_t k = heads_of(r, row).first; k < heads_of(r, row).last; ++k) {
-      state.ce[k] = target_of(r, token, k) >= 0 ? state.stats[row].ce(state.x_target[k]) : T(0);
+    if (row_has_target(in, token, row)) state.stats[row] = combine(sums + row * team.size, team.size);
+    for (int64_t k = heads_of(in, row).first; k < heads_of(in, row).last; ++k) {
+      state.ce[k] = target_of(in, token, k) >= 0 ? state.stats[row].ce(state.x_target[k]) : T(0);
     }
   }
 }
@@ -87,23 +86,23 @@ constexpr int64_t kPastCachesBytes = int64_t(32) << 20;
 // columns. A row of which every c is 0 gives exactly 0, NaN and infinities too. What will mostly be read
 // next, `ahead` elements further, is fetched meanwhile.
 template <class E>
-void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& team,
+void write_gradient(const Inputs& in, const Token& token, int64_t row, const Team& team,
                     Exponentials<Acc<E>> kept, const TokenState<Acc<E>>& state, int64_t ahead, E* out) {
   using T = Acc<E>;
-  const int64_t rows = r.B * r.S * (shared_heads(r) ? 1 : r.H);
-  const bool past_caches = out != row_of<E>(r, token, row) &&
-                           rows * r.V * int64_t(sizeof(E)) >= kPastCachesBytes;
+  const int64_t rows = in.B * in.S * (shared_heads(in) ? 1 : in.H);
+  const bool past_caches = out != row_of<E>(in, token, row) &&
+                           rows * in.V * int64_t(sizeof(E)) >= kPastCachesBytes;
   const LogSumExp<T>& stats = state.stats[row];
   const int64_t columns = team.end - team.begin;
-  const Heads heads = heads_of(r, row);
+  const Heads heads = heads_of(in, row);
   double c = 0;
   bool weighs = false;
   for (int64_t k = heads.first; k < heads.last; ++k) {
-    if (target_of(r, token, k) < 0) continue;
+    if (target_of(in, token, k) < 0) continue;
     c += state.c[k];
     weighs |= state.c[k] != 0;
   }
-  const E* x = row_of<E>(r, token, row) + team.begin;
+  const E* x = row_of<E>(in, token, row) + team.begin;
   if (weighs && !finite(stats.lse()))
     write_exp(x, columns, stats.lse(), T(c), out + team.begin);
   else if (c != 0)
@@ -112,13 +111,13 @@ void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& 
     std::memset(out + team.begin, 0, columns * sizeof(E));
   if (!weighs) return;
   for (int64_t k = heads.first; k < heads.last; ++k) {
-    const int64_t target = target_of(r, token, k);
+    const int64_t target = target_of(in, token, k);
     if (target < team.begin || target >= team.end) continue;
     const T p = finite(stats.lse()) ? exp_one(state.x_target[k] - stats.max) / stats.sum
                                     : exp_one(state.x_target[k] - stats.lse());
     double own = 0;
     for (int64_t j = heads.first; j < heads.last; ++j)  // heads may predict the same id
-      if (target_of(r, token, j) == target) own += state.c[j];
+      if (target_of(in, token, j) == target) own += state.c[j];
     const double column = own * (p - 1) + (c - own) * p;  // exactly 0 where p is 1
     store_first(out + target, broadcast(T(column)), 1);
   }
@@ -128,17 +127,17 @@ void write_gradient(const Rows& r, const Token& token, int64_t row, const Team& 
 template <class T> inline T times(T w, double factor) { return w != 0 ? T(w * factor) : T(0); }
 
 template <class T>
-void write_token(const Rows& r, const Output& out, const Token& token, double weight_sum, double inverse,
+void write_token(const Inputs& in, const Outputs& out, const Token& token, double weight_sum, double inverse,
                  const TokenState<T>& state, double* loss_of_token) {
   double loss = 0;
-  for (int64_t k = 0; k < r.H; ++k) {
-    const bool valid = target_of(r, token, k) >= 0;
-    const LogSumExp<T>& stats = state.stats[shared_heads(r) ? 0 : k];
+  for (int64_t k = 0; k < in.H; ++k) {
+    const bool valid = target_of(in, token, k) >= 0;
+    const LogSumExp<T>& stats = state.stats[shared_heads(in) ? 0 : k];
     if (state.w[k] != 0) loss += double(state.w[k]) * state.ce[k];
-    static_cast<T*>(out.ce)[token.index * r.H + k] = state.ce[k];
-    static_cast<T*>(out.row_max)[token.index * r.H + k] = valid ? stats.max : T(0);
-    static_cast<T*>(out.log_sum)[token.index * r.H + k] = valid ? stats.log_sum : T(0);
-    static_cast<T*>(out.row_scalar)[token.index * r.H + k] = times(state.w[k], inverse);
+    static_cast<T*>(out.ce)[token.index * in.H + k] = state.ce[k];
+    static_cast<T*>(out.row_max)[token.index * in.H + k] = valid ? stats.max : T(0);
+    static_cast<T*>(out.log_sum)[token.index * in.H + k] = valid ? stats.log_sum : T(0);
+    static_cast<T*>(out.row_scalar)[token.index * in.H + k] = times(state.w[k], inverse);
   }
   loss_of_token[token.index] = loss;
   static_cast<T*>(out.token_loss)[token.index] = T(loss);
@@ -148,34 +147,36 @@ void write_token(const Rows& r, const Output& out, const Token& token, double we
 
 // state.w: weights, and then d token_loss / d ce; state.c: d loss / d ce, as the gradient is written.
 template <class E>
-void token_pass(const Rows& r, const Weighting& how, const Output& out, const Token& token, const Team& team,
+void token_pass(const Inputs& in, const Settings& set, const Outputs& out, const Token& token, const Team& team,
                 double inverse, double scale, double* loss_of_token) {
   using T = Acc<E>;
-  const int64_t rows = shared_heads(r) ? 1 : r.H, step = waiting_rows(r, how);
-  const int64_t ahead = step == rows ? r.stride_s : r.stride_h;
+  const int64_t rows = shared_heads(in) ? 1 : in.H, step = waiting_rows(in, set);
+  const int64_t ahead = step == rows ? in.stride_s : in.stride_h;
   T* const numbers = reinterpret_cast<T*>(team.numbers);  // seven for each head
-  const TokenState<T> state = {reinterpret_cast<LogSumExp<T>*>(numbers), numbers + 3 * r.H,
-                               numbers + 4 * r.H, numbers + 5 * r.H, numbers + 6 * r.H};
+  const TokenState<T> state = {reinterpret_cast<LogSumExp<T>*>(numbers), numbers + 3 * in.H,
+                               numbers + 4 * in.H, numbers + 5 * in.H, numbers + 6 * in.H};
   double weight_sum = 0;
-  if (!how.ref_ce) {
-    for (int64_t k = 0; k < r.H; ++k) weight_sum += state.w[k] = known_weight<T>(r, how, token, k);
-    to_row_scalars(how, weight_sum, r.H, state.w);
+  if (set.known) {
+    for (int64_t k = 0; k < in.H; ++k) weight_sum += state.w[k] = known_weight<T>(in, token, k);
+    to_row_scalars(set, weight_sum, in.H, state.w);
   }
   for (int64_t first = 0; first < rows; first += step) {
-    read_rows<E>(r, out, token, Heads{first, first + step}, team, state);
-    if (how.ref_ce) {
-      excess_weights(r, how, token, state.ce, state.w);
-      weight_sum = sum_of(state.w, r.H);
-      if (finite(weight_sum)) weight_sum = has_target(r, token);
-      to_row_scalars(how, weight_sum, r.H, state.w);
+    const Heads heads = rows == 1 ? Heads{0, in.H} : Heads{first, first + step};
+    read_rows<E>(in, out, token, Heads{first, first + step}, team, state);
+    if (!set.known) rule_weights(in, set, token, heads, state.ce, state.w);
+    if (set.sums_to_one) {
+      weight_sum = sum_of(state.w, in.H);
+      if (finite(weight_sum)) weight_sum = has_target(in, token);
+      to_row_scalars(set, weight_sum, in.H, state.w);
     }
-    for (int64_t k = 0; k < r.H; ++k) state.c[k] = times(state.w[k], scale);
+    for (int64_t k = heads.first; k < heads.last; ++k) state.c[k] = times(state.w[k], scale);
     for (int64_t row = first; row < first + step && out.grad; ++row) {
-      E* const grad_row = gradient_row<E>(r, out, token, row);
-      write_gradient<E>(r, token, row, team, exponentials(team, row - first, grad_row), state, ahead, grad_row);
+      E* const grad_row = gradient_row<E>(in, out, token, row);
+      write_gradient<E>(in, token, row, team, exponentials(team, row - first, grad_row), state, ahead, grad_row);
     }
   }
-  if (team.rank == 0) write_token(r, out, token, weight_sum, inverse, state, loss_of_token);
+  if (!set.known && !set.sums_to_one) weight_sum = sum_of(state.w, in.H);
+  if (team.rank == 0) write_token(in, out, token, weight_sum, inverse, state, loss_of_token);
 }
 
 // What the gradient is written times, instead of 1 / denominator, which would carry most of an fp16
@@ -185,32 +186,34 @@ inline double fp16_scale(const Totals& totals) {
   return totals.largest > 0 ? std::ldexp(1.0, 14 - std::ilogb(totals.largest)) : 1;
 }
 
-template <class E> void weighted_loss(const Rows& r, const Weighting& how, const Output& out) {
+template <class E> void weighted_loss(const Inputs& in, const Settings& set, const Outputs& out) {
   using T = Acc<E>;
-  const Totals totals = find_totals<T>(r, how);
+  const Totals totals = find_totals<T>(in, set);
   const double inverse = 1 / totals.denominator;
-  const bool scaled = std::is_same<E, Fp16>::value && !how.are_row_scalars && finite(inverse);
+  const bool scaled = std::is_same<E, Fp16>::value && set.rule != kRowScalar && finite(inverse);
   const double scale = scaled ? fp16_scale(totals) : inverse;
-  const int64_t of_threads = useful_threads(r) * scratch_of_thread(r, how, out.grad).all;
+  const int64_t of_threads = useful_threads(in) * scratch_of_thread(in, set, out.grad).all;
   double* const losses = reinterpret_cast<double*>(static_cast<char*>(out.scratch) + of_threads);
-  for_each_token(r, how, out, totals.live, [&](const Token& token, const Team& team) {
-    token_pass<E>(r, how, out, token, team, inverse, out.grad_scale * scale, losses);
+  for_each_token(in, set, out, totals.live, [&](const Token& token, const Team& team) {
+    token_pass<E>(in, set, out, token, team, inverse, out.grad_scale * scale, losses);
   });
   double sum = 0;
-  for (int64_t token = 0; token < r.B * r.S; ++token) sum += losses[token];
+  for (int64_t token = 0; token < in.B * in.S; ++token) sum += losses[token];
   *static_cast<T*>(out.loss) = T(sum / totals.denominator);
   static_cast<T*>(out.factors)[0] = T(inverse);
   static_cast<T*>(out.factors)[1] = scaled ? T(inverse / scale) : T(1);
 }
 
-const Kernels kernels = {[](const Rows& r, const Weighting& how, const Output& out) {
-  switch (r.dtype) {
-    case kFloat32: return weighted_loss<float>(r, how, out);
-    case kBFloat16: return weighted_loss<Bf16>(r, how, out);
-    case kFloat16: return weighted_loss<Fp16>(r, how, out);
-    case kFloat64: return weighted_loss<double>(r, how, out);
+void weighted_loss_of_dtype(const Inputs& in, const Settings& set, const Outputs& out) {
+  switch (in.dtype) {
+    case kFloat32: return weighted_loss<float>(in, set, out);
+    case kBFloat16: return weighted_loss<Bf16>(in, set, out);
+    case kFloat16: return weighted_loss<Fp16>(in, set, out);
+    case kFloat64: return weighted_loss<double>(in, set, out);
   }
-}};
+}
+
+const Kernels kernels = {weighted_loss_of_dtype, rule_of};
 
 }  // namespace WMTP_ISA
 }  // namespace wmtp

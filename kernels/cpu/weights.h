@@ -12,44 +12,68 @@ struct Token {
   int64_t count;         // if k < count
 };
 
-inline Token token_at(const Rows& r, int64_t index) {
-  const int64_t b = index / r.S, t = index - b * r.S;
-  return {index, b, t, r.target_ids + b * r.T + t + 1, r.T - 1 - t};
+inline Token token_at(const Inputs& in, int64_t index) {
+  const int64_t b = index / in.S, t = index - b * in.S;
+  return {index, b, t, in.target_ids + b * in.T + t + 1, in.T - 1 - t};
 }
 
-inline int64_t target_of(const Rows& r, const Token& token, int64_t k) {  // -1: no valid target
-  return k < token.count && token.ahead[k] != r.ignore_index ? token.ahead[k] : -1;
+inline int64_t target_of(const Inputs& in, const Token& token, int64_t k) {  // -1: no valid target
+  return k < token.count && token.ahead[k] != in.ignore_index ? token.ahead[k] : -1;
 }
 
-inline bool has_target(const Rows& r, const Token& token) {
-  for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) return true;
+inline bool has_target(const Inputs& in, const Token& token) {
+  for (int64_t k = 0; k < in.H; ++k)
+    if (target_of(in, token, k) >= 0) return true;
   return false;
 }
 
-// w_k where it does not depend on the cross entropies.
-template <class T>
-T known_weight(const Rows& r, const Weighting& how, const Token& token, int64_t k) {
-  if (target_of(r, token, k) < 0) return 0;
-  return how.head_weights ? static_cast<const T*>(how.head_weights)[token.index * r.H + k] : T(1);
+// The rules, which wmtp/weightings knows by these names. To add one: a name here, in the enum, and a case of
+// rule_weights.
+enum Rule : int32_t { kUniform, kGiven, kAbsExcess, kSignedExcess };
+constexpr const char* kRules[] = {"uniform", "given", "abs_excess", "signed_excess"};
+
+inline int32_t rule_of(const char* name) {
+  constexpr int32_t count = sizeof kRules / sizeof *kRules;
+  for (int32_t rule = 0; rule < count; ++rule)
+    if (!std::strcmp(kRules[rule], name)) return rule;
+  return -2;
 }
 
-// w_k = softmax over valid k of excess_k / temperature, ref_ce [H] being the token's first.
+// w_k of a known rule.
 template <class T>
-void excess_weights(const Rows& r, const Weighting& how, const Token& token, const T* ce, T* w) {
-  const T* ref_ce = static_cast<const T*>(how.ref_ce) + token.b * (r.T - 1) + token.t;
+T known_weight(const Inputs& in, const Token& token, int64_t k) {
+  if (target_of(in, token, k) < 0) return 0;
+  return in.head_weights ? static_cast<const T*>(in.head_weights)[token.index * in.H + k] : T(1);
+}
+
+// A token's heads [first, last).
+struct Heads { int64_t first, last; };
+
+// w_k = softmax over valid k of score_k / temperature, score being w as it comes.
+template <class T>
+void softmax(const Inputs& in, const Token& token, T* w) {
   T max = -kInfinity<T>, sum = 0;
-  for (int64_t k = 0; k < r.H; ++k) {
+  for (int64_t k = 0; k < in.H; ++k)
+    if (target_of(in, token, k) >= 0 && w[k] > max) max = w[k];
+  for (int64_t k = 0; k < in.H; ++k)
+    if (target_of(in, token, k) >= 0) sum += w[k] = exp_one((w[k] - max) / T(in.numbers[0]));
+  for (int64_t k = 0; k < in.H; ++k)
+    if (target_of(in, token, k) >= 0) w[k] /= sum;
+}
+
+// w_k of the heads whose cross entropies ce are there: all of the token's, or one row's.
+template <class T>
+void rule_weights(const Inputs& in, const Settings& set, const Token& token, Heads heads, const T* ce, T* w) {
+  const T* const ref_ce = static_cast<const T*>(in.ref_ce) + token.b * (in.T - 1) + token.t;
+  for (int64_t k = heads.first; k < heads.last; ++k) {
     w[k] = 0;
-    if (target_of(r, token, k) < 0) continue;
-    const T excess = ce[k] - ref_ce[k];
-    w[k] = how.is_signed || excess >= 0 ? excess : -excess;
-    if (w[k] > max) max = w[k];
+    if (target_of(in, token, k) < 0) continue;
+    switch (set.rule) {
+      case kAbsExcess: w[k] = ce[k] >= ref_ce[k] ? ce[k] - ref_ce[k] : -(ce[k] - ref_ce[k]); break;
+      case kSignedExcess: w[k] = ce[k] - ref_ce[k]; break;
+    }
   }
-  for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) sum += w[k] = exp_one((w[k] - max) / T(how.temperature));
-  for (int64_t k = 0; k < r.H; ++k)
-    if (target_of(r, token, k) >= 0) w[k] /= sum;
+  if (set.rule == kAbsExcess || set.rule == kSignedExcess) softmax(in, token, w);
 }
 
 template <class T> T sum_of(const T* w, int64_t H) {
@@ -62,40 +86,41 @@ template <class T> bool counts(T weight_sum) { return !(weight_sum <= T(1e-8)); 
 
 // w -> d token_loss / d ce. In double there is no sum of float weights that is out of range.
 template <class T>
-void to_row_scalars(const Weighting& how, double weight_sum, int64_t H, T* w) {
-  if (how.reduction != kTokenMean) return;
+void to_row_scalars(const Settings& set, double weight_sum, int64_t H, T* w) {
+  if (set.reduction != kTokenMean) return;
   for (int64_t k = 0; k < H; ++k) w[k] = counts(T(weight_sum)) ? T(w[k] / weight_sum) : T(0);
 }
 
-// Known before the first logit is read, since excess weights sum to 1.
+// Known before the first logit is read: weights that follow from the cross entropies sum to 1 over a token,
+// or divide nothing.
 struct Totals {
   int64_t live;         // tokens with a target
   double denominator;   // what divides the sum of the token losses
   double largest;       // no d token_loss / d ce is larger
 };
 
-template <class T> Totals find_totals(const Rows& r, const Weighting& how) {
+template <class T> Totals find_totals(const Inputs& in, const Settings& set) {
   int64_t live = 0, counted = 0;
   double total = 0, largest = 0;
-  for (int64_t i = 0; i < r.B * r.S; ++i) {
-    const Token token = token_at(r, i);
-    const bool lives = has_target(r, token);
+  for (int64_t i = 0; i < in.B * in.S; ++i) {
+    const Token token = token_at(in, i);
+    const bool lives = has_target(in, token);
     double weight_sum = 0;
-    for (int64_t k = 0; k < r.H && !how.ref_ce; ++k) {
-      const T w = known_weight<T>(r, how, token, k);
+    for (int64_t k = 0; k < in.H && set.known; ++k) {
+      const T w = known_weight<T>(in, token, k);
       weight_sum += w;
       largest = w > largest ? w : largest;
     }
-    if (how.ref_ce) weight_sum = lives;
+    if (!set.known) weight_sum = lives;
     live += lives;
     counted += counts(T(weight_sum));
     total += weight_sum;
   }
-  if (how.reduction == kTokenMean || how.ref_ce) largest = 1;
-  const bool by_token = how.reduction == kTokenMean;
+  if (set.reduction == kTokenMean || !set.known) largest = 1;
+  const bool by_token = set.reduction == kTokenMean;
   if (by_token ? !counted : total == 0) return {live, 1, largest};  // nothing weighs: 0 over whatever is 0
-  if (how.has_normalizer) return {live, how.normalizer, largest};
-  return {live, by_token ? double(counted) : how.reduction == kWeightMean ? total : 1, largest};
+  if (in.has_normalizer) return {live, in.normalizer, largest};
+  return {live, by_token ? double(counted) : set.reduction == kWeightMean ? total : 1, largest};
 }
 
 }  // namespace WMTP_ISA

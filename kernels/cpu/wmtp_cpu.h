@@ -1,4 +1,4 @@
-// The C ABI of libwmtp_cpu: what wmtp/cpu.py passes in, and the table each instruction set fills.
+// The C ABI of libwmtp_cpu: what wmtp/backends/cpu.py passes in, and the table each instruction set fills.
 // Legend: B batch, S sequence, H heads, V vocabulary; T = S, or more where the logits stop before the
 // targets do. `acc` is float, or double for double logits.
 #pragma once
@@ -9,32 +9,37 @@ namespace wmtp {
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Reduction : int32_t { kSum = 0, kTokenMean = 1, kWeightMean = 2 };
 
-struct Rows {
+// The tensors, and where they lie; wmtp/records.py has these three records.
+struct Inputs {
   const void* logits;                    // [B, S, H, V], last stride 1
   int64_t stride_b, stride_s, stride_h;  // in elements, any value; stride_h = 0: shared heads
   int64_t B, S, T, H, V;
-  const int64_t* head_offsets;  // [H], instead of k stride_h: heads of memory of their own, whatever stride_h
+  const int64_t* head_offsets;  // [H], instead of k stride_h: heads in memory of their own, whatever stride_h
                                 // is; or null
   const int64_t* target_ids;  // [B, T] unshifted: head k at t predicts target_ids[b, t + k + 1]
   int64_t ignore_index;
+  const void* head_weights;  // [B, S, H] acc, or null: weight 1
+  const void* ref_ce;        // [B, T - 1] acc, or null: head k at t compares with ref_ce[b, t + k]
+  double numbers[4];         // the rule's
+  double normalizer;         // replaces the denominator, if has_normalizer
+  int32_t has_normalizer;
   int32_t dtype;
   int32_t threads;
 };
 
-// At most one of the two pointers is set; none of them means weight 1.
-struct Weighting {
-  const void* head_weights;  // [B, S, H] acc, or null
-  const void* ref_ce;        // [B, T - 1] acc, or null: head k at t compares with ref_ce[b, t + k]
-  double temperature;
-  double normalizer;        // replaces the denominator, if has_normalizer
-  int32_t has_normalizer;
-  int32_t is_signed;        // excess = ce - ref instead of |ce - ref|
+// Instead of a rule: head_weights are d loss / d ce itself, of any sign, unchecked, and grad is final.
+constexpr int32_t kRowScalar = -1;
+
+struct Settings {
+  int32_t rule;         // of weights.h, or kRowScalar
+  int32_t known;        // its weights do not depend on the cross entropies;
+  int32_t whole_token;  // else: they follow from those of all heads of a token,
+  int32_t sums_to_one;  // and sum to 1 over its valid heads
   int32_t reduction;
-  int32_t are_row_scalars;  // head_weights are d loss / d ce: of any sign, unchecked, and grad is final
 };
 
 // Contiguous, acc unless said otherwise; every entry is written.
-struct Output {
+struct Outputs {
   void* loss;           // [1]
   uint8_t* valid_mask;  // [B, S]
   void* ce;             // [B, S, H]
@@ -51,10 +56,11 @@ struct Output {
 };
 
 // Library and cpu_library.py must mean the same by all this: raise the version with every change of it.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 struct Kernels {
-  void (*weighted_loss)(const Rows&, const Weighting&, const Output&);
+  void (*weighted_loss)(const Inputs&, const Settings&, const Outputs&);
+  int32_t (*rule)(const char* name);  // its number; -2 where there is none
 };
 
 namespace baseline { extern const Kernels kernels; }
@@ -66,18 +72,18 @@ namespace avx512_bf16 { extern const Kernels kernels; }
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kPadding = 16;  // a vector, before the exponentials; after them, the last is stored whole
 
-inline bool shared_heads(const Rows& r) { return r.H > 1 && !r.head_offsets && r.stride_h == 0; }
+inline bool shared_heads(const Inputs& in) { return in.H > 1 && !in.head_offsets && in.stride_h == 0; }
 
 // A sleeping thread takes about as long to wake as one takes for so many logits.
-inline int useful_threads(const Rows& r) {
-  const int64_t worth = 1 << 17, last = r.S && r.S == r.T;  // nothing follows the last token
-  const int64_t rows = r.B * (r.S - last) * (shared_heads(r) ? 1 : r.H);
-  const int64_t most = 1 + rows * r.V / worth;
-  return int(most < r.threads ? most : r.threads);
+inline int useful_threads(const Inputs& in) {
+  const int64_t worth = 1 << 17, last = in.S && in.S == in.T;  // nothing follows the last token
+  const int64_t rows = in.B * (in.S - last) * (shared_heads(in) ? 1 : in.H);
+  const int64_t most = 1 + rows * in.V / worth;
+  return int(most < in.threads ? most : in.threads);
 }
 
-inline int64_t waiting_rows(const Rows& r, const Weighting& how) {
-  return how.ref_ce && !shared_heads(r) ? r.H : 1;
+inline int64_t waiting_rows(const Inputs& in, const Settings& set) {
+  return set.whole_token && !shared_heads(in) ? in.H : 1;
 }
 
 // Scratch of one thread, in bytes: `kept`, the exponentials of the rows whose gradient waits for the weights
@@ -86,11 +92,11 @@ inline int64_t waiting_rows(const Rows& r, const Weighting& how) {
 struct ScratchBytes {
   int64_t row, kept, numbers, all;
 };
-inline ScratchBytes scratch_of_thread(const Rows& r, const Weighting& how, bool with_grad) {
-  const int64_t acc = r.dtype == kFloat64 ? 8 : 4;
-  const int64_t row = ((r.V + 2 * kPadding + r.V / kBlock + 1) * acc + 63) / 64 * 64;
-  const int64_t kept = with_grad ? waiting_rows(r, how) * row : 0, numbers = r.H * 64;
-  return {row, kept, numbers, kept + numbers + (2 * r.H * useful_threads(r) * 24 + 63) / 64 * 64};
+inline ScratchBytes scratch_of_thread(const Inputs& in, const Settings& set, bool with_grad) {
+  const int64_t acc = in.dtype == kFloat64 ? 8 : 4;
+  const int64_t row = ((in.V + 2 * kPadding + in.V / kBlock + 1) * acc + 63) / 64 * 64;
+  const int64_t kept = with_grad ? waiting_rows(in, set) * row : 0, numbers = in.H * 64;
+  return {row, kept, numbers, kept + numbers + (2 * in.H * useful_threads(in) * 24 + 63) / 64 * 64};
 }
 
 }  // namespace wmtp

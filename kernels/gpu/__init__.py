@@ -1,4 +1,4 @@
-"""The Triton backend: one kernel, one file, and what `wmtp.backends` asks of each backend.
+"""The Triton backend: one kernel, one file, and what `wmtp.backends.protocol` asks of each backend.
 
 Triton is imported with the first of them, not with this package: `unavailable()` says what to do
 where it is missing.
@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from wmtp.weightings.base import rule_of
+
 if TYPE_CHECKING:
     from wmtp.kernels.gradient_kernel import row_gradient
     from wmtp.kernels.loss import weighted_loss
-    from wmtp.kernels.next_token_kernel import next_token_ce
-    from wmtp.kernels.rows_ce import new_rows, rows_ce_
+    from wmtp.kernels.rows_ce import new_rows, next_token_ce, rows_ce_
     from wmtp.kernels.scale_kernel import multiply_
 
 __all__ = [
+    "fuses",
     "interpreted",
     "multiply_",
     "new_rows",
@@ -32,7 +34,7 @@ _MODULES = {
     "multiply_": "wmtp.kernels.scale_kernel",
     "row_gradient": "wmtp.kernels.gradient_kernel",
     "new_rows": "wmtp.kernels.rows_ce",
-    "next_token_ce": "wmtp.kernels.next_token_kernel",
+    "next_token_ce": "wmtp.kernels.rows_ce",
     "rows_ce_": "wmtp.kernels.rows_ce",
     "weighted_loss": "wmtp.kernels.loss",
 }
@@ -42,6 +44,11 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def fuses(rule: str) -> bool:
+    found = rule_of(rule)
+    return found.known or found.device is not None
 
 
 def interpreted() -> bool:

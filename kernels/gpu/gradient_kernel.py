@@ -13,6 +13,7 @@ with the loss (register_kernel.py, online_kernel.py).
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from wmtp.kernels.heads import head_targets, of_agreeing, position
 from wmtp.kernels.rows import (
@@ -25,8 +26,11 @@ from wmtp.kernels.rows import (
     in_phase,
     inner_part,
     launch_shape,
+    strides,
     warp_size,
 )
+from wmtp.layout import heads_share_storage
+from wmtp.records import RowInputs
 
 
 @triton.jit
@@ -144,53 +148,37 @@ def row_gradient_kernel(
     )  # fmt: skip
 
 
-def row_gradient(
-    logits: torch.Tensor,
-    target_ids: torch.Tensor,
-    row_max: torch.Tensor,
-    log_sum: torch.Tensor,
-    row_scalar: torch.Tensor,
-    ignore_index: int,
-) -> torch.Tensor:
-    """Launch: one program a row. Arguments are taken as checked; see the op that calls this.
-
-    Args:
-        logits: [B, S, H, V] float32, bfloat16 or float16, last stride 1, other strides any.
-        target_ids: [B, S] int64 contiguous, unshifted.
-        row_max, log_sum: [B, S, H] float32 contiguous, from `weighted_loss`.
-        row_scalar: [B, S, H] float32 contiguous, the upstream gradient folded in.
-
-    Returns:
-        [B, S, H, V] of the logits' dtype, contiguous; [B, S, 1, V] for shared heads (stride 0).
-    """
+def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
+    """Launch: one program a row."""
+    logits = rows.logits
     _, seq_len, heads, vocab_size = logits.shape
-    shared_heads = heads > 1 and logits.stride(2) == 0
-    rows = logits[:, :, :1] if shared_heads else logits
-    grad = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    shared_heads = heads_share_storage(logits)
+    read = logits[:, :, :1] if shared_heads else logits
+    grad = torch.empty_like(read, memory_format=torch.contiguous_format)
     if not logits.numel():
         return grad
     warp = warp_size(logits.device)
     block, num_warps = launch_shape(vocab_size, logits.element_size(), warp)
-    base, lead = aligned_base(rows)
+    base, lead = aligned_base(read)
     grad_base, grad_lead = aligned_base(grad)
     with torch.cuda.device_of(logits):
-        row_gradient_kernel[(rows.shape[0] * rows.shape[1] * rows.shape[2],)](
-            base,
-            target_ids,
-            row_max,
-            log_sum,
-            row_scalar,
-            grad_base,
-            lead,
-            *rows.stride()[:3],
-            grad_lead,
-            *grad.stride()[:3],
-            seq_len,
-            vocab_size,
-            ignore_index,
+        row_gradient_kernel[(read.shape[0] * read.shape[1] * read.shape[2],)](
+            logits_ptr=base,
+            target_ptr=rows.target_ids,
+            row_max_ptr=rows.row_max,
+            log_sum_ptr=rows.log_sum,
+            c_ptr=rows.row_scalar,
+            grad_ptr=grad_base,
+            lead=lead,
+            **strides("stride", read),
+            grad_lead=grad_lead,
+            **strides("grad_stride", grad),
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            ignore_index=ignore_index,
             H=heads,
             SHARED_HEADS=shared_heads,
-            IN_PHASE=in_phase(rows, grad, (lead, grad_lead)),
+            IN_PHASE=in_phase(read, grad, (lead, grad_lead)),
             BLOCK=block,
             num_warps=num_warps,
             **OPTIONS,

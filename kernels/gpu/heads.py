@@ -1,4 +1,4 @@
-"""What the loss kernels share: the targets of a token's heads, and weights from their excess.
+"""What the loss kernels share: the targets of a token's heads, and their weights.
 
 A program holds some heads of one token (b, t): head k's target is target_ids[b, t + k + 1], valid
 when that position exists and is not ignore_index.
@@ -29,32 +29,24 @@ def head_targets(target_ptr, token, t, head, seq_len, vocab_size, ignore_index, 
 
 
 @triton.jit
-def excess_weights(ce, ref_ce, valid, temperature, SIGNED: tl.constexpr):
-    """w = softmax over valid heads of excess / temperature; all 0 where none is valid."""
-    excess = (ce - ref_ce) if SIGNED else tl.abs(ce - ref_ce)
-    score = tl.where(valid, excess / temperature, float("-inf"))
-    w = tl.where(valid, tl.exp(score - tl.max(score, axis=0)), 0.0)
-    return w / tl.where(tl.max(valid.to(tl.int32), axis=0) > 0, tl.sum(w, axis=0), 1.0)
-
-
-@triton.jit
 def settle_heads(
-    ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, temperature_ptr, factors_ptr,
-    row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
-    H: tl.constexpr, EXCESS: tl.constexpr, SIGNED: tl.constexpr,
+    ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, numbers_ptr, factors_ptr,
+    row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
+    H: tl.constexpr, RULE: tl.constexpr, COMPARES: tl.constexpr,
 ):  # fmt: skip
-    """Finds excess weights, stores what is known of the heads, and returns what their rows'
+    """Finds the rule's weights, stores what is known of the heads, and returns what their rows'
     gradient is times, [HEADS]: 0 where a head has no weight, whatever its logits. Of a split row
     every part finds the same; the first stores it."""
     ce = tl.where(valid, ce, 0.0)
     head_ptr = token * H + head
     is_first = tl.program_id(1) == 0
     mine = tl.where(is_first, head < H, False)
-    if EXCESS:
-        ref_ce = tl.load(ref_ce_ptr + token - b + head, mask=valid)  # [B, S-1]
-        row_scalar = excess_weights(ce, ref_ce, valid, tl.load(temperature_ptr), SIGNED)
+    if RULE is not None:
+        ref_ce = ce
+        if COMPARES:
+            ref_ce = tl.load(ref_ce_ptr + token - b + head, mask=valid)  # [B, S-1]
+        row_scalar = RULE(ce, valid, ref_ce, numbers_ptr)
         tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
-        tl.store(weight_sum_ptr + token, tl.sum(row_scalar, axis=0), mask=is_first)
     else:
         row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
     tl.store(ce_ptr + head_ptr, ce, mask=mine)
@@ -65,15 +57,18 @@ def settle_heads(
 
 
 @triton.jit
-def with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H: tl.constexpr,
-                EXCESS: tl.constexpr):  # fmt: skip
-    """Which heads' c is not 0, from memory: asked of c itself, rows in registers would spill.
+def with_weight(row_scalar_ptr, factors_ptr, token, head, valid, c, H: tl.constexpr,
+                RULE: tl.constexpr, SUMS_TO_ONE: tl.constexpr):  # fmt: skip
+    """Which heads' c is not 0. Known weights are asked in memory: to ask c itself takes registers,
+    and rows that are held in them would spill.
 
-    Where an excess weight is 0 the cross entropies of its token are finite, so that its row times
-    0 is 0.
+    Where a weight of those that sum to 1 is 0 its token's cross entropies are finite, so that its
+    row times 0 is 0.
     """
-    if EXCESS:
+    if SUMS_TO_ONE:
         return valid
+    if RULE is not None:
+        return valid & (c != 0)
     row_scalar = tl.load(row_scalar_ptr + token * H + head, mask=valid, other=0.0)
     return valid & (rounded_product(row_scalar, tl.load(factors_ptr + 2)) != 0)
 

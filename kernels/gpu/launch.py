@@ -4,35 +4,56 @@ import warnings
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from wmtp.kernels import tiers
 from wmtp.kernels.online_kernel import online_kernel
 from wmtp.kernels.partial_kernel import partial_kernel
 from wmtp.kernels.register_kernel import register_kernel
-from wmtp.kernels.rows import aligned_base, in_phase
+from wmtp.kernels.rows import aligned_base, in_phase, strides
 
 
 class Case(NamedTuple):
     """What the kernel works on."""
 
-    rows: torch.Tensor  # [B, S, H, V], or [B, S, 1, V] shared by the heads
-    target_ids: torch.Tensor  # [B, S] int64; or [1, T]: T > S where the logits stop before
+    rows: Tensor  # [B, S, H, V], or [B, S, 1, V] shared by the heads
+    target_ids: Tensor  # [B, S] int64; or [1, T]: T > S where the logits stop before
     heads: int
-    grad: torch.Tensor | None  # wanted there; `rows` itself: in place
-    pointers: tuple[torch.Tensor, ...]  # the kernels' own, between target_ptr and grad_ptr
+    grad: Tensor | None  # wanted there; `rows` itself: in place
+    of_heads: "OfHeads"
     ignore_index: int
-    excess: bool
-    signed: bool
-    head_offsets: tuple[int, ...] | None
+    rule: "Rule"
+    head_offsets: tuple[int, ...] | None = None
+
+
+class OfHeads(NamedTuple):
+    """The small tensors, as the kernels name them; `unused` stands for what a case has not."""
+
+    ref_ce_ptr: Tensor  # [B, S - 1] float32
+    numbers_ptr: Tensor  # float32, the rule's
+    factors_ptr: Tensor  # [3] float32, the last is the gradient's scale
+    row_scalar_ptr: Tensor  # [B, S, H] float32
+    offset_ptr: Tensor  # [H] int64, the head_offsets
+    ce_ptr: Tensor  # [B, S, H] float32, and so the next two
+    row_max_ptr: Tensor
+    log_sum_ptr: Tensor
+
+
+class Rule(NamedTuple):
+    """What the kernels know of a rule."""
+
+    function: Any = None  # None: the weights are known
+    compares: bool = False
+    sums_to_one: bool = False
+    whole_token: bool = False
 
 
 class Call(NamedTuple):
-    """A kernel and everything it is called with."""
+    """A kernel and everything it is called with, by name."""
 
     kernel: Any
     grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
+    arguments: dict[str, Any]
 
 
 _without_clusters: set[torch.device] = set()  # where a launch with clusters has failed
@@ -66,7 +87,7 @@ def choose(case: Case, machine: tiers.Machine) -> tiers.Launch:
         heads=case.heads,
         rows=case.rows.shape[2],
         itemsize=case.rows.element_size(),
-        excess=case.excess,
+        whole_token=case.rule.whole_token,
         gradient=case.grad is not None,
         machine=machine,
         forced=tiers.forced_tier(),
@@ -75,7 +96,7 @@ def choose(case: Case, machine: tiers.Machine) -> tiers.Launch:
 
 def launch_as(chosen: tiers.Launch, case: Case) -> None:
     for call in prepare(chosen, case):
-        call.kernel[call.grid](*call.arguments, **call.constants, **chosen.options())
+        call.kernel[call.grid](**call.arguments, **chosen.options())
 
 
 def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
@@ -86,47 +107,61 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     base, lead = aligned_base(rows)
     grad_base, grad_lead = aligned_base(target)
     same = target is rows or in_phase(rows, target, (lead, grad_lead), case.head_offsets)
-    constants = {
-        **tiers.constants(chosen, case.heads, count, case.excess),
+    divided = tiers.constants(chosen, case.heads, count, case.rule.whole_token)
+    programs = batch * seq_len * divided["PROGRAMS"]
+    where = {
+        "logits_ptr": base,
+        "target_ptr": case.target_ids,
+        "lead": lead,
+        **strides("stride", rows),
+        "seq_len": case.target_ids.shape[1],
+        "vocab_size": vocab_size,
+        "ignore_index": case.ignore_index,
         "H": case.heads,
         "LISTED": listed,
-        "GRAD_LISTED": listed and target is rows,
-        "EXCESS": case.excess,
-        "SIGNED": case.signed,
-        "IN_PHASE": same,
         "BLOCK": chosen.block,
     }
-    strides = (lead, *rows.stride()[:3])
-    sizes = (case.target_ids.shape[1], vocab_size, case.ignore_index)
-    numbers = (*strides, grad_lead, *target.stride()[:3], *sizes)
-    programs = batch * seq_len * constants["PROGRAMS"]
+    arguments = {
+        **where,
+        **case.of_heads._asdict(),
+        "grad_ptr": grad_base,
+        "grad_lead": grad_lead,
+        **strides("grad_stride", target),
+        **divided,
+        "GRAD_LISTED": listed and target is rows,
+        "RULE": case.rule.function,
+        "COMPARES": case.rule.compares,
+        "IN_PHASE": same,
+    }
     if chosen.tier != "online":
-        arguments = (base, case.target_ids, *case.pointers, grad_base, *numbers)
-        return [Call(register_kernel, (programs,), arguments, constants)]
+        arguments["SUMS_TO_ONE"] = case.rule.sums_to_one
+        return [Call(register_kernel, (programs,), arguments)]
 
     machine = tiers.machine(rows.device)
     splits = tiers.splits(vocab_size, rows.element_size(), programs, machine)
-    constants |= {"GRAD": case.grad is not None, "SPLITS": splits}
-    *inputs, offsets, ce, row_max, log_sum = case.pointers
-    scratch, calls = (offsets, offsets), []
+    parts, calls = Parts(case.of_heads.offset_ptr, case.of_heads.offset_ptr), []
     if splits > 1:
         all_rows = batch * seq_len * count
-        scratch = (
+        parts = Parts(
             rows.new_empty((all_rows, splits, 2), dtype=torch.float32),
             rows.new_empty((batch, seq_len, case.heads), dtype=torch.float32),
         )
         of_parts = {
-            "H": case.heads,
-            "HEADS": constants["HEADS"] if count < case.heads else 1,
+            **where,
+            **parts._asdict(),
+            "offset_ptr": case.of_heads.offset_ptr,
+            "HEADS": divided["HEADS"] if count < case.heads else 1,
             "ROWS": count,
-            "LISTED": listed,
             "EVICT": "evict_last" if case.grad is not None else "evict_first",
             "SPLITS": splits,
-            "BLOCK": chosen.block,
         }
-        arguments = (base, case.target_ids, offsets, *scratch, *strides, *sizes)
-        calls = [Call(partial_kernel, (all_rows, splits), arguments, of_parts)]
-    inputs = (case.target_ids, *inputs)
-    outputs = (ce, row_max, log_sum, grad_base)
-    arguments = (base, *inputs, offsets, *scratch, *outputs, *numbers)
-    return [*calls, Call(online_kernel, (programs, splits), arguments, constants)]
+        calls = [Call(partial_kernel, (all_rows, splits), of_parts)]
+    arguments |= {**parts._asdict(), "GRAD": case.grad is not None, "SPLITS": splits}
+    return [*calls, Call(online_kernel, (programs, splits), arguments)]
+
+
+class Parts(NamedTuple):
+    """What partial_kernel leaves to online_kernel."""
+
+    partial_ptr: Tensor  # [rows, SPLITS, 2] float32
+    x_target_ptr: Tensor  # [B, S, H] float32

@@ -6,131 +6,125 @@ a fixed order).
 """
 
 import torch
+from torch import Tensor
 
-from wmtp.kernels.launch import Case, launch
+from wmtp.kernels.launch import Case, OfHeads, Rule, launch
+from wmtp.kernels.rules import device_function
 from wmtp.kernels.tiers import machine, one_program
 from wmtp.kernels.weights_kernel import (
-    EXCESS,
     GIVEN,
+    LATER,
+    ONES,
     REDUCTIONS,
-    UNIFORM,
     finish_kernel,
     tokens_a_step,
     weights_kernel,
 )
+from wmtp.layout import as_rows, heads_share_storage
+from wmtp.records import Inputs, Outputs, Settings
+from wmtp.weightings.base import rule_of
 
 
-def weighted_loss(
-    logits: torch.Tensor,
-    target_ids: torch.Tensor,
-    head_weights: torch.Tensor | None,
-    ref_ce: torch.Tensor | None,
-    normalizer: torch.Tensor | None,
-    temperature: torch.Tensor | None,
-    signed: bool,
-    reduction: str,
-    ignore_index: int,
-    gradient: str,
-    head_offsets: tuple[int, ...] | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Launch. Arguments are taken as checked; see the op that calls this.
-
-    Args:
-        logits: [B, S, H, V] float32, bfloat16 or float16, last stride 1, other strides any;
-            stride 0 along the heads reads the one row once.
-        target_ids: [B, S] int64 contiguous, unshifted. Outside [0, V): that row's ce is NaN.
-        head_weights: [B, S, H] float32 contiguous, or None.
-        ref_ce: [B, S-1] float32 contiguous, or None; never both.
-        normalizer: [], replaces the denominator, or None.
-        temperature: [], of the excess softmax, nats; None without ref_ce.
-        gradient: "none", "new" or "inplace" (over the logits).
-        head_offsets: where head k begins, in elements from the lowest: for heads of memory of their
-            own, the lowest of which is `logits`, expanded. None: by the strides.
-
-    Returns:
-        loss [], valid_mask [B, S] bool, ce [B, S, H], token_loss [B, S], weight_sum [B, S],
-        row_scalar [B, S, H] = dloss / dce, row_max and log_sum [B, S, H], factors [2], grad: as
-        wmtp.cpu's.
-    """
+def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
+    """Launch; see `wmtp.backends.protocol`. A target outside [0, V): that row's ce is NaN."""
+    logits, head_offsets = as_rows(inputs.logits)
     batch, seq_len, heads, vocab_size = logits.shape
     tokens = batch * seq_len
-    shared_heads = head_offsets is None and heads > 1 and logits.stride(2) == 0
+    shared_heads = head_offsets is None and heads_share_storage(logits)
     rows = logits[:, :, :1] if shared_heads else logits
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return logits.new_empty(shape, dtype=dtype)
-
-    row_scalar, ce, row_max, log_sum = (new(batch, seq_len, heads) for _ in range(4))
-    weight_sum, token_loss = new(batch, seq_len), new(batch, seq_len)
-    valid_mask = new(batch, seq_len, dtype=torch.bool)
-    factors, loss = new(4), new()
-    grad = {
-        "none": lambda: logits.new_empty(0),
-        "new": lambda: torch.empty_like(rows, memory_format=torch.contiguous_format),
-        "inplace": lambda: rows,
-    }[gradient]()
-    weighting, weights = UNIFORM, target_ids
-    if head_weights is not None:
-        weighting, weights = GIVEN, head_weights
-    elif ref_ce is not None:
-        weighting = EXCESS
-    step, alone = tokens_a_step(heads), one_program(machine(logits.device)).options()
+    out, factors = _outputs(logits), logits.new_empty(4, dtype=torch.float32)
+    if settings.gradient != "none":
+        new = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        out = out._replace(grad=rows if settings.gradient == "inplace" else new)
+    rule = _rule(settings.rule)
+    weights = ONES if inputs.head_weights is None else GIVEN
+    alike = {
+        "row_scalar_ptr": out.row_scalar,
+        "weight_sum_ptr": out.weight_sum,
+        "valid_mask_ptr": out.valid_mask,
+        "factors_ptr": factors,
+        "tokens": tokens,
+        "H": heads,
+        "WEIGHTS": LATER if rule.function is not None else weights,
+        "TOKENS": tokens_a_step(heads),
+        **one_program(machine(logits.device)).options(),
+    }
+    normalizer = inputs.normalizer
     with torch.cuda.device_of(logits):
         weights_kernel[(1,)](
-            target_ids,
-            weights,
-            factors if normalizer is None else _on_device(normalizer, logits),
-            row_scalar,
-            weight_sum,
-            valid_mask,
-            factors,
-            tokens,
-            seq_len,
-            vocab_size,
-            ignore_index,
-            int(normalizer is not None),
-            int(logits.dtype == torch.float16),
-            1 / heads if shared_heads else 1.0,
-            H=heads,
-            WEIGHTING=weighting,
-            REDUCTION=REDUCTIONS[reduction],
-            TOKENS=step,
-            **alone,
+            target_ptr=inputs.target_ids,
+            weight_ptr=inputs.target_ids if inputs.head_weights is None else inputs.head_weights,
+            normalizer_ptr=factors if normalizer is None else _on_device([normalizer], logits),
+            seq_len=seq_len,
+            vocab_size=vocab_size,
+            ignore_index=settings.ignore_index,
+            has_normalizer=int(normalizer is not None),
+            scaled=int(logits.dtype == torch.float16),
+            heads_share=1 / heads if shared_heads else 1.0,
+            REDUCTION=REDUCTIONS[settings.reduction],
+            **alike,
         )
         if logits.numel():
-            known = (factors, row_scalar, weight_sum)
-            offsets = factors if head_offsets is None else _offsets(head_offsets, logits)
-            reference = (factors, factors)
-            if ref_ce is not None:
-                reference = (ref_ce, _on_device(temperature, logits))
-            case = Case(
-                rows=rows,
-                heads=heads,
-                grad=None if gradient == "none" else grad,
-                target_ids=target_ids,
-                pointers=(*reference, *known, offsets, ce, row_max, log_sum),
-                ignore_index=ignore_index,
-                excess=ref_ce is not None,
-                signed=signed,
-                head_offsets=head_offsets,
+            of_heads = OfHeads(
+                ref_ce_ptr=factors if inputs.ref_ce is None else inputs.ref_ce,
+                numbers_ptr=_on_device(inputs.numbers, logits) if inputs.numbers else factors,
+                factors_ptr=factors,
+                row_scalar_ptr=out.row_scalar,
+                offset_ptr=factors if head_offsets is None else _offsets(head_offsets, logits),
+                ce_ptr=out.ce,
+                row_max_ptr=out.row_max,
+                log_sum_ptr=out.log_sum,
             )
-            launch(case)
+            grad = None if settings.gradient == "none" else out.grad
+            how = (settings.ignore_index, rule, head_offsets)
+            launch(Case(rows, inputs.target_ids, heads, grad, of_heads, *how))
         finish_kernel[(1,)](
-            ce, row_scalar, factors, token_loss, loss, tokens,
-            H=heads, TOKENS=step, **alone,
-        )  # fmt: skip
-    of_rows = (row_scalar, row_max, log_sum)
-    return loss, valid_mask, ce, token_loss, weight_sum, *of_rows, factors[:2], grad
+            ce_ptr=out.ce, token_loss_ptr=out.token_loss, loss_ptr=out.loss, **alike
+        )
+    return out._replace(factors=factors[:2])
 
 
-def _on_device(number: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """[] float32 beside the logits. One of the host is filled in there: a copy would wait."""
-    if number.device == logits.device:
-        return number.to(torch.float32)
-    return logits.new_full((), number.item(), dtype=torch.float32)
+def _outputs(logits: Tensor) -> Outputs:
+    """Nothing written yet; of factors and grad nothing is there."""
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return logits.new_empty(shape, dtype=dtype)
+
+    tokens, rows = logits.shape[:2], logits.shape[:3]
+    return Outputs(
+        loss=new(),
+        valid_mask=new(*tokens, dtype=torch.bool),
+        ce=new(*rows),
+        token_loss=new(*tokens),
+        weight_sum=new(*tokens),
+        row_scalar=new(*rows),
+        row_max=new(*rows),
+        log_sum=new(*rows),
+        factors=new(0),
+        grad=logits.new_empty(0),
+    )
 
 
-def _offsets(head_offsets: tuple[int, ...], logits: torch.Tensor) -> torch.Tensor:
+def _rule(key: str) -> Rule:
+    rule = rule_of(key)
+    if rule.known:
+        return Rule()
+    whole_token = rule.scope == "token"
+    return Rule(device_function(key), rule.compares, rule.sums_to_one, whole_token)
+
+
+def _on_device(numbers: list[Tensor], logits: Tensor) -> Tensor:
+    """float32 beside the logits. One of the host is filled in there: a copy would wait."""
+    found = [
+        number.to(torch.float32)
+        if number.device == logits.device
+        else logits.new_full((), number.item(), dtype=torch.float32)
+        for number in numbers
+    ]
+    return found[0] if len(found) == 1 else torch.stack(found)
+
+
+def _offsets(head_offsets: tuple[int, ...], logits: Tensor) -> Tensor:
     """[H] int64 beside the logits; filled there: a copy would wait, and no graph would keep it."""
     offsets = logits.new_empty(len(head_offsets), dtype=torch.int64)
     for k, offset in enumerate(head_offsets):

@@ -1,15 +1,15 @@
 """Loss, and gradient if wanted, of rows that do not fit the registers: two reads and one write.
 
     ce[b,t,k]          = logsumexp(logits[b,t,k,:]) - logits[b,t,k,target]
-    w                  = softmax over valid k of |ce - ref_ce[b,t+k]| / temperature     (ref_ce)
-    row_scalar         = w, or as weights_kernel.py has found it
+    row_scalar         = RULE(ce of the token's heads, or of the row), or as weights_kernel.py has
+                         found it
     grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
 
-A program goes over a row twice; with excess weights over all rows of a token, and then over them
-again. Where rows are too few to occupy the device each is split: partial_kernel.py makes the first
-pass, and a program of this one the second over its part. The second read comes from the L2 where
-(programs in flight) x (their bytes) fit it: what the first pass reads is marked to stay, what the
-second reads to go. Without a gradient there is no second pass.
+A program goes over a row twice; where a rule needs all heads it goes over all rows of a token, and
+then over them again. Where rows are too few to occupy the device each is split: partial_kernel.py
+makes the first pass, and a program of this one the second over its part. The second read comes from
+the L2 where (programs in flight) x (their bytes) fit it: what the first pass reads is marked to
+stay, what the second reads to go. Without a gradient there is no second pass.
 A row without a valid target is not read; its gradient is 0, and so is that of a row without weight.
 All arithmetic is float32.
 """
@@ -35,10 +35,9 @@ def online_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
     ref_ce_ptr,  # [B, S-1], or unused
-    temperature_ptr,  # [], or unused
+    numbers_ptr,  # the rule's, or unused
     factors_ptr,  # [3], the last is the gradient's scale
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
-    weight_sum_ptr,  # [B, S]; written with excess weights
     offset_ptr,  # [H] int64, where the heads begin, or unused
     partial_ptr,  # [rows, SPLITS, 2] and
     x_target_ptr,  # [B, S, H], from partial_kernel.py; unused with SPLITS 1
@@ -64,8 +63,8 @@ def online_kernel(
     SHARED: tl.constexpr,
     LISTED: tl.constexpr,  # heads of memory of their own: offset_ptr instead of stride_h,
     GRAD_LISTED: tl.constexpr,  # and the gradient, in place, too
-    EXCESS: tl.constexpr,
-    SIGNED: tl.constexpr,
+    RULE: tl.constexpr,  # of (ce, valid, ref_ce, numbers_ptr), or None: the weights are known
+    COMPARES: tl.constexpr,  # with ref_ce
     GRAD: tl.constexpr,
     IN_PHASE: tl.constexpr,
     SPLITS: tl.constexpr,  # of a row, a program for each; partial_kernel has read them
@@ -108,9 +107,8 @@ def online_kernel(
     ce, log_s = cross_entropy(m, s, x_target, in_range)
 
     c = settle_heads(
-        ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, temperature_ptr,
-        factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
-        H, EXCESS, SIGNED,
+        ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, numbers_ptr,
+        factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr, H, RULE, COMPARES,
     )  # fmt: skip
 
     if GRAD:

@@ -3,13 +3,13 @@
 A program holds the rows [ROWS, V] of a token, or one of them, and the heads they serve:
 
     tier    ROWS       heads      weights                    programs a token
-    token   H          H          from ref_ce, or known      1
-    row     1          1          known                      H
+    token   H          H          of any rule                1
+    row     1          1          known, or of its own ce    H
     either  1          H          (shared heads)             1
 
     ce[b,t,k]          = logsumexp(logits[b,t,k,:]) - logits[b,t,k,target]
-    w                  = softmax over valid k of |ce - ref_ce[b,t+k]| / temperature     (ref_ce)
-    row_scalar         = w, or as weights_kernel.py has found it
+    row_scalar         = RULE(ce of the token's heads, or of the row), or as weights_kernel.py has
+                         found it
     grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
 
 The rows may lie in the registers of a whole cluster of CTAs (num_ctas): Triton reduces across it.
@@ -49,10 +49,9 @@ def register_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
     target_ptr,  # [B, S] int64, unshifted
     ref_ce_ptr,  # [B, S-1], or unused
-    temperature_ptr,  # [], or unused
+    numbers_ptr,  # the rule's, or unused
     factors_ptr,  # [3], the last is the gradient's scale
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
-    weight_sum_ptr,  # [B, S]; written with excess weights
     offset_ptr,  # [H] int64, where the heads begin, or unused
     ce_ptr,  # [B, S, H]
     row_max_ptr,  # [B, S, H]
@@ -75,8 +74,9 @@ def register_kernel(
     PROGRAMS: tl.constexpr,  # a token
     LISTED: tl.constexpr,  # heads of memory of their own: offset_ptr instead of stride_h,
     GRAD_LISTED: tl.constexpr,  # and the gradient, in place, too
-    EXCESS: tl.constexpr,
-    SIGNED: tl.constexpr,
+    RULE: tl.constexpr,  # of (ce, valid, ref_ce, numbers_ptr), or None: the weights are known
+    COMPARES: tl.constexpr,  # with ref_ce
+    SUMS_TO_ONE: tl.constexpr,  # over a token's valid heads
     IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
     CLUSTER: tl.constexpr,  # of several CTAs, which have no barrier of their own
     BLOCK: tl.constexpr,  # >= V
@@ -127,16 +127,15 @@ def register_kernel(
         head_s = s + tl.zeros((HEADS,), tl.float32)
     ce, log_s = cross_entropy(head_m, head_s, x_target, in_range)
     c = settle_heads(
-        ce, head_m, log_s, head, valid, in_range, token, b, ref_ce_ptr, temperature_ptr,
-        factors_ptr, row_scalar_ptr, weight_sum_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
-        H, EXCESS, SIGNED,
+        ce, head_m, log_s, head, valid, in_range, token, b, ref_ce_ptr, numbers_ptr,
+        factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr, H, RULE, COMPARES,
     )  # fmt: skip
     # All threads have read before one writes. A row of several warps has passed barriers by then,
     # for its maximum and its sum; one that a single warp holds has not.
     tl.debug_barrier()
     target = tl.where(valid, target, -1)
     row_c = c
-    live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, H, EXCESS)
+    live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, c, H, RULE, SUMS_TO_ONE)
     if SHARED:
         live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)

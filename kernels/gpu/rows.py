@@ -23,7 +23,7 @@ ONE_BINARY = {
         *("grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h", "ignore_index"),
     ],
     "do_not_specialize_on_alignment": [
-        *("target_ptr", "weight_ptr", "normalizer_ptr", "ref_ce_ptr", "temperature_ptr"),
+        *("target_ptr", "weight_ptr", "normalizer_ptr", "ref_ce_ptr", "numbers_ptr"),
         *("row_max_ptr", "log_sum_ptr", "c_ptr", "factor_ptr"),
     ],
 }
@@ -72,6 +72,11 @@ def aligned_base(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         if lead <= offset:
             return tensor.as_strided((1,), (1,), offset - lead), lead
     return tensor, 0
+
+
+def strides(name: str, tensor: torch.Tensor) -> dict[str, int]:
+    """The kernels' arguments of this name, for B, S and H."""
+    return {f"{name}_{axis}": tensor.stride(i) for i, axis in enumerate("bsh")}
 
 
 def in_phase(

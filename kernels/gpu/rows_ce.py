@@ -1,52 +1,61 @@
-"""Cross entropies of the rows of a product that nobody else has seen: they may be overwritten.
+"""Cross entropies of rows alone: no weights, no loss.
 
-    ce[r]     = logsumexp(logits[r,:]) - logits[r,target]
-    logits[r] = row_scalar[r] (softmax(logits[r,:]) - onehot(target))              if there is one
+    rows_ce_       ce[r]       = logsumexp(logits[r,:]) - logits[r,target]
+                   logits[r]   = row_scalar[r] (softmax(logits[r,:]) - onehot(target))   if wanted
+    next_token_ce  ref_ce[b,t] = logsumexp(logits[b,t,:]) - logits[b,t,target_ids[b,t+1]], t < S - 1
 
-Rows are tokens of one head to the loss's kernels: one read and one write in the register tiers.
+Rows are tokens of one head to the loss's kernels: one read, and one write in the register tiers.
 """
 
 import torch
+from torch import Tensor
 
-from wmtp.kernels.launch import Case, launch
+from wmtp.kernels.launch import Case, OfHeads, Rule, launch
 
 NO_ID = -1  # ignore_index where no target is to be ignored
 
 
-def rows_ce_(
-    logits: torch.Tensor, target_ids: torch.Tensor, row_scalar: torch.Tensor | None
-) -> torch.Tensor:
-    """Launch. Arguments are taken as checked.
-
-    Args:
-        logits: [R, V] float32, bfloat16 or float16, last stride 1.
-        target_ids: [1 + R] int64 contiguous: the first is not looked at, target_ids[1 + r] is row
-            r's. Outside [0, V): that row's ce and gradient are NaN.
-        row_scalar: [R] float32 contiguous, of any sign, or None: the logits stay.
-
-    Returns:
-        [R] float32, nats.
-    """
+def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> Tensor:
+    """Launch. A target outside [0, V): that row's ce and gradient are NaN."""
     rows = logits[None, :, None]
-    outputs = tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
-    ones = logits.new_ones(max(len(logits), 3), dtype=torch.float32)
-    scalars = ones if row_scalar is None else row_scalar
-    case = Case(
-        rows=rows,
-        heads=1,
-        grad=None if row_scalar is None else rows,
-        target_ids=target_ids[None],
-        pointers=(ones, ones, ones, scalars, ones, ones, *outputs),
-        ignore_index=NO_ID,
-        excess=False,
-        signed=False,
-        head_offsets=None,
+    grad = None if row_scalar is None else rows
+    return _cross_entropy(rows, target_ids[None], row_scalar, grad, NO_ID).flatten()
+
+
+def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
+    """Launch. A target outside [0, V): that position's ce is NaN."""
+    rows = logits[:, :, None]
+    if not rows.numel():
+        return logits.new_zeros(len(logits), max(logits.shape[1] - 1, 0), dtype=torch.float32)
+    ce = _cross_entropy(rows, target_ids, None, None, ignore_index)
+    return ce[:, :-1].contiguous()
+
+
+def _cross_entropy(
+    rows: Tensor,
+    target_ids: Tensor,
+    row_scalar: Tensor | None,
+    grad: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """[B, S] of rows [B, S, 1, V]."""
+    tokens = rows.shape[:2]
+    ce, row_max, log_sum = (rows.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+    ones = rows.new_ones(max(ce.numel(), 3), dtype=torch.float32)
+    of_heads = OfHeads(
+        ref_ce_ptr=ones,
+        numbers_ptr=ones,
+        factors_ptr=ones,
+        row_scalar_ptr=ones if row_scalar is None else row_scalar,
+        offset_ptr=ones,
+        ce_ptr=ce,
+        row_max_ptr=row_max,
+        log_sum_ptr=log_sum,
     )
-    with torch.cuda.device_of(logits):
-        launch(case)
-    return outputs[0]
+    with torch.cuda.device_of(rows):
+        launch(Case(rows, target_ids, 1, grad, of_heads, ignore_index, Rule()))
+    return ce
 
 
-def new_rows(count: int, weight: torch.Tensor) -> torch.Tensor:
-    """[count, V] of weight's dtype, for a chunk's logits."""
+def new_rows(count: int, weight: Tensor) -> Tensor:
     return weight.new_empty((count, len(weight)))

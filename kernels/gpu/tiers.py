@@ -2,7 +2,7 @@
 
     tier     holds in registers      reads + writes    needs
     token    the H rows of a token   1 + 1             H x BLOCK logits in at most 16 CTAs
-    row      one row                 1 + 1             known weights; BLOCK logits in as many
+    row      one row                 1 + 1             weights of one row; BLOCK logits in as many
     online   nothing                 2 + 1             nothing
 
 BLOCK is the power of two that holds V. A program is a cluster of CTAs:
@@ -21,8 +21,8 @@ BLOCK is the power of two that holds V. A program is a cluster of CTAs:
     online         16 or 8    <= 64       4 and more   enough to have a B200's bytes in flight
 
 More than four rows of a token in one CTA hold 16384 at most: their edges take registers too.
-More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Excess
-weights need the whole token; known weights take the row, whose clusters are smaller. Without a
+More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Weights
+that need the whole token take it; others the row, whose clusters are smaller. Without a
 gradient there is nothing to keep, and the online kernel reads once.
 """
 
@@ -95,7 +95,7 @@ def choose(
     heads: int,
     rows: int,
     itemsize: int,
-    excess: bool,
+    whole_token: bool,
     gradient: bool,
     machine: Machine,
     forced: str = "",
@@ -107,7 +107,7 @@ def choose(
         heads: H.
         rows: of a token: H, or 1 for shared heads.
         itemsize: bytes of a logit.
-        excess: the weights follow from the cross entropies of the whole token.
+        whole_token: the weights follow from the cross entropies of all heads of a token.
         gradient: it is wanted.
         machine: see `machine`.
         forced: a tier's name, for tests and benchmarks.
@@ -117,15 +117,15 @@ def choose(
     """
     if forced and forced not in TIERS:
         raise ValueError(f"WMTP_TRITON_TIER must be one of {', '.join(TIERS)}, got {forced!r}")
-    token = excess and rows > 1
+    token = whole_token and rows > 1
     below = online(vocab_size, itemsize, machine, 80 if token else 64)
     if forced == "online" or not gradient:
         return below
     tier = forced or ("token" if token else "row")
     if forced == "row" and token:
         raise ValueError(
-            "WMTP_TRITON_TIER=row cannot serve weights from ref_ce, which need all rows of a "
-            "token: use token or online"
+            "WMTP_TRITON_TIER=row cannot serve weights that need all rows of a token, as those "
+            "from ref_ce: use token or online"
         )
     held = rows if tier == "token" else 1
     found = _in_registers(tier, held, vocab_size, rows < heads, machine)
@@ -185,20 +185,20 @@ def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> i
     return 1 << max(wanted, 1).bit_length() - 1
 
 
-def constants(launch: Launch, heads: int, rows: int, excess: bool) -> dict[str, int | bool]:
+def constants(launch: Launch, heads: int, rows: int, whole_token: bool) -> dict[str, int | bool]:
     """How a program of the launch divides the work: the kernel's constexprs of these names."""
-    whole_token = launch.tier == "token" or (launch.tier == "online" and excess and rows > 1)
+    together = launch.tier == "token" or (launch.tier == "online" and whole_token and rows > 1)
     shared = rows < heads
     all_heads = triton.next_power_of_2(heads)
     if launch.tier == "online":
-        held = {"ROWS": rows if whole_token else 1, "SHARED": shared}
+        held = {"ROWS": rows if together else 1, "SHARED": shared}
     else:
-        held = {"ROWS": triton.next_power_of_2(rows) if whole_token else 1}
+        held = {"ROWS": triton.next_power_of_2(rows) if together else 1}
         held["CLUSTER"] = launch.num_ctas > 1
     return {
         **held,
-        "HEADS": all_heads if whole_token or shared else 1,
-        "PROGRAMS": 1 if whole_token or shared else heads,
+        "HEADS": all_heads if together or shared else 1,
+        "PROGRAMS": 1 if together or shared else heads,
     }
 
 

@@ -5,7 +5,8 @@
     denominator = normalizer  |  number of tokens with sum_k w > 1e-8  |  sum w  |  1
                   1 where nothing weighs, so that an empty batch has loss 0
 
-Excess weights are not known yet, but they sum to 1 on every token that has a target. One program
+Weights that follow from the cross entropies are not known yet. Either they sum to 1 on every token
+that has a target, or nothing is divided by them; finish_kernel adds them up. One program
 goes over all tokens, in a fixed order: that is 20 bytes for each row, beside its V logits. All
 arithmetic is float32: where the denominator, or its inverse, would leave its range, the weights are
 stored in another unit, a power of two.
@@ -17,7 +18,7 @@ import triton.language as tl
 from wmtp.kernels.heads import head_targets
 from wmtp.kernels.rows import ONE_BINARY, rounded_product
 
-UNIFORM, GIVEN, EXCESS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+ONES, GIVEN, LATER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SUM, TOKEN_MEAN, WEIGHT_MEAN = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 REDUCTIONS = {"sum": SUM, "token_mean": TOKEN_MEAN, "weight_mean": WEIGHT_MEAN}
 
@@ -31,7 +32,7 @@ def weights_kernel(
     target_ptr,  # [B, S] int64, unshifted
     weight_ptr,  # [B, S, H] head_weights, or unused
     normalizer_ptr,  # [], or unused
-    row_scalar_ptr,  # [B, S, H]; excess weights: not written
+    row_scalar_ptr,  # [B, S, H], and the next two: written unless LATER
     weight_sum_ptr,  # [B, S]
     valid_mask_ptr,  # [B, S] bool
     factors_ptr,  # [4]: 1 / denominator; what the gradient still needs, and what it has had;
@@ -44,11 +45,11 @@ def weights_kernel(
     scaled,  # float16: the gradient is written times a power of two instead
     heads_share,  # 1 / H where one gradient row stands for H heads, else 1
     H: tl.constexpr,
-    WEIGHTING: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     REDUCTION: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    OF_ANY_SIZE: tl.constexpr = (WEIGHTING == GIVEN) & (REDUCTION != TOKEN_MEAN)
+    OF_ANY_SIZE: tl.constexpr = (WEIGHTS == GIVEN) & (REDUCTION != TOKEN_MEAN)
     HEADS: tl.constexpr = triton.next_power_of_2(H)
     head = tl.arange(0, HEADS)[None, :]
     counted = tl.zeros((TOKENS,), tl.float32)
@@ -65,21 +66,21 @@ def weights_kernel(
         )
         row = token[:, None] * H + head
         w = tl.where(valid, 1.0, 0.0)
-        if WEIGHTING == GIVEN:
+        if WEIGHTS == GIVEN:
             w = tl.where(valid, tl.load(weight_ptr + row, mask=valid, other=0.0), 0.0)
-        weight_sum = tl.max(w, axis=1) if WEIGHTING == EXCESS else tl.sum(w, axis=1)
-        counts = real & ((weight_sum > 1e-8) | (weight_sum != weight_sum))  # a NaN surfaces
+        weight_sum = tl.max(w, axis=1) if WEIGHTS == LATER else tl.sum(w, axis=1)
+        counts = real & has_weight(weight_sum)
         counted += tl.where(counts, 1.0, 0.0)
         total += weight_sum
         # Not the largest w: of a maximum over the heads LLVM's vectorizer dies (Triton 3.8, 3.9).
         largest = tl.maximum(largest, weight_sum)
-        if WEIGHTING != EXCESS:
+        if WEIGHTS != LATER:
             if REDUCTION == TOKEN_MEAN:
                 part = w * (1 / HEADS)  # their sum is finite
                 w = tl.where(counts[:, None], part / tl.sum(part, axis=1)[:, None], 0.0)
             tl.store(row_scalar_ptr + row, w, mask=real[:, None] & (head < H))
-        tl.store(weight_sum_ptr + token, weight_sum, mask=real)
-        tl.store(valid_mask_ptr + token, counts, mask=real)
+            tl.store(weight_sum_ptr + token, weight_sum, mask=real)
+            tl.store(valid_mask_ptr + token, counts, mask=real)
 
     weighs = tl.sum(counted if REDUCTION == TOKEN_MEAN else total, axis=0)
     denominator = weighs
@@ -108,6 +109,11 @@ def weights_kernel(
     tl.store(factors_ptr + 1, remaining)
     tl.store(factors_ptr + 2, scale * heads_share)
     tl.store(factors_ptr + 3, inverse)
+
+
+@triton.jit
+def has_weight(weight_sum):
+    return (weight_sum > 1e-8) | (weight_sum != weight_sum)  # a NaN surfaces
 
 
 @triton.jit
@@ -152,10 +158,13 @@ def finish_kernel(
     ce_ptr,  # [B, S, H]
     row_scalar_ptr,  # [B, S, H] d token_loss / d ce; becomes d loss / d ce
     factors_ptr,
+    weight_sum_ptr,  # [B, S], and the next: written with LATER
+    valid_mask_ptr,  # [B, S] bool
     token_loss_ptr,  # [B, S]
     loss_ptr,  # []
     tokens,
     H: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     head = tl.arange(0, triton.next_power_of_2(H))[None, :]
@@ -166,6 +175,10 @@ def finish_kernel(
         row, real = token[:, None] * H + head, (token[:, None] < tokens) & (head < H)
         ce = tl.load(ce_ptr + row, mask=real, other=0.0)
         row_scalar = tl.load(row_scalar_ptr + row, mask=real, other=0.0)
+        if WEIGHTS == LATER:
+            weight_sum = tl.sum(row_scalar, axis=1)
+            tl.store(weight_sum_ptr + token, weight_sum, mask=token < tokens)
+            tl.store(valid_mask_ptr + token, has_weight(weight_sum), mask=token < tokens)
         token_loss = tl.sum(rounded_product(row_scalar, ce), axis=1)
         losses += token_loss
         tl.store(token_loss_ptr + token, token_loss, mask=token < tokens)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from fuzz import layouts
-from wmtp import cpu_library
+from wmtp.backends import cpu_library
 from wmtp.checks import EXCESSES, REDUCTIONS
 
 Case = dict[str, Any]

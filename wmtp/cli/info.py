@@ -6,7 +6,7 @@ import platform
 import torch
 from rich.table import Table
 
-import wmtp.cpu
+import wmtp.backends.cpu
 import wmtp.kernels
 from wmtp.cli.console import console
 
@@ -28,7 +28,7 @@ def info() -> None:
     ):
         state = "[green]ready[/]" if missing is None else f"[yellow]not available:[/] {missing}"
         table.add_row(f"backend {name}", state)
-    instruction_set = "none" if _cpu_missing() else wmtp.cpu.instruction_set()
+    instruction_set = "none" if _cpu_missing() else wmtp.backends.cpu.instruction_set()
     table.add_row("CPU kernels", f"{instruction_set}, {torch.get_num_threads()} threads")
     table.add_row("GPU", _gpu())
     console.print(table)
@@ -36,7 +36,7 @@ def info() -> None:
 
 def _cpu_missing() -> str | None:
     try:
-        return wmtp.cpu.unavailable()
+        return wmtp.backends.cpu.unavailable()
     except RuntimeError as wrong_environment:
         return str(wrong_environment)
 

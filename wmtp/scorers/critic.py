@@ -9,9 +9,9 @@ from torch import Tensor
 
 from wmtp.checks import check_temperature
 from wmtp.labels import IGNORE_INDEX
-from wmtp.reference import td_head_weights
 from wmtp.registry import scorer_registry
 from wmtp.scorers.config import with_config
+from wmtp.weightings.critic import td_head_weights
 
 
 class CriticInputs(TypedDict):

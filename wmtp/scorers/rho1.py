@@ -10,9 +10,10 @@ from torch import Tensor
 from wmtp.checks import EXCESSES, check_ref_ce, check_targets_of, check_temperature
 from wmtp.kinds import check_choice, check_same_device, check_scores
 from wmtp.labels import IGNORE_INDEX, has_target
-from wmtp.reference import align_ref_ce, as_tensor, difference, softmax_over_heads
 from wmtp.registry import scorer_registry
 from wmtp.scorers.config import with_config
+from wmtp.weightings.base import as_tensor, softmax_over_heads
+from wmtp.weightings.excess import align_ref_ce, difference
 
 
 class Rho1Inputs(TypedDict):

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
 from wmtp.files import FileError, writing
+from wmtp.labels import IGNORE_INDEX, has_target
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.models.storage import save_model_folder
-from wmtp.reference import MTPLoss
+from wmtp.reference import MTPLoss, weights_of
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
@@ -288,19 +289,18 @@ class BaseWmtpTrainer(abc.ABC):
             with self.autocast():
                 output = self.model(part["input_ids"])
             weighting = as_weighting(self.compute_head_weights(part, output), type(self).__name__)
+            weighting = weighting.resolved(part["target_ids"], self.config.horizon, IGNORE_INDEX)
             self.processes.note(what_cancels(weighting, self.config))
             undivided = 1.0 if self.in_parts else None
             loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
             if stage == TRAIN:
                 self.accelerator.backward(loss)
-        ce_per_head, target_ids = ce_per_head.detach(), part["target_ids"]
-        return Part(
-            output.hidden_states.detach(),
-            ce_per_head,
-            weighting.weights(ce_per_head, target_ids),
-            loss.detach(),
-            denominator(weighting, target_ids, self.config.horizon, self.config.reduction),
-        )
+        ce_per_head = ce_per_head.detach()
+        valid = has_target(part["target_ids"], self.config.horizon)
+        weights = weights_of(weighting, ce_per_head, valid).detach()
+        divisor = denominator(weighting, weights, valid, self.config.reduction)
+        hidden_states = output.hidden_states.detach()
+        return Part(hidden_states, ce_per_head, weights, loss.detach(), divisor)
 
     def _whole_loss(self, parts: list[Part]) -> Tensor:
         """The step's loss; its gradients are divided as it is."""

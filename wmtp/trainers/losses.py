@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from wmtp.labels import has_target
 from wmtp.linear import fused_linear_weighted_mtp_loss
 from wmtp.loss import fused_weighted_mtp_loss
 from wmtp.reduction import counted_tokens
 from wmtp.reference import MTPLoss
-from wmtp.weightings import Excess, Given, Uniform, Weighting
+from wmtp.weightings import Uniform, Weighting
 
 
 def weighted_loss(
@@ -46,12 +45,11 @@ def weighted_loss(
         >>> torch.allclose(losses[0], losses[1]) and torch.allclose(losses[1], losses[2])
         True
     """
-    how: dict[str, Any] = {"reduction": reduction, "normalizer": normalizer}
-    if isinstance(weighting, Given):
-        how["head_weights"] = weighting.head_weights
-    elif isinstance(weighting, Excess):
-        how["ref_ce"] = weighting.ref_ce
-        how["temperature"], how["excess"] = weighting.temperature, weighting.excess
+    how: dict[str, Any] = {
+        "weighting": weighting,
+        "reduction": reduction,
+        "normalizer": normalizer,
+    }
     if way == "linear":
         return fused_linear_weighted_mtp_loss(
             head_hidden_states, unembed.weight, target_ids, lm_head_bias=unembed.bias, **how
@@ -71,25 +69,24 @@ def logits_backend(way: str) -> str:
     return "eager" if way == "eager" else "auto"
 
 
-def denominator(weighting: Weighting, target_ids: Tensor, horizon: int, reduction: str) -> Tensor:
+def denominator(weighting: Weighting, weights: Tensor, valid: Tensor, reduction: str) -> Tensor:
     """[]: what this part of a batch adds to the number that the whole batch's loss is divided by.
 
     token_mean: its tokens with any weight. weight_mean: the sum of its weights.
 
+    Args:
+        weights: [B, S, H], the rule's.
+        valid: [B, S, H] bool, where there is a target.
+
         >>> import torch
-        >>> ids, weights = torch.tensor([[3, 4, 5]]), torch.tensor([[[0.5], [0.0], [9.0]]])
-        >>> denominator(Given(weights), ids, 1, "token_mean").item()    # the last has no target
+        >>> weights, valid = torch.tensor([[[0.5], [0.0], [0.0]]]), torch.tensor([[[1], [1], [0]]])
+        >>> denominator(Given(weights), weights, valid > 0, "token_mean").item()
         1.0
-        >>> denominator(Given(weights), ids, 1, "weight_mean").item()
+        >>> denominator(Given(weights), weights, valid > 0, "weight_mean").item()
         0.5
     """
-    valid = has_target(target_ids, horizon)
-    if isinstance(weighting, Excess):  # a token's weights sum to 1
-        of_token = valid.any(-1).double()
-    elif isinstance(weighting, Given):
-        of_token = weighting.head_weights.detach().double().masked_fill(~valid, 0.0).sum(-1)
-    else:
-        of_token = valid.sum(-1).double()
+    # Exactly 1, whatever rounding has made of the sum.
+    of_token = valid.any(-1).double() if weighting.sums_to_one else weights.double().sum(-1)
     if reduction == "token_mean":
         of_token = counted_tokens(of_token).double()
     return of_token.sum()

@@ -4,11 +4,11 @@ from torch import Tensor
 
 from wmtp.data import Batch
 from wmtp.models import MTPOutput
-from wmtp.reference import align_ref_ce
 from wmtp.registry import trainer_registry
 from wmtp.trainers.base import BaseWmtpTrainer
 from wmtp.trainers.reference_model import reference_ce
 from wmtp.weightings import Excess
+from wmtp.weightings.excess import align_ref_ce
 
 
 @trainer_registry.register("rho1-wmtp", category="trainer", version="2.0.0")

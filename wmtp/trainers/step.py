@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wmtp.data import Batch
 from wmtp.trainers.config import TrainConfig
-from wmtp.weightings import Excess, Given, Uniform, Weighting
+from wmtp.weightings import Given, Uniform, Weighting
 
 TRAIN, VALUE_WARMUP = "train", "value_warmup"
 # The value head's warm-up has batches of its own: step i of the model is the same for all.
@@ -47,10 +47,10 @@ def as_weighting(weights: Any, trainer: str) -> Weighting:
     """
     if isinstance(weights, Tensor):
         return Given(weights)
-    if not isinstance(weights, Uniform | Given | Excess):
+    if not isinstance(weights, Weighting):
         raise TypeError(
-            f"{trainer}.compute_head_weights must return weights [B, S, H], or Uniform, Given or "
-            f"Excess of wmtp.weightings, got {type(weights).__name__}"
+            f"{trainer}.compute_head_weights must return weights [B, S, H] or a rule of "
+            f"wmtp.weightings, got {type(weights).__name__}"
         )
     return weights
 
@@ -59,7 +59,7 @@ def what_cancels(weighting: Weighting, config: TrainConfig) -> str | None:
     """Why the weights of these settings change nothing, and what to do."""
     if config.horizon > 1 or isinstance(weighting, Uniform):
         return None
-    if isinstance(weighting, Excess):
+    if weighting.sums_to_one:
         return (
             f"with horizon 1 the weights of {config.algo} are all 1, for a token's sum to 1: it "
             "trains as mtp-baseline does; pass --horizon 2 or more"

@@ -10,12 +10,15 @@ import os
 from pathlib import Path
 
 # The variable is for a build of another kind, `make sanitize` for one.
-LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parent / "libwmtp_cpu.so")
+LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parents[1] / "libwmtp_cpu.so")
 
 _UNKNOWN_ISA, _MISSING_ISA = 3, 4
 
 
-class Rows(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
+NUMBERS = 4  # a rule's
+
+
+class Inputs(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
     _fields_ = [
         ("logits", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("stride_b", "stride_s", "stride_h")),
@@ -23,25 +26,22 @@ class Rows(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
         ("head_offsets", ctypes.POINTER(ctypes.c_int64)),
         ("target_ids", ctypes.c_void_p),
         ("ignore_index", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-    ]
-
-
-class Weighting(ctypes.Structure):
-    _fields_ = [
         ("head_weights", ctypes.c_void_p),
         ("ref_ce", ctypes.c_void_p),
-        ("temperature", ctypes.c_double),
+        ("numbers", ctypes.c_double * NUMBERS),
         ("normalizer", ctypes.c_double),
-        ("has_normalizer", ctypes.c_int32),
-        ("is_signed", ctypes.c_int32),
-        ("reduction", ctypes.c_int32),
-        ("are_row_scalars", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("has_normalizer", "dtype", "threads")),
     ]
 
 
-class Output(ctypes.Structure):
+class Settings(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int32)
+        for name in ("rule", "known", "whole_token", "sums_to_one", "reduction")
+    ]
+
+
+class Outputs(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_void_p)
@@ -54,7 +54,7 @@ class Output(ctypes.Structure):
     ]
 
 
-ABI = (1, *map(ctypes.sizeof, (Rows, Weighting, Output)))  # wmtp_cpu_abi of dispatch.cpp
+ABI = (2, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
 
 
 class _VersionError(OSError):
@@ -93,14 +93,15 @@ def instruction_set() -> str:
 def load() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     _check_version(library)
-    rows, how = ctypes.POINTER(Rows), ctypes.POINTER(Weighting)
+    inputs, settings = ctypes.POINTER(Inputs), ctypes.POINTER(Settings)
     library.wmtp_cpu_select.argtypes = [ctypes.c_char_p]
     library.wmtp_cpu_instruction_set.restype = ctypes.c_char_p
+    library.wmtp_cpu_rule.argtypes = [ctypes.c_char_p]
     library.wmtp_cpu_ask_for_huge_pages.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    library.wmtp_cpu_scratch_bytes.argtypes = [rows, how, ctypes.c_int]
+    library.wmtp_cpu_scratch_bytes.argtypes = [inputs, settings, ctypes.c_int]
     library.wmtp_cpu_scratch_bytes.restype = ctypes.c_int64
     library.wmtp_cpu_weighted_loss.argtypes = [
-        *(rows, how, ctypes.POINTER(Output)),
+        *(inputs, settings, ctypes.POINTER(Outputs)),
         ctypes.POINTER(ctypes.c_int64),
     ]
     select_instruction_set(library, os.environ.get("WMTP_CPU_ISA", ""))

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from wmtp import cpu, kernels
+from wmtp import kernels
+from wmtp.backends import cpu
+from wmtp.backends.protocol import Backend
 from wmtp.kinds import check_choice
 from wmtp.transforms import is_batched
 
-# Each module offers weighted_loss, row_gradient, multiply_, next_token_ce, new_rows, rows_ce_ and
-# unavailable; importing one loads neither a library nor Triton.
-KERNELS = {"cpu": cpu, "triton": kernels}
-BACKENDS = ("auto", *KERNELS, "eager")
+BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": kernels}
+NAMES = ("auto", *BACKENDS, "eager")
 DEFAULT_FOR_DEVICE = {
     "cpu": "cpu",
     "cuda": "triton",
@@ -27,7 +27,7 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
         ValueError: unknown backend, or one that cannot take tensors of this device or dtype.
         RuntimeError: a backend asked for by name is not available here; says why and the remedy.
     """
-    check_choice("backend", backend, BACKENDS)
+    check_choice("backend", backend, NAMES)
     chosen = DEFAULT_FOR_DEVICE.get(device_type, "eager") if backend == "auto" else backend
     if chosen == "eager":
         return chosen
@@ -40,20 +40,26 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
             "backend 'triton' takes float32, bfloat16 and float16 logits, got float64: "
             "use backend='eager', or the CPU"
         )
-    reason = KERNELS[chosen].unavailable()
+    reason = BACKENDS[chosen].unavailable()
     if reason is None and chosen == "triton" and device_type == "cpu":
         reason = _interpreter_missing()
     if reason is None:
         return chosen
     if backend != "auto":
         raise RuntimeError(f"backend {chosen!r} is not available: {reason}")
-    _warn_once(f"wmtp runs in eager torch, backend {chosen!r} is not available: {reason}")
+    warn_once(f"wmtp runs in eager torch, backend {chosen!r} is not available: {reason}")
     return "eager"
 
 
-# To torch.compile the answer is a constant of the trace, whatever it takes to find it. This is what
-# torch.compiler.assume_constant_result does, but that costs a second's import of torch._dynamo.
+def fuses(backend: str, rule: str) -> bool:
+    """Whether a backend has a twin of the rule of this `Weighting.key`."""
+    return BACKENDS[backend].fuses(rule)
+
+
+# To torch.compile the answers are constants of the trace, whatever it takes to find them: as with
+# torch.compiler.assume_constant_result, which costs a second's import of torch._dynamo.
 choose_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+fuses._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def multiply(grad: Tensor, factor: Tensor | None, backend: str) -> Tensor:
@@ -66,7 +72,7 @@ def multiply(grad: Tensor, factor: Tensor | None, backend: str) -> Tensor:
         return grad
     if type(factor) is not Tensor or is_in_torch_dispatch_mode() or is_batched(factor):
         return torch.where(factor == 0, 0.0, grad * factor).to(grad.dtype)  # as the kernels do
-    return KERNELS[backend].multiply_(grad, factor)
+    return BACKENDS[backend].multiply_(grad, factor)
 
 
 def _interpreter_missing() -> str | None:
@@ -81,7 +87,7 @@ def _interpreter_missing() -> str | None:
 _warned: set[str] = set()
 
 
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -3,10 +3,15 @@
 B batch, S sequence, H heads.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from wmtp import reference
 from wmtp.exact_zero import product
+from wmtp.records import LossSettings
+from wmtp.weightings import Given
 
 
 def no_second_derivative(ctx, *_):
@@ -15,18 +20,19 @@ def no_second_derivative(ctx, *_):
     )
 
 
-def weights_gradient(saved, ce, grad_loss, reduction, ignore_index):
+def weights_gradient(
+    saved: Any, ce: Tensor | None, grad_loss: Tensor, settings: LossSettings
+) -> Tensor:
     """Of head_weights, by the definition; differentiable in all that it is made of where grad mode
     says so."""
+    assert ce is not None  # saved for this
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         weights = saved.head_weights
         if not differentiable:
             weights = weights.detach().requires_grad_()
-        loss, *_ = reference.loss_of_cross_entropies(
-            *(ce, saved.target_ids, weights, None, saved.normalizer),
-            *(None, "abs", reduction, ignore_index),
-        )
+        how = (saved.normalizer, settings.reduction, settings.ignore_index)
+        loss, *_ = reference.loss_of_cross_entropies(ce, saved.target_ids, Given(weights), *how)
         return torch.autograd.grad(loss, weights, grad_loss, create_graph=differentiable)[0]
 
 
@@ -52,3 +58,13 @@ def upstream(row_scalar, grad_loss, grad_ce):
     """d/dce of what backward was called on, [B, S, H]."""
     scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
     return scalar if grad_loss is None else scalar + product(grad_loss, row_scalar)
+
+
+def left_over(grad_loss, factors, dtype):
+    """What a gradient that was written ahead is still to be multiplied with."""
+    return grad_loss * factors[1] if dtype == torch.float16 else grad_loss  # elsewhere it is 1
+
+
+def for_each_row(row_scalar, shared_heads):
+    """Autograd sums the heads' gradients into the one row; each is handed an equal part."""
+    return (row_scalar / row_scalar.shape[2] if shared_heads else row_scalar).contiguous()

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.backends import KERNELS, multiply
+from wmtp.backends import BACKENDS, multiply
 from wmtp.exact_zero import product
 from wmtp.labels import shift_to_heads
+from wmtp.records import LinearInputs, LinearSettings
 from wmtp.reference import raise_on_bad_target
 
 MIB = 1 << 20
@@ -77,6 +78,11 @@ class Linear(NamedTuple):
     accum_dtype: torch.dtype  # of grad_weight and grad_bias while they are summed up
     chunk_bytes: int | None
     backend: str
+
+    @classmethod
+    def of(cls, inputs: LinearInputs, settings: LinearSettings) -> "Linear":
+        how = (settings.dtype, settings.accum_dtype, settings.chunk_bytes, settings.backend)
+        return cls(inputs.hidden, inputs.weight, inputs.bias, *how)
 
     @property
     def row_bytes(self) -> int:
@@ -157,7 +163,7 @@ def run_chunks(
         weigh: called with the cross entropies of some tokens and which these are, to say their
             weights, both [tokens, H].
     """
-    hidden, dtype, kernels = linear.hidden, linear.dtype, KERNELS[linear.backend]
+    hidden, dtype, backend = linear.hidden, linear.dtype, BACKENDS[linear.backend]
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
     _, length, heads = row_scalar.shape
@@ -165,7 +171,7 @@ def run_chunks(
     scalars = row_scalar.view(-1)
     sums = _Sums(linear, wanted)
     most = max((chunk.rows.stop - chunk.rows.start for chunk in plan.chunks), default=0)
-    buffer = kernels.new_rows(most, weight)
+    buffer = backend.new_rows(most, weight)
     for chunk in plan.chunks:
         rows = plan.rows[chunk.rows]
         targets = plan.targets[chunk.rows.start : chunk.rows.stop + 1]
@@ -177,7 +183,7 @@ def run_chunks(
             torch.addmm(bias, x, weight.T, out=logits)
         # What g is multiplied with: where it is written, and afterwards.
         written, after = scalars[rows] / unscale if any(wanted) else None, None
-        ce.view(-1)[rows] = kernels.rows_ce_(logits, targets, written)
+        ce.view(-1)[rows] = backend.rows_ce_(logits, targets, written)
         if weigh is not None:
             weights = weigh(ce.flatten(0, 1)[chunk.tokens], chunk.tokens)
             after = weights.flatten()[rows - chunk.tokens.start * heads]

@@ -1,0 +1,212 @@
+"""The CPU backend: calls libwmtp_cpu (kernels/cpu) through its C ABI; see `protocol.Backend`.
+
+weighted_loss  loss, cross entropies and, if wanted, the gradient: one read and one write
+row_gradient   the gradient of sum row_scalar * ce: one read, one write
+multiply_      a gradient times what came from above
+next_token_ce  a reference model's CE: one read
+rows_ce_       the CE of rows, which softmax - onehot overwrites: one read and one write
+"""
+
+import ctypes
+import functools
+import os
+from typing import NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from wmtp.backends import cpu_library
+from wmtp.backends.cpu_library import NUMBERS, load
+from wmtp.backends.cpu_library import instruction_set as instruction_set
+from wmtp.backends.cpu_library import unavailable as unavailable
+from wmtp.backends.gradient_memory import new_gradient
+from wmtp.checks import target_error, weight_error
+from wmtp.layout import as_rows, heads_share_storage
+from wmtp.records import Inputs, Outputs, RowInputs, Settings
+from wmtp.reduction import accumulation_dtype
+from wmtp.weightings.base import rule_of
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_REDUCTIONS = {"sum": 0, "token_mean": 1, "weight_mean": 2}
+_NO_ID = -1  # ignore_index where no target is to be ignored
+_NO_RULE = -2
+_BAD_TARGET, _BAD_WEIGHT = 1, 2
+# head_weights are row scalars.
+_ROW_SCALAR = cpu_library.Settings(rule=-1, known=True, reduction=_REDUCTIONS["sum"])
+
+
+class _Gradient(NamedTuple):
+    """Where it goes, and times what."""
+
+    memory: Tensor | None = None
+    scale: float = 1.0
+
+
+def fuses(rule: str) -> bool:
+    return _number(rule) != _NO_RULE
+
+
+def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
+    rows, offsets = as_rows(inputs.logits)
+    heads = rows.shape[2]
+    shared = offsets is None and heads_share_storage(rows)
+    memory = None
+    if settings.gradient != "none":
+        memory = rows if settings.gradient == "inplace" else _gradient_memory(rows, shared)
+    gradient = _Gradient(memory, 1 / heads if shared else 1.0)
+    return _run(inputs, settings.ignore_index, _settings(settings), gradient)
+
+
+def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
+    # row_max and log_sum are not needed: the pass that finds them again has the exponentials then.
+    inputs = Inputs(logits=[rows.logits], target_ids=rows.target_ids, head_weights=rows.row_scalar)
+    memory = _gradient_memory(rows.logits, heads_share_storage(rows.logits))
+    return _run(inputs, ignore_index, _ROW_SCALAR, _Gradient(memory)).grad
+
+
+def multiply_(grad: Tensor, factor: Tensor) -> Tensor:
+    number = factor.item()
+    if number == 0:
+        return grad.zero_()
+    return grad if number == 1 else grad.mul_(factor)
+
+
+def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
+    inputs = Inputs(logits=[logits[:, :, None]], target_ids=target_ids)
+    ce = _run(inputs, ignore_index, _ROW_SCALAR, _Gradient()).ce
+    return ce[:, : max(logits.shape[1] - 1, 0), 0].contiguous()
+
+
+def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> Tensor:
+    rows = logits[None, :, None]
+    inputs = Inputs(logits=[rows], target_ids=target_ids[None], head_weights=row_scalar)
+    gradient = _Gradient(None if row_scalar is None else rows)
+    return _run(inputs, _NO_ID, _ROW_SCALAR, gradient).ce.flatten()
+
+
+def new_rows(count: int, weight: Tensor) -> Tensor:
+    """The last call's memory, if it fits."""
+    return new_gradient((count, len(weight)), weight.dtype, _ask_for_huge_pages)
+
+
+def _run(
+    inputs: Inputs, ignore_index: int, settings: cpu_library.Settings, gradient: _Gradient
+) -> Outputs:
+    library, (rows, head_offsets) = load(), as_rows(inputs.logits)
+    batch, length, heads, vocabulary = rows.shape
+    dtype = accumulation_dtype(rows)
+    of_tokens, of_rows = (batch, length), (batch, length, heads)
+    outputs = Outputs(
+        loss=_empty((), dtype),
+        valid_mask=_empty(of_tokens, torch.bool),
+        ce=_empty(of_rows, dtype),
+        token_loss=_empty(of_tokens, dtype),
+        weight_sum=_empty(of_tokens, dtype),
+        row_scalar=_empty(of_rows, dtype),
+        row_max=_empty(of_rows, dtype),
+        log_sum=_empty(of_rows, dtype),
+        factors=_empty((2,), dtype),
+        grad=rows.new_empty(0) if gradient.memory is None else gradient.memory,
+    )
+    data = _inputs(inputs, rows, head_offsets, ignore_index)
+    wanted = gradient.memory is not None
+    scratch_bytes = library.wmtp_cpu_scratch_bytes(data, settings, wanted)
+    scratch = _empty((scratch_bytes,), torch.uint8)
+    memory = cpu_library.Outputs(
+        *(tensor.data_ptr() for tensor in outputs[:-1]),
+        _pointer(gradient.memory),
+        scratch.data_ptr(),
+        gradient.scale,
+    )
+    position = ctypes.c_int64()
+    status = library.wmtp_cpu_weighted_loss(data, settings, memory, position)
+    if status == _BAD_WEIGHT:
+        _raise_weight_error(inputs, position.value, heads)
+    if status == _BAD_TARGET:
+        _raise_target_error(inputs.target_ids, position.value, vocabulary, ignore_index)
+    return outputs
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
+
+
+def _gradient_memory(logits: Tensor, shared_heads: bool) -> Tensor:
+    batch, length, heads, vocabulary = logits.shape
+    rows = 1 if shared_heads else heads
+    shape = (batch, length, rows, vocabulary)
+    return new_gradient(shape, logits.dtype, _ask_for_huge_pages)
+
+
+def _ask_for_huge_pages(new: Tensor) -> None:
+    load().wmtp_cpu_ask_for_huge_pages(new.data_ptr(), new.nbytes)
+
+
+def _inputs(
+    inputs: Inputs, rows: Tensor, head_offsets: tuple[int, ...] | None, ignore_index: int
+) -> cpu_library.Inputs:
+    offsets = None if head_offsets is None else (ctypes.c_int64 * len(head_offsets))(*head_offsets)
+    batch, length, heads, vocabulary = rows.shape
+    return cpu_library.Inputs(
+        rows.data_ptr(),
+        *rows.stride()[:3],
+        *(batch, length, inputs.target_ids.shape[1], heads, vocabulary),
+        offsets,
+        inputs.target_ids.data_ptr(),
+        ignore_index,
+        _pointer(inputs.head_weights),
+        _pointer(inputs.ref_ce),
+        (ctypes.c_double * NUMBERS)(*(number.item() for number in inputs.numbers)),
+        0.0 if inputs.normalizer is None else inputs.normalizer.item(),
+        inputs.normalizer is not None,
+        _DTYPES[rows.dtype],
+        1 if _forked else torch.get_num_threads(),
+    )
+
+
+def _settings(settings: Settings) -> cpu_library.Settings:
+    rule = rule_of(settings.rule)
+    return cpu_library.Settings(
+        _number(settings.rule),
+        rule.known,
+        not rule.known and rule.scope == "token",
+        not rule.known and rule.sums_to_one,
+        _REDUCTIONS[settings.reduction],
+    )
+
+
+@functools.cache
+def _number(rule: str) -> int:
+    """The rule's in weights.h."""
+    return load().wmtp_cpu_rule(rule_of(rule).case.encode())
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _raise_weight_error(inputs: Inputs, position: int, heads: int) -> NoReturn:
+    assert inputs.head_weights is not None
+    token, k = divmod(position, heads)
+    b, t = divmod(token, inputs.head_weights.shape[1])
+    raise weight_error(f"[{b}, {t}, {k}]", inputs.head_weights[b, t, k].item())
+
+
+def _raise_target_error(
+    target_ids: Tensor, position: int, vocabulary: int, ignore_index: int
+) -> NoReturn:
+    b, s = divmod(position, target_ids.shape[1])
+    raise target_error(f"[{b}, {s}]", int(target_ids[b, s]), vocabulary, ignore_index)
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    # The parent's OpenMP threads do not exist in the child, and waiting for them never ends.
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)

@@ -1,0 +1,1 @@
+"""The operators between the public losses and the backends: records in, records out."""

@@ -1,0 +1,260 @@
+"""The operators of the linear loss: `torch.ops.wmtp.linear_loss`, `linear_gradient`; their records
+are in `records.py`.
+
+The sums are made while the logits are there, if `ahead`, so backward has only factors left to
+multiply. They are handed out once: a second backward, and whoever differentiates ce, has them made
+anew. The products' dtype is a setting: no autocast around a call or its backward changes it.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from wmtp import reference
+from wmtp.exact_zero import product
+from wmtp.labels import has_target
+from wmtp.ops.chunks import (
+    Gradients,
+    Linear,
+    Wanted,
+    find_unscale,
+    finish_gradients,
+    make_plan,
+    run_chunks,
+)
+from wmtp.ops.derivatives import constant_of, no_second_derivative, upstream, weights_gradient
+from wmtp.ops.library import define, needed, none_for
+from wmtp.ops.loss import NO_GRAPH, next_token_ce
+from wmtp.records import (
+    LinearInputs,
+    LinearOutputs,
+    LinearSettings,
+    flat,
+    schema_of,
+    unflat,
+)
+from wmtp.reduction import accumulation_dtype, counted_tokens, to_row_scalar, to_token_scalar
+from wmtp.weightings import Uniform, Weighting
+from wmtp.weightings.base import rule_of
+from wmtp.weightings.excess import align_ref_ce
+
+
+class Saved(NamedTuple):
+    """What backward reads, as in `loss_backward.Saved`."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target_ids: Tensor
+    row_scalar: Tensor
+    unscale: Tensor
+    ce: Tensor | None  # this and the next two: for the gradient of the weights
+    head_weights: Tensor | None
+    normalizer: Tensor | None
+
+
+def linear_loss(inputs: LinearInputs, settings: LinearSettings) -> LinearOutputs:
+    """Differentiable in hidden, weight, bias and head_weights; arguments as checked."""
+    return LinearOutputs(*torch.ops.wmtp.linear_loss(*flat(inputs, settings)))
+
+
+def without_autocast(kernel: Callable) -> Callable:
+    @functools.wraps(kernel)
+    def isolated(*values: Any) -> tuple[Tensor, ...]:
+        device = next(value for value in values if isinstance(value, Tensor)).device
+        with torch.autocast(device.type, enabled=False):
+            return kernel(*values)
+
+    return isolated
+
+
+@without_autocast
+def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
+    inputs, settings = unflat(values, LinearInputs, LinearSettings)
+    linear = Linear.of(inputs, settings)
+    valid = has_target(inputs.target_ids, inputs.hidden.shape[2], settings.ignore_index)
+    dtype = accumulation_dtype(inputs.hidden)
+    rule, how = rule_of(settings.rule), (settings.reduction, inputs.normalizer)
+    if inputs.head_weights is not None:
+        reference.raise_on_bad_weight(inputs.head_weights, valid)
+        rule = rule.with_fields(head_weights=inputs.head_weights)
+    weigh = None
+    if rule.known:
+        weights = rule.weights(torch.empty((), dtype=dtype, device="cpu"), valid)
+        valid_mask = counted_tokens(weights.sum(-1))
+        row_scalar = to_row_scalar(weights, *how).contiguous()
+    else:
+        valid_mask = valid.any(-1)
+        scalar = to_token_scalar(valid, dtype, *how)
+        row_scalar = product(valid.to(dtype), scalar).contiguous()
+        weigh = _Weigh(rule, inputs, settings, valid, row_scalar)
+    unscale = find_unscale(row_scalar, linear)
+    plan = make_plan(inputs.target_ids, linear, settings.ignore_index)
+    now = Wanted(*settings.wanted) if settings.ahead else Wanted()
+    ce, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
+    if weigh is not None and not rule.sums_to_one:
+        valid_mask = counted_tokens(weigh.sums.view_as(valid_mask))
+    loss = product(row_scalar, ce).sum()
+    return tuple(LinearOutputs(loss, valid_mask, ce, row_scalar, unscale, *sums))
+
+
+class _Weigh:
+    """Finds the weights of some tokens from their cross entropies, and multiplies with them the row
+    scalars."""
+
+    def __init__(
+        self,
+        rule: Weighting,
+        inputs: LinearInputs,
+        settings: LinearSettings,
+        valid: Tensor,
+        row_scalar: Tensor,
+    ) -> None:
+        _, length, heads = valid.shape
+        numbers = dict(zip(rule.numbers, inputs.numbers, strict=True))
+        self.rule = rule.with_fields(**numbers)
+        self.valid, self.row_scalar = valid.reshape(-1, heads), row_scalar.view(-1, heads)
+        self.sums = row_scalar.new_zeros(len(self.valid))  # of a token's weights
+        self.ref_ce = None
+        if rule.compares:
+            ref_ce = inputs.ref_ce
+            if inputs.teacher:
+                ref_ce = next_token_ce(inputs.teacher[0], inputs.target_ids, settings)
+            assert ref_ce is not None
+            ref_ce = ref_ce.to(row_scalar.dtype)
+            self.ref_ce = align_ref_ce(ref_ce, length, heads).reshape(-1, heads)
+
+    def __call__(self, ce: Tensor, tokens: slice) -> Tensor:
+        needs = {} if self.ref_ce is None else {"ref_ce": self.ref_ce[tokens]}
+        weights = self.rule.weights(ce, self.valid[tokens], **needs)
+        self.sums[tokens] = weights.sum(-1)
+        self.row_scalar[tokens] = product(weights, self.row_scalar[tokens])
+        return weights
+
+
+@without_autocast
+def _linear_gradient(*values: Any) -> tuple[Tensor, ...]:
+    inputs, settings, row_scalar = unflat(values, LinearInputs, LinearSettings)
+    linear, row_scalar = Linear.of(inputs, settings), row_scalar.contiguous()
+    plan = make_plan(inputs.target_ids, linear, settings.ignore_index)
+    unscale = find_unscale(row_scalar, linear)
+    _, sums = run_chunks(linear, plan, row_scalar, unscale, None, Wanted(*settings.wanted))
+    return finish_gradients(linear, sums, _factor(linear.dtype, unscale, None))
+
+
+def _fake_linear_loss(*values: Any) -> tuple[Tensor, ...]:
+    inputs, settings = unflat(values, LinearInputs, LinearSettings)
+    linear, hidden = Linear.of(inputs, settings), inputs.hidden
+    dtype, wanted = accumulation_dtype(hidden), Wanted(*settings.wanted)
+    tokens, rows = hidden.shape[:2], hidden.shape[:3]
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(tokens, dtype=torch.bool),
+        *(hidden.new_empty(shape, dtype=dtype) for shape in (rows, rows, ())),
+        *_fake_sums(linear, wanted if settings.ahead else Wanted(), linear.sum_dtype),
+    )
+
+
+def _fake_linear_gradient(*values: Any) -> tuple[Tensor, ...]:
+    inputs, settings, _row_scalar = unflat(values, LinearInputs, LinearSettings)
+    linear = Linear.of(inputs, settings)
+    return _fake_sums(linear, Wanted(*settings.wanted), linear.weight.dtype)
+
+
+def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    hidden, weight = linear.hidden, linear.weight
+    return (
+        hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
+        weight.new_empty(weight.shape if wanted.weight else (0,), dtype=dtype),
+        weight.new_empty(len(weight) if wanted.bias else 0, dtype=dtype),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, ctx.settings = unflat(inputs, LinearInputs, LinearSettings)
+    needs, _ = unflat(needed(ctx, inputs), LinearInputs, LinearSettings)
+    ctx.weights_wanted, ctx.none = needs.head_weights, none_for(inputs)
+    out = LinearOutputs(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(out.valid_mask, *out[3:])
+    ahead = ctx.settings.ahead and any(ctx.settings.wanted)
+    ctx.sums = Gradients(out.hidden_sum, out.weight_sum, out.bias_sum) if ahead else None
+    of_weights: tuple[Tensor | None, ...] = (None, None, None)
+    if ctx.weights_wanted:  # the caller may change his ce in place
+        of_weights = (out.ce.clone(), tensors.head_weights, tensors.normalizer)
+    of_product = (tensors.hidden, tensors.weight, tensors.bias)
+    of_rows = (tensors.target_ids, out.row_scalar, out.unscale)
+    ctx.save_for_backward(*of_product, *of_rows, *of_weights)
+
+
+def _backward(
+    ctx: Any, grad_loss: Tensor | None, _mask: None, grad_ce: Tensor | None, *_: None
+) -> tuple[Any, ...]:
+    found: dict[str, Any] = {}
+    if not (grad_loss is None and grad_ce is None):
+        saved = Saved(*ctx.saved_tensors)
+        if ctx.weights_wanted and grad_loss is not None:
+            ce = _cross_entropies(ctx, saved) if torch.is_grad_enabled() else saved.ce
+            found["head_weights"] = weights_gradient(saved, ce, grad_loss, ctx.settings)
+        if any(ctx.settings.wanted):
+            made = _gradients(ctx, saved, grad_loss, grad_ce)
+            each = zip(("hidden", "weight", "bias"), made, ctx.settings.wanted, strict=True)
+            found |= {name: grad for name, grad, wanted in each if wanted}
+    grads, settings = unflat(ctx.none, LinearInputs, LinearSettings)
+    return tuple(flat(replace(grads, **found), settings))
+
+
+def _gradients(
+    ctx: Any, saved: Saved, grad_loss: Tensor | None, grad_ce: Tensor | None
+) -> tuple[Tensor, ...]:
+    # What was summed ahead belongs to whoever gets it.
+    sums, ctx.sums = ctx.sums, None
+    inputs = _product_of(saved)
+    if grad_ce is None and sums is not None and not torch.is_grad_enabled():
+        linear = Linear.of(inputs, ctx.settings)
+        return finish_gradients(linear, sums, _factor(linear.dtype, saved.unscale, grad_loss))
+    del sums
+    row_scalar = upstream(saved.row_scalar, grad_loss, grad_ce)
+    row_scalar = constant_of(row_scalar, saved.head_weights)
+    return torch.ops.wmtp.linear_gradient(*flat(inputs, ctx.settings), row_scalar)
+
+
+def _factor(dtype: torch.dtype, unscale: Tensor, grad_loss: Tensor | None) -> Tensor | None:
+    """What the sums are still to be multiplied with; None: nothing."""
+    if dtype != torch.float16:
+        return grad_loss  # unscale is 1
+    return unscale if grad_loss is None else unscale * grad_loss
+
+
+def _cross_entropies(ctx: Any, saved: Saved) -> Tensor:
+    """Those of forward once more, for they have to be differentiated there."""
+    how = {"rule": Uniform().key(), "reduction": "sum", "ahead": False}
+    return linear_loss(_product_of(saved), replace(ctx.settings, **how)).ce
+
+
+def _product_of(saved: Saved) -> LinearInputs:
+    return LinearInputs(
+        hidden=saved.hidden, weight=saved.weight, bias=saved.bias, target_ids=saved.target_ids
+    )
+
+
+define(
+    f"linear_loss({schema_of(LinearInputs, LinearSettings)}) -> ({schema_of(LinearOutputs)})",
+    _linear_loss,
+    _fake_linear_loss,
+    _backward,
+    _save_for_backward,
+    tags=NO_GRAPH,  # it waits for the device
+)
+define(
+    f"linear_gradient({schema_of(LinearInputs, LinearSettings)}, Tensor row_scalar)"
+    " -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    _linear_gradient,
+    _fake_linear_gradient,
+    no_second_derivative,
+    tags=NO_GRAPH,
+)

@@ -1,0 +1,228 @@
+"""The operators of the loss on logits: `torch.ops.wmtp.weighted_loss`, `loss_gradient`,
+`row_gradient`, `next_token_ce`; their records are in `records.py`.
+
+`grad` is written in the pass that reads the logits, so backward has at most a factor left to
+multiply. Whoever wants no more than ce leaves it to backward: row_gradient. So does whoever packs
+what is saved for backward, as checkpointing does: see `gradients_ahead`. B batch, S sequence,
+H heads, V vocabulary.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from wmtp.backends import BACKENDS, multiply
+from wmtp.layout import PLAIN, aligned, alike, heads_share_storage, one_tensor, unit_stride
+from wmtp.ops.derivatives import for_each_row, left_over, no_second_derivative, upstream
+from wmtp.ops.library import define, needed, none_for
+from wmtp.ops.loss_backward import Wanted, gradients, save_for_backward
+from wmtp.records import Inputs, Outputs, RowInputs, Settings, flat, schema_of, unflat
+from wmtp.reduction import accumulation_dtype
+
+
+def gradients_ahead() -> bool:
+    """Whether gradients are made in the forward call. Where somebody packs what is saved for
+    backward, checkpointing for one, they would be held beside it, and checkpointed made twice."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def weighted_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, valid_mask, ce), differentiable in logits and head_weights; arguments as checked.
+
+    `settings.gradient` is what may be written: "new", "inplace", or "none" where only ce will be
+    differentiated.
+    """
+    logits, first = inputs.logits, inputs.logits[0]
+    differentiated = torch.is_grad_enabled() and any(head.requires_grad for head in logits)
+    traced = (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or any(type(head) not in PLAIN for head in logits)
+    )
+    once = settings.gradient == "inplace" and differentiated and not traced
+    ahead = differentiated and settings.gradient != "none" and gradients_ahead()
+    # Of a leaf every head's own gradient is wanted; of a view only their sum is ever used.
+    of_heads = differentiated and first.is_leaf and settings.gradient != "inplace"
+    settings = replace(
+        settings,
+        gradient=("inplace" if once else "new") if ahead else "none",
+        shared_heads=first.dim() == 4 and heads_share_storage(first) and not of_heads,
+        once=once,
+    )
+    if traced:
+        return torch.ops.wmtp.weighted_loss(*flat(inputs, settings))[:3]
+    weights = inputs.head_weights
+    learning = torch.is_grad_enabled() and weights is not None and weights.requires_grad
+    if differentiated or learning:
+        return _WeightedLoss.apply(inputs, settings, weights, *logits)[:3]
+    return _weighted_loss(inputs, settings)[:3]
+
+
+class _WeightedLoss(torch.autograd.Function):
+    """The operator in eager mode: the same functions without torch.library's 60 us a call, and with
+    the permission to write over an input, which a differentiable operator does not have."""
+
+    @staticmethod
+    def forward(ctx, inputs, settings, head_weights, *logits):
+        # A setup_context of its own would cost another 30 us.
+        inputs = replace(inputs, head_weights=head_weights, logits=list(logits))
+        out = _weighted_loss(inputs, settings)
+        if settings.gradient == "inplace":
+            out = out._replace(grad=out.grad.new_empty(0))
+        ctx.waits = False
+        _, _, of_weights, *of_logits = ctx.needs_input_grad
+        save_for_backward(ctx, inputs, settings, out, Wanted(any(of_logits), of_weights))
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
+        of_logits, of_weights = gradients(ctx, grad_loss, grad_ce)
+        return None, None, of_weights, *of_logits
+
+
+def _weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
+    backend = BACKENDS[settings.backend]
+    ref_ce = inputs.ref_ce
+    if inputs.teacher:
+        ref_ce = next_token_ce(inputs.teacher[0], inputs.target_ids, settings)
+    inputs = Inputs(
+        logits=_rows(inputs.logits, settings.shared_heads),  # copies must live until the launch
+        target_ids=aligned(inputs.target_ids),
+        head_weights=aligned(inputs.head_weights),
+        ref_ce=aligned(ref_ce),
+        numbers=[aligned(number) for number in inputs.numbers],
+        normalizer=aligned(inputs.normalizer),
+    )
+    return backend.weighted_loss(inputs, settings)
+
+
+def _rows(logits: list[Tensor], shared_heads: bool) -> list[Tensor]:
+    """The kernels walk along V one by one; every other stride is free."""
+    if logits[0].dim() == 3:
+        return alike(logits)
+    return [_rows_of(logits[0], shared_heads)]
+
+
+def _rows_of(logits: Tensor, shared_heads: bool) -> Tensor:
+    if shared_heads:  # torch.compile may have materialised the heads on the way here
+        return unit_stride(logits[:, :, :1]).expand(logits.shape)
+    return logits.contiguous() if heads_share_storage(logits) else unit_stride(logits)
+
+
+def _weighted_loss_traced(*values: Any) -> tuple[Tensor, ...]:
+    inputs, settings = unflat(values, Inputs, Settings)
+    out = _weighted_loss(inputs, settings)
+    # As long as the graph keeps row_scalar.
+    out.row_scalar.untyped_storage()._wmtp_gradient = out.grad  # type: ignore[attr-defined]
+    return tuple(out._replace(grad=out.grad.new_empty(0)))
+
+
+def _save_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    tensors, settings = unflat(inputs, Inputs, Settings)
+    needs, _ = unflat(needed(ctx, inputs), Inputs, Settings)
+    wanted = Wanted(any(needs.logits), needs.head_weights)
+    ctx.none = none_for(inputs)
+    save_for_backward(ctx, tensors, settings, Outputs(*output), wanted)
+    ctx.waits = ctx.written is not None
+    ctx.written = None
+
+
+def _backward_traced(ctx: Any, grad_loss: Tensor, _mask: Tensor, grad_ce: Tensor, *_: Any) -> Any:
+    of_logits, of_weights = gradients(ctx, grad_loss, grad_ce)
+    grads, settings = unflat(ctx.none, Inputs, Settings)
+    grads = replace(grads, logits=list(of_logits), head_weights=of_weights)
+    return tuple(flat(grads, settings))
+
+
+def _loss_gradient(logits: list[Tensor], *values: Any) -> Tensor:
+    *saved, row_scalar, factors, grad_loss, ignore_index, backend, shared_heads = values
+    grad = vars(row_scalar.untyped_storage()).pop("_wmtp_gradient", None)
+    if grad is not None:
+        return multiply(grad, left_over(grad_loss, factors, logits[0].dtype), backend)
+    row_scalar = for_each_row(upstream(row_scalar, grad_loss, None), shared_heads)
+    rows = (one_tensor(logits), *saved, row_scalar)
+    return _row_gradient(*rows, ignore_index, backend, shared_heads)
+
+
+def _row_gradient(*values: Any) -> Tensor:
+    rows, ignore_index, backend, shared_heads = unflat(values, RowInputs)
+    logits = _rows_of(rows.logits, shared_heads)
+    rows = RowInputs(logits, *map(aligned, flat(rows)[1:]))
+    return BACKENDS[backend].row_gradient(rows, ignore_index)
+
+
+def next_token_ce(logits: Tensor, target_ids: Tensor, settings: Any) -> Tensor:
+    """[B, S - 1] acc: the cross entropy of logits [B, S, V] at t for `target_ids[t + 1]`."""
+    return torch.ops.wmtp.next_token_ce(
+        logits.detach(), target_ids, settings.ignore_index, settings.backend
+    )
+
+
+def _next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int, backend: str) -> Tensor:
+    return BACKENDS[backend].next_token_ce(unit_stride(logits), aligned(target_ids), ignore_index)
+
+
+def _fake_weighted_loss(*values: Any) -> tuple[Tensor, ...]:
+    inputs, _settings = unflat(values, Inputs, Settings)
+    first = inputs.logits[0]
+    tokens, dtype = first.shape[:2], accumulation_dtype(first)
+    rows = (*tokens, first.shape[2] if first.dim() == 4 else len(inputs.logits))
+    loss, mask = first.new_empty((), dtype=dtype), first.new_empty(tokens, dtype=torch.bool)
+    shapes = (rows, tokens, tokens, rows, rows, rows, (2,))
+    others = (first.new_empty(shape, dtype=dtype) for shape in shapes)
+    return loss, mask, *others, first.new_empty(0)
+
+
+def _fake_loss_gradient(logits: list[Tensor], *values: Any) -> Tensor:
+    *_, shared_heads = values
+    if logits[0].dim() == 3:
+        batch, length, vocabulary = logits[0].shape
+        return logits[0].new_empty(batch, length, len(logits), vocabulary)
+    return _fake_row_gradient(logits[0], shared_heads)
+
+
+def _fake_row_gradient(logits: Tensor, *values: Any) -> Tensor:
+    *_, shared_heads = values
+    batch, length, heads, vocabulary = logits.shape
+    return logits.new_empty(batch, length, 1 if shared_heads else heads, vocabulary)
+
+
+def _fake_next_token_ce(logits: Tensor, *_: Any) -> Tensor:
+    batch, length, _vocabulary = logits.shape
+    return logits.new_empty(batch, max(length - 1, 0), dtype=accumulation_dtype(logits))
+
+
+NO_GRAPH = (torch.Tag.cudagraph_unsafe,)  # which does not see the memory of what waits
+define(
+    f"weighted_loss({schema_of(Inputs, Settings)}) -> ({schema_of(Outputs)})",
+    _weighted_loss_traced,
+    _fake_weighted_loss,
+    _backward_traced,
+    _save_traced,
+    tags=NO_GRAPH,
+)
+define(
+    "loss_gradient(Tensor[] logits, Tensor target_ids, Tensor row_max, Tensor log_sum, "
+    "Tensor row_scalar, Tensor factors, Tensor grad_loss, int ignore_index, str backend, "
+    "bool shared_heads) -> Tensor",
+    _loss_gradient,
+    _fake_loss_gradient,
+    tags=NO_GRAPH,
+)
+define(
+    f"row_gradient({schema_of(RowInputs)}, int ignore_index, str backend, bool shared_heads)"
+    " -> Tensor",
+    _row_gradient,
+    _fake_row_gradient,
+    no_second_derivative,
+)
+define(
+    "next_token_ce(Tensor logits, Tensor target_ids, int ignore_index, str backend) -> Tensor",
+    _next_token_ce,
+    _fake_next_token_ce,
+)

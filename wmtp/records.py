@@ -1,0 +1,154 @@
+"""The records that pass from the public losses down to the backends, and their schemas.
+
+B batch, S sequence, H heads, V vocabulary, D hidden size. "acc" is float32, float64 for float64
+logits or hidden states. Tensors are on one device, but that 0-d ones may be on the host.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+R = TypeVar("R")
+
+
+@dataclass(slots=True, kw_only=True)
+class LossInputs:
+    """The tensors that both losses have."""
+
+    target_ids: Tensor  # [B, S] int64, contiguous, unshifted
+    head_weights: Tensor | None = None  # [B, S, H] acc, contiguous: those of the rule Given
+    ref_ce: Tensor | None = None  # [B, S - 1] acc, contiguous, nats: what the rule compares with
+    numbers: list[Tensor] = field(default_factory=list)  # [] each: the rule's
+    normalizer: Tensor | None = None  # [], replaces the denominator
+    teacher: list[Tensor] = field(default_factory=list)  # [B, S, V'] logits that ref_ce is made of
+
+
+@dataclass(slots=True, kw_only=True)
+class LossSettings:
+    """The plain values that both losses have."""
+
+    rule: str  # `Weighting.key`
+    reduction: str  # of `checks.REDUCTIONS`
+    ignore_index: int  # a target of this id is no target
+    backend: str  # of `backends.BACKENDS`
+
+
+@dataclass(slots=True, kw_only=True)
+class Inputs(LossInputs):
+    """The tensors of the loss on logits."""
+
+    # [B, S, H, V], or H of [B, S, V]: heads in memory of their own. float32, bfloat16, float16 or
+    # float64; to a backend of last stride 1, any other strides, and heads of equal ones.
+    logits: list[Tensor]
+
+
+@dataclass(slots=True, kw_only=True)
+class Settings(LossSettings):
+    """The plain values of the loss on logits."""
+
+    gradient: str = "none"  # written with the loss: "none", "new", or "inplace" over the logits
+    shared_heads: bool = False  # of heads that are one row the sum of their gradients is wanted
+    once: bool = False  # the permission to write in place serves one backward
+
+
+class Outputs(NamedTuple):
+    """What the loss on logits leaves."""
+
+    loss: Tensor  # []                      sum row_scalar ce
+    valid_mask: Tensor  # [B, S] bool       sum_k w > 1e-8
+    ce: Tensor  # [B, S, H] acc             0 without a target, and so the rows' statistics
+    token_loss: Tensor  # [B, S] acc        sum_k w ce, over sum_k w for token_mean
+    weight_sum: Tensor  # [B, S] acc        sum_k w
+    row_scalar: Tensor  # [B, S, H] acc     dloss / dce
+    row_max: Tensor  # [B, S, H] acc        max x, and
+    log_sum: Tensor  # [B, S, H] acc        log sum exp(x - max): added up they would lose digits
+    factors: Tensor  # [2] acc              1 / denominator; what grad is still to be multiplied by
+    grad: Tensor  # of the logits' dtype    row_scalar (softmax - onehot); [0] where not wanted.
+    # [B, S, H, V]; shared heads: [B, S, 1, V], an H-th of their sum, for autograd adds them up
+
+
+@dataclass(slots=True)
+class RowInputs:
+    """The tensors of a gradient row by row, grad = row_scalar (softmax - onehot)."""
+
+    logits: Tensor  # [B, S, H, V]
+    target_ids: Tensor  # [B, S] int64, contiguous, unshifted
+    row_max: Tensor  # [B, S, H] acc, contiguous, and the next two
+    log_sum: Tensor
+    row_scalar: Tensor  # of any sign
+
+
+@dataclass(slots=True, kw_only=True)
+class LinearInputs(LossInputs):
+    """The tensors of the loss on hidden states."""
+
+    hidden: Tensor  # [B, S, H, D], any strides
+    weight: Tensor  # [V, D]
+    bias: Tensor | None = None  # [V]
+
+
+@dataclass(slots=True, kw_only=True)
+class LinearSettings(LossSettings):
+    """The plain values of the loss on hidden states."""
+
+    dtype: torch.dtype  # of the products
+    accum_dtype: torch.dtype  # of the weight's and bias's gradient while they are summed up
+    chunk_bytes: int | None = None
+    wanted: list[bool]  # the gradients of hidden, weight, bias
+    ahead: bool = False  # they are made with the loss
+
+
+class LinearOutputs(NamedTuple):
+    """What the loss on hidden states leaves."""
+
+    loss: Tensor  # []
+    valid_mask: Tensor  # [B, S] bool
+    ce: Tensor  # [B, S, H] acc
+    row_scalar: Tensor  # [B, S, H] acc     dloss / dce
+    unscale: Tensor  # [] acc               left to multiply the sums with: 1 but for float16
+    hidden_sum: Tensor  # [B, S, H, D]      see `chunks.Gradients`; [0] where not wanted
+    weight_sum: Tensor  # [V, D]
+    bias_sum: Tensor  # [V]
+
+
+_SCHEMA = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
+    str: "str",
+    int: "int",
+    int | None: "SymInt?",
+    bool: "bool",
+    list[bool]: "bool[]",
+    torch.dtype: "ScalarType",
+}
+
+
+def names_of(record: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(record)) if is_dataclass(record) else record._fields
+
+
+def schema_of(*records: type) -> str:
+    """The operator's arguments, or what it returns: the fields of the records, in order."""
+    return ", ".join(
+        f"{_SCHEMA[get_type_hints(record)[name]]} {name}"
+        for record in records
+        for name in names_of(record)
+    )
+
+
+def flat(*records: Any) -> list[Any]:
+    """The records' values, in the order of `schema_of`."""
+    return [getattr(record, name) for record in records for name in names_of(record)]
+
+
+def unflat(values: Any, *records: type[R]) -> tuple[Any, ...]:
+    """The records that `flat` has made `values` of."""
+    found, begin = [], 0
+    for record in records:
+        names = names_of(record)
+        found.append(record(**dict(zip(names, values[begin:], strict=False))))
+        begin += len(names)
+    return *found, *values[begin:]

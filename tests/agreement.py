@@ -12,7 +12,7 @@ from wmtp.labels import IGNORE_INDEX, has_target
 from wmtp.records import Inputs, Outputs, RowInputs, Settings
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss, compute_weighted_mtp_loss
-from wmtp.weightings import Excess, Given, Uniform
+from wmtp.weightings import Excess, Given, Uniform, Weighting
 
 # Beyond eager torch's own error in that dtype, relative to the largest gradient entry.
 GRADIENT_TOLERANCE = {
@@ -62,6 +62,8 @@ def make_case(
     batch, length, heads, vocabulary = shape
     g = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(shape, generator=g)).to(dtype)
+    if isinstance(weighting, Weighting):
+        options["weighting"] = weighting
     target_ids = torch.randint(vocabulary, (batch, length), generator=g)
     target_ids[torch.rand(batch, length, generator=g) < ignored] = -100
     if weighting in ("given", "critic"):

@@ -204,13 +204,13 @@ def test_non_finite_logits_as_in_eager(dtype, V):
         assert grad[0, 2, 0, 1].isnan()
 
 
-@pytest.mark.parametrize("signed", [False, True])
-def test_nan_surfaces_through_excess_weights(signed):
+@pytest.mark.parametrize("excess", ["abs", "signed"])
+def test_nan_surfaces_through_excess_weights(excess):
     case = make_case((2, 9, 4, 40), weighting="ref_ce", ignored=0)
     case.logits[0, 2, 1, 7] = math.nan
     ref_ce = case.options["ref_ce"]
     out = cpu_loss(
-        case.logits, case.target_ids, None, ref_ce, signed=signed, gradient="new", normalizer=None
+        case.logits, case.target_ids, None, ref_ce, excess=excess, gradient="new", normalizer=None
     )
     spoiled = torch.zeros(2, 9, dtype=torch.bool)
     spoiled[0, 2] = True

@@ -66,7 +66,7 @@ def test_any_failure_in_clusters_falls_back_once_and_says_so_once(launches, kind
 
 
 def test_each_device_is_remembered_for_itself(launches):
-    from wmtp.kernels.launch import Case, launch
+    from wmtp.kernels.launch import Case, Rule, launch
 
     install, tried = launches
     install(failure("driver"), otherwise=lambda *_: None)
@@ -74,7 +74,7 @@ def test_each_device_is_remembered_for_itself(launches):
     def launch_on(device):
         rows = torch.empty(1, 2, 1, V, dtype=torch.bfloat16, device=device)
         options = dict.fromkeys(Case._fields)
-        launch(Case(**options | {"rows": rows, "heads": 1, "grad": rows, "excess": False}))
+        launch(Case(**options | {"rows": rows, "heads": 1, "grad": rows, "rule": Rule()}))
 
     for device in ("cpu", "meta"):
         with pytest.warns(RuntimeWarning, match=f"failed on {device}"):

@@ -120,6 +120,7 @@ NUMBERS |= {"a 0-d tensor", "a 0-d int tensor"}
 WHOLE = {"an int", "a numpy int"}
 RIGHT = {
     "head_weights": OPTIONAL,
+    "weighting": OPTIONAL,
     "ref_logits": OPTIONAL,
     "lm_head_bias": OPTIONAL,
     "grad_accum_dtype": OPTIONAL,
@@ -141,6 +142,11 @@ def right(function, argument):
     return RIGHT.get(argument, set())
 
 
+LOSSES = (
+    wmtp.fused_weighted_mtp_loss,
+    wmtp.fused_linear_weighted_mtp_loss,
+    compute_weighted_mtp_loss,
+)
 PAIRS = [
     pytest.param(function, argument, id=f"{function.__name__}-{argument}")
     for function in CALLS
@@ -156,9 +162,10 @@ def test_one_error_of_ours(function, argument):
     leading = argument == next(iter(CALLS[function]))
     objects = OBJECTS | (variants(FITTING[argument]) if argument in FITTING else {})
     accepted = set()
+    others = {"ref_ce": REF_CE} if argument == "temperature" and function in LOSSES else {}
     for name, value in objects.items():
         try:
-            function(**{**CALLS[function], argument: value})
+            function(**{**CALLS[function], **others, argument: value})
         except (ValueError, TypeError) as error:
             message, raised_by = str(error), traceback.extract_tb(error.__traceback__)[-1].filename
             assert PACKAGE in Path(raised_by).parents, (name, message)

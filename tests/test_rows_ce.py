@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from agreement import GRADIENT_TOLERANCE
-from wmtp.backends import KERNELS, cpu
+from wmtp.backends import BACKENDS, cpu
 from wmtp.checks import FLOAT_DTYPES
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,7 +38,7 @@ def assert_agrees(function, rows, vocabulary, dtype, device="cpu"):
 @pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (5, 33), (7, 1003), (2, 40001)])
 def test_rows(target, rows, vocabulary, dtype):
     backend, device = target
-    assert_agrees(KERNELS[backend].rows_ce_, rows, vocabulary, dtype, device)
+    assert_agrees(BACKENDS[backend].rows_ce_, rows, vocabulary, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
@@ -59,7 +59,7 @@ def test_what_is_not_finite_stays_in_its_row(target, bad):
     logits = torch.randn(3, 50, device=device)
     logits[1, 7] = bad
     target_ids = torch.tensor([0, 3, 4, 5], device=device)
-    ce = KERNELS[backend].rows_ce_(logits, target_ids, torch.ones(3, device=device))
+    ce = BACKENDS[backend].rows_ce_(logits, target_ids, torch.ones(3, device=device))
     assert ce.isfinite().tolist() == [True, False, True]
     assert logits[[0, 2]].isfinite().all()
     assert logits[1].isnan().any()

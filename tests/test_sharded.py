@@ -132,6 +132,7 @@ def work(rank, folder):
             check_parts(mesh, [placement], loss, plain_targets=loss in (of_a_list, of_hidden))
     check_a_sharded_batch_is_the_whole_one(mesh)
     (folder / f"{rank}.done").touch()
+    dist.barrier()  # gloo aborts a process whose peer has gone
     dist.destroy_process_group()
 
 
@@ -189,7 +190,7 @@ def misplaced(name):
         "plain logits": {"logits": t["logits"]},
         "weights": {"head_weights": distribute_tensor(t["head_weights"], mesh, elsewhere)},
         "normalizer": {"normalizer": one},
-        "temperature": {"temperature": one},
+        "temperature": {"temperature": one, "ref_logits": placed["logits"][:, :, 0]},
         "ref_ce": {
             "ref_ce": ref_ce,
             "logits": distribute_tensor(t["logits"], mesh, [Replicate(), Shard(1)]),

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_runs import ALGORITHMS, make_trainer, prepare, write_rewarded_corpus
+from wmtp.labels import has_target
 from wmtp.models import MTPConfig, MTPTransformer
-from wmtp.reference import compute_weighted_mtp_loss
+from wmtp.reference import compute_weighted_mtp_loss, weights_of
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, NonFiniteError, TrainConfig
 from wmtp.trainers.evaluation import evaluate, step_statistics
@@ -141,10 +142,12 @@ def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
     with torch.no_grad():
         output = trainer.model(batch["input_ids"])
         weighting = trainer.compute_head_weights(batch, output)
-        settings = {} if algo == "mtp-baseline" else dict(vars(weighting))
         logits = trainer.model.unembed(output.head_hidden_states)
-        expected = compute_weighted_mtp_loss(logits, batch["target_ids"], horizon=3, **settings)
-        weights = weighting.weights(expected.ce_per_head, batch["target_ids"])
+        expected = compute_weighted_mtp_loss(
+            logits, batch["target_ids"], horizon=3, weighting=weighting
+        )
+        valid = has_target(batch["target_ids"], 3)
+        weights = weights_of(weighting, expected.ce_per_head, valid)
     again = compute_weighted_mtp_loss(logits, batch["target_ids"], weights, 3)
     record = trainer.train_step(batch)
     assert record["step"] == trainer.step == 1

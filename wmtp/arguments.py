@@ -104,7 +104,18 @@ def loss_inputs(
         "target_ids": target_ids.long().contiguous(),
         "head_weights": None if weights is None else weights.to(dtype).contiguous(),
         "ref_ce": None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
-        "numbers": [] if rule.known else [as_tensor(getattr(rule, n)) for n in rule.numbers],
+        "numbers": _numbers(rule),
         "normalizer": as_tensor(normalizer),
-        "teacher": [] if ref_logits is None else [ref_logits.detach()],
+        "teacher": None if ref_logits is None else ref_logits.detach(),
     }
+
+
+def _numbers(rule: Weighting) -> Tensor | None:
+    if rule.known or not rule.numbers:
+        return None
+    found = [as_tensor(getattr(rule, name)) for name in rule.numbers]
+    if len(found) == 1:
+        return found[0].reshape(1)
+    devices = {number.device for number in found}
+    device = max(devices, key=lambda device: device.type != "cpu")
+    return torch.stack([number.to(device, torch.float64) for number in found])

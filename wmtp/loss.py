@@ -7,7 +7,7 @@ from torch import Tensor
 
 from wmtp import checks, reference
 from wmtp.arguments import check_call, chosen_weighting, in_one_pass, local_call, loss_inputs
-from wmtp.backends import choose_backend, fuses, warn_once
+from wmtp.backends import choose_backend, fuses
 from wmtp.inplace import check_inplace
 from wmtp.kinds import check_flag
 from wmtp.labels import has_target
@@ -151,8 +151,6 @@ def fused_weighted_mtp_loss(
         choose_backend(backend, seen.device.type, rule.tensors()["ref_logits"].dtype)
     fused = fuses(chosen, rule.key())
     if not (fused and in_one_pass(rule, reduction, normalizer, seen.dtype)):
-        if not fused:
-            warn_once(_two_passes(rule, chosen))
         ce = mtp_cross_entropy(
             _detached(logits), target_ids, ignore_index=ignore_index, backend=backend
         )
@@ -264,13 +262,6 @@ def _as_heads(logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 def _detached(logits: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
     return logits.detach() if isinstance(logits, Tensor) else [head.detach() for head in logits]
-
-
-def _two_passes(rule: Weighting, backend: str) -> str:
-    return (
-        f"{type(rule).__name__} has no twin for backend {backend!r}: the loss reads its logits "
-        "once for the cross entropies and once more for the gradient"
-    )
 
 
 def _checked_backend(

@@ -4,7 +4,7 @@ B batch, S sequence, H heads, V vocabulary, D hidden size. "acc" is float32, flo
 logits or hidden states. Tensors are on one device, but that 0-d ones may be on the host.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -20,9 +20,9 @@ class LossInputs:
     target_ids: Tensor  # [B, S] int64, contiguous, unshifted
     head_weights: Tensor | None = None  # [B, S, H] acc, contiguous: those of the rule Given
     ref_ce: Tensor | None = None  # [B, S - 1] acc, contiguous, nats: what the rule compares with
-    numbers: list[Tensor] = field(default_factory=list)  # [] each: the rule's
+    numbers: Tensor | None = None  # [n], the rule's
     normalizer: Tensor | None = None  # [], replaces the denominator
-    teacher: list[Tensor] = field(default_factory=list)  # [B, S, V'] logits that ref_ce is made of
+    teacher: Tensor | None = None  # [B, S, V'] logits of another model, which ref_ce is made of
 
 
 @dataclass(slots=True, kw_only=True)

@@ -5,6 +5,8 @@ and one write of the logits where a tier of registers serves the case) - finish_
 a fixed order).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -49,16 +51,15 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
         "TOKENS": tokens_a_step(heads),
         **one_program(machine(logits.device)).options(),
     }
-    normalizer = inputs.normalizer
     with torch.cuda.device_of(logits):
         weights_kernel[(1,)](
             target_ptr=inputs.target_ids,
             weight_ptr=inputs.target_ids if inputs.head_weights is None else inputs.head_weights,
-            normalizer_ptr=factors if normalizer is None else _on_device([normalizer], logits),
+            normalizer_ptr=_on_device(inputs.normalizer, logits),
             seq_len=seq_len,
             vocab_size=vocab_size,
             ignore_index=settings.ignore_index,
-            has_normalizer=int(normalizer is not None),
+            has_normalizer=int(inputs.normalizer is not None),
             scaled=int(logits.dtype == torch.float16),
             heads_share=1 / heads if shared_heads else 1.0,
             REDUCTION=REDUCTIONS[settings.reduction],
@@ -67,7 +68,9 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
         if logits.numel():
             of_heads = OfHeads(
                 ref_ce_ptr=factors if inputs.ref_ce is None else inputs.ref_ce,
-                numbers_ptr=_on_device(inputs.numbers, logits) if inputs.numbers else factors,
+                numbers_ptr=factors
+                if inputs.numbers is None
+                else _on_device(inputs.numbers, logits),
                 factors_ptr=factors,
                 row_scalar_ptr=out.row_scalar,
                 offset_ptr=factors if head_offsets is None else _offsets(head_offsets, logits),
@@ -113,20 +116,23 @@ def _rule(key: str) -> Rule:
     return Rule(device_function(key), rule.compares, rule.sums_to_one, whole_token)
 
 
-def _on_device(numbers: list[Tensor], logits: Tensor) -> Tensor:
-    """float32 beside the logits. One of the host is filled in there: a copy would wait."""
-    found = [
-        number.to(torch.float32)
-        if number.device == logits.device
-        else logits.new_full((), number.item(), dtype=torch.float32)
-        for number in numbers
-    ]
-    return found[0] if len(found) == 1 else torch.stack(found)
+def _on_device(numbers: Tensor | None, logits: Tensor) -> Tensor:
+    """float32 beside the logits; something, where there are none."""
+    if numbers is None:
+        return logits.new_empty(1, dtype=torch.float32)
+    if numbers.device == logits.device:
+        return numbers.to(torch.float32)
+    return _filled(numbers.flatten().tolist(), logits, torch.float32)
 
 
 def _offsets(head_offsets: tuple[int, ...], logits: Tensor) -> Tensor:
-    """[H] int64 beside the logits; filled there: a copy would wait, and no graph would keep it."""
-    offsets = logits.new_empty(len(head_offsets), dtype=torch.int64)
-    for k, offset in enumerate(head_offsets):
-        offsets[k].fill_(offset)
-    return offsets
+    """[H] int64 beside the logits."""
+    return _filled(head_offsets, logits, torch.int64)
+
+
+def _filled(numbers: Sequence[float], logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of the host beside the logits: a copy would wait, and no graph would keep it."""
+    found = logits.new_empty(len(numbers), dtype=dtype)
+    for i, number in enumerate(numbers):
+        found[i].fill_(number)
+    return found

@@ -13,12 +13,12 @@ from fuzz import layouts
 from fuzz.options import OPTIONS
 from fuzz.problem import Problem, as_dtype
 from wmtp import (
-    cpu_library,
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,
     mtp_cross_entropy,
     next_token_cross_entropy,
 )
+from wmtp.backends import cpu_library
 from wmtp.reference import compute_weighted_mtp_loss
 
 Answer = dict[str, Tensor]  # "loss", "valid_mask", "ce"; gradients by `gradient_name`

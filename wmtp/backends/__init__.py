@@ -11,6 +11,7 @@ from wmtp.backends import cpu
 from wmtp.backends.protocol import Backend
 from wmtp.kinds import check_choice
 from wmtp.transforms import is_batched
+from wmtp.weightings.base import rule_of
 
 BACKENDS: dict[str, Backend] = {"cpu": cpu, "triton": kernels}
 NAMES = ("auto", *BACKENDS, "eager")
@@ -47,13 +48,19 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
         return chosen
     if backend != "auto":
         raise RuntimeError(f"backend {chosen!r} is not available: {reason}")
-    warn_once(f"wmtp runs in eager torch, backend {chosen!r} is not available: {reason}")
+    _warn_once(f"wmtp runs in eager torch, backend {chosen!r} is not available: {reason}")
     return "eager"
 
 
 def fuses(backend: str, rule: str) -> bool:
-    """Whether a backend has a twin of the rule of this `Weighting.key`."""
-    return BACKENDS[backend].fuses(rule)
+    """Whether a backend has a twin of the rule of this `Weighting.key`; where not it says so."""
+    found = BACKENDS[backend].fuses(rule)
+    if not found:
+        _warn_once(
+            f"{type(rule_of(rule)).__name__} has no twin for backend {backend!r}: the loss reads "
+            "its logits once for the cross entropies and once more for the gradient"
+        )
+    return found
 
 
 # To torch.compile the answers are constants of the trace, whatever it takes to find them: as with
@@ -87,7 +94,7 @@ def _interpreter_missing() -> str | None:
 _warned: set[str] = set()
 
 
-def warn_once(message: str) -> None:
+def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, RuntimeWarning, stacklevel=4)

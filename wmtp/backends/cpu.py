@@ -156,7 +156,7 @@ def _inputs(
         ignore_index,
         _pointer(inputs.head_weights),
         _pointer(inputs.ref_ce),
-        (ctypes.c_double * NUMBERS)(*(number.item() for number in inputs.numbers)),
+        (ctypes.c_double * NUMBERS)(*(() if inputs.numbers is None else inputs.numbers.tolist())),
         0.0 if inputs.normalizer is None else inputs.normalizer.item(),
         inputs.normalizer is not None,
         _DTYPES[rows.dtype],

@@ -115,15 +115,15 @@ class _Weigh:
         row_scalar: Tensor,
     ) -> None:
         _, length, heads = valid.shape
-        numbers = dict(zip(rule.numbers, inputs.numbers, strict=True))
-        self.rule = rule.with_fields(**numbers)
+        numbers = () if inputs.numbers is None else inputs.numbers.unbind()
+        self.rule = rule.with_fields(**dict(zip(rule.numbers, numbers, strict=True)))
         self.valid, self.row_scalar = valid.reshape(-1, heads), row_scalar.view(-1, heads)
         self.sums = row_scalar.new_zeros(len(self.valid))  # of a token's weights
         self.ref_ce = None
         if rule.compares:
             ref_ce = inputs.ref_ce
-            if inputs.teacher:
-                ref_ce = next_token_ce(inputs.teacher[0], inputs.target_ids, settings)
+            if inputs.teacher is not None:
+                ref_ce = next_token_ce(inputs.teacher, inputs.target_ids, settings)
             assert ref_ce is not None
             ref_ce = ref_ce.to(row_scalar.dtype)
             self.ref_ce = align_ref_ce(ref_ce, length, heads).reshape(-1, heads)

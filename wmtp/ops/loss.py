@@ -88,14 +88,14 @@ class _WeightedLoss(torch.autograd.Function):
 def _weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     backend = BACKENDS[settings.backend]
     ref_ce = inputs.ref_ce
-    if inputs.teacher:
-        ref_ce = next_token_ce(inputs.teacher[0], inputs.target_ids, settings)
+    if inputs.teacher is not None:
+        ref_ce = next_token_ce(inputs.teacher, inputs.target_ids, settings)
     inputs = Inputs(
         logits=_rows(inputs.logits, settings.shared_heads),  # copies must live until the launch
         target_ids=aligned(inputs.target_ids),
         head_weights=aligned(inputs.head_weights),
         ref_ce=aligned(ref_ce),
-        numbers=[aligned(number) for number in inputs.numbers],
+        numbers=aligned(inputs.numbers),
         normalizer=aligned(inputs.normalizer),
     )
     return backend.weighted_loss(inputs, settings)

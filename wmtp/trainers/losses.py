@@ -79,10 +79,12 @@ def denominator(weighting: Weighting, weights: Tensor, valid: Tensor, reduction:
         valid: [B, S, H] bool, where there is a target.
 
         >>> import torch
-        >>> weights, valid = torch.tensor([[[0.5], [0.0], [0.0]]]), torch.tensor([[[1], [1], [0]]])
-        >>> denominator(Given(weights), weights, valid > 0, "token_mean").item()
+        >>> import torch
+        >>> from wmtp.weightings import Given
+        >>> weights, valid = torch.tensor([[[0.5], [0.0]]]), torch.ones(1, 2, 1) > 0
+        >>> denominator(Given(weights), weights, valid, "token_mean").item()
         1.0
-        >>> denominator(Given(weights), weights, valid > 0, "weight_mean").item()
+        >>> denominator(Given(weights), weights, valid, "weight_mean").item()
         0.5
     """
     # Exactly 1, whatever rounding has made of the sum.

@@ -56,7 +56,8 @@ class Excess(Weighting):
 
     def weights(self, ce: Tensor, valid: Tensor, ref_ce: Tensor) -> Tensor:  # type: ignore[override]
         """Also: ref_ce [B, S, H], that of the token which each head predicts."""
-        return softmax_over_heads(difference(ce, ref_ce, self.excess), valid, self.temperature)
+        score = difference(ce, ref_ce, self.excess)
+        return softmax_over_heads(score, valid, as_tensor(self.temperature))
 
     @property
     def device(self) -> Callable[..., Any]:

@@ -1,0 +1,179 @@
+"""Rules as objects: the library's as the short form has them, others' against the fp64 truth."""
+
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from outside_rules import RULES, Likely
+
+from agreement import assert_agrees, assert_identical, loss_and_gradients, make_case
+from wmtp import backends, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, kernels
+from wmtp.checks import REDUCTIONS
+from wmtp.reference import compute_weighted_mtp_loss, weights_of
+from wmtp.weightings import Critic, Excess, Given, Uniform, Weighting
+from wmtp.weightings.base import rule_of
+
+SHAPE = (2, 7, 3, 33)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def _said_before(monkeypatch):
+    monkeypatch.setattr(backends, "_warned", set())
+
+
+def reads(monkeypatch, backend):
+    """Fills with the gradient setting of every pass over the logits."""
+    module, passes = backends.BACKENDS[backend], []
+    weighted_loss = module.weighted_loss
+
+    def watched(inputs, settings):
+        passes.append(settings.gradient)
+        return weighted_loss(inputs, settings)
+
+    monkeypatch.setattr(module, "weighted_loss", watched)
+    return passes
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings("ignore:.*has no twin")
+def test_somebody_elses_rule_is_right_everywhere(target, name, dtype, reduction):
+    backend, device = target
+    case = make_case(SHAPE, dtype, device=device, reduction=reduction, weighting=RULES[name])
+    assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", RULES)
+def test_and_in_the_linear_loss(name, reduction):
+    hidden = torch.randn(2, 7, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(11, (2, 7)).index_fill_(1, torch.tensor([3]), -100)
+    how = {"weighting": RULES[name], "reduction": reduction}
+    ours = fused_linear_weighted_mtp_loss(hidden, weight, ids, **how, chunk_bytes=1000)
+    truth = compute_weighted_mtp_loss(hidden @ weight.T, ids, horizon=3, **how)
+    torch.testing.assert_close(ours, truth)
+    for found, wanted in zip(
+        torch.autograd.grad(3 * ours.loss, (hidden, weight)),
+        torch.autograd.grad(3 * truth.loss, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction", "passes"),
+    [("likely", "sum", 1), ("likely", "token_mean", 2), ("sharp", "token_mean", 2)],
+)
+@pytest.mark.skipif(not kernels.interpreted(), reason="counts what the interpreter runs")
+@pytest.mark.filterwarnings("ignore:.*has no twin")
+def test_a_twin_is_one_pass_where_the_divisor_is_known(monkeypatch, name, reduction, passes):
+    found = reads(monkeypatch, "triton")
+    case = make_case(SHAPE, reduction=reduction, weighting=RULES[name])
+    loss_and_gradients(partial(fused_weighted_mtp_loss, backend="triton"), case)
+    assert found == ["none", "new"][-passes:]
+
+
+def test_two_passes_are_said_once():
+    case = make_case(SHAPE, reduction="sum", weighting=Likely())
+    with pytest.warns(RuntimeWarning, match="Likely has no twin for backend 'cpu': the loss reads"):
+        fused_weighted_mtp_loss(case.logits, case.target_ids, **case.options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_weighted_mtp_loss(case.logits, case.target_ids, **case.options)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce", "signed", "ref_logits"])
+def test_objects_are_the_short_form(target, weighting):
+    backend, device = target
+    case = make_case(SHAPE, weighting=weighting, device=device)
+    fused = partial(fused_weighted_mtp_loss, backend=backend)
+    wanted = loss_and_gradients(fused, case)
+    given = case.options
+    case.options = {"weighting": Uniform()}
+    if "head_weights" in given:
+        case.options["weighting"] = Given(given["head_weights"])
+    elif given:
+        case.options["weighting"] = Excess(**given)
+    assert_identical(loss_and_gradients(fused, case), wanted)
+
+
+def test_a_critic_weighs_as_its_weights(target):
+    backend, device = target
+    case = make_case(SHAPE, weighting=Critic(torch.randn(2, 7, device=device)), device=device)
+    assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
+
+
+@pytest.mark.parametrize(
+    "rule", [Uniform(), Excess(torch.zeros(1, 2), 0.3, "signed"), *RULES.values()]
+)
+def test_a_key_finds_the_rule_again(rule):
+    again = rule_of(rule.key())
+    assert type(again) is type(rule)
+    assert again.key() == rule.key()
+    assert (again.scope, again.case, again.device) == (rule.scope, rule.case, rule.device)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_weights_are_constants(name):
+    ce = torch.rand(2, 7, 3, requires_grad=True)
+    assert not weights_of(RULES[name], ce, ce > 0.2).requires_grad
+
+
+def test_a_number_that_changes_compiles_nothing():
+    case, graphs = make_case(SHAPE), []
+
+    def compiler(graph, _):
+        graphs.append(graph)
+        return graph
+
+    ref_ce = torch.rand(2, 6)
+
+    @torch.compile(backend=compiler, fullgraph=True)
+    def step(temperature):
+        rule = Excess(ref_ce, temperature)
+        return fused_weighted_mtp_loss(case.logits, case.target_ids, weighting=rule).loss
+
+    for temperature in (0.7, 0.5, 0.3, 0.2):
+        step(torch.tensor(temperature))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["likely", "sharp"])
+@pytest.mark.filterwarnings("ignore:.*has no twin")
+def test_somebody_elses_rule_is_compiled_whole(name):
+    case = make_case(SHAPE, reduction="sum")
+    logits = case.logits.requires_grad_()
+
+    def loss_of(x):
+        return fused_weighted_mtp_loss(x, case.target_ids, weighting=RULES[name]).loss
+
+    loss = torch.compile(loss_of, backend="aot_eager", fullgraph=True)(logits)
+    wanted = loss_of(logits)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(each, logits) for each in (loss, wanted)))
+
+
+class Bare(Weighting):
+    def weights(self, ce, valid):
+        return valid.to(ce.dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting": torch.ones(2, 7, 3)}, "got Tensor: pass weights .* as head_weights"),
+        ({"weighting": Bare()}, "Bare must be a dataclass"),
+        ({"weighting": Excess()}, "nothing to compare with: pass ref_ce or ref_logits"),
+        ({"weighting": Uniform(), "head_weights": torch.ones(2, 7, 3)}, "exclude each other"),
+        ({"weighting": Critic(torch.zeros(2, 6))}, r"values must be \[B, S\] = \(2, 7\)"),
+        ({"weighting": Given(torch.ones(2, 7))}, r"head_weights must be \[B, S, H\]"),
+    ],
+)
+def test_what_is_no_rule_is_refused(options, message):
+    case = make_case(SHAPE)
+    with pytest.raises((TypeError, ValueError), match=message):
+        fused_weighted_mtp_loss(case.logits, case.target_ids, **options)

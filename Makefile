@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 OUT    ?= benchmarks/results/gpu
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test fuzz faults lint sanitize static bench gpu clean
+.PHONY: demo test fuzz faults lint types hooks sanitize static bench gpu clean help
 
 demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
@@ -22,10 +22,21 @@ fuzz: $(READY)  ## ten times as many generated cases against the fp64 truth; oth
 faults: $(READY)  ## sixty runs that are killed, damaged, out of disk at random; others: WMTP_FAULTS_SEED=1 make faults
 	WMTP_FAULTS=60 $(BIN)/python -m pytest tests/test_faults.py -n 2
 
-lint: $(READY)
+lint: types  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# setup.py maps two folders into the package; mypy finds them where they are installed, through links.
+INSTALLED := build/installed/wmtp
+types: $(READY)  ## mypy on the package as it is installed
+	@mkdir -p $(INSTALLED)
+	@ln -sfn $(CURDIR)/wmtp/* $(CURDIR)/benchmarks $(INSTALLED)
+	@ln -sfn $(CURDIR)/kernels/gpu $(INSTALLED)/kernels
 	$(BIN)/mypy
+
+hooks: $(READY)  ## ruff and mypy before every commit of yours (git hooks, by pre-commit)
+	$(BIN)/pip install --quiet pre-commit
+	$(BIN)/pre-commit install
 
 # Python itself has no sanitizers in it, so their runtime is loaded before it; its leaks are not ours.
 sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undefined-behaviour sanitizers
@@ -65,5 +76,8 @@ $(READY): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard kern
 	$(BIN)/pip install --quiet -e '.[all]'
 	touch $@
 
-clean:
+help:  ## what is here
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+clean:  ## away with the environment, builds and runs
 	rm -rf $(VENV) build *.egg-info wmtp/*.so runs

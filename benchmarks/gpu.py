@@ -248,7 +248,8 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(f"absent: {who}, {why}" for who, why in missing.items()))
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m benchmarks.gpu", *given])
-    results = {"command": command, "environment": gpu_environment(), "absent": missing}
+    results: dict[str, Any] = {"command": command, "environment": gpu_environment()}
+    results["absent"] = missing
     if not torch.cuda.is_available():
         print("no CUDA device")
         if options.out:

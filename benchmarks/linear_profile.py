@@ -142,7 +142,7 @@ def _case(direction: str, provider: str, shape: Shape, setting: LinearSetting) -
     dtype = str(setting.dtype).removeprefix("torch.")
     gradients = gradient_bytes(Case("", shape, dtype, direction, provider, dim=setting.dim))
     summed = direction == "forward+backward" and linear.sum_dtype != setting.dtype
-    case = {
+    case: dict[str, Any] = {
         "length": shape[1],
         "vocabulary": shape[3],
         "direction": direction,

@@ -131,7 +131,7 @@ def report(
         if row is None:
             row = next(made)
             known.add(key, row)
-        of_all = {"name": variant.name, "target": target, "dtype": variant.dtype}
+        of_all: dict[str, Any] = {"name": variant.name, "target": target, "dtype": variant.dtype}
         of_all |= {"vocabulary": variant.vocabulary, "constants": variant.constants}
         yield {**of_all, "launch": variant.launch.options(), **row}
 

@@ -37,8 +37,8 @@ class Study(NamedTuple):
 
 
 def _aligned(case: Case) -> Case:
-    *outer, vocabulary = case.shape
-    return case._replace(shape=(*outer, -(-vocabulary // 64) * 64))
+    batch, length, heads, vocabulary = case.shape
+    return case._replace(shape=(batch, length, heads, -(-vocabulary // 64) * 64))
 
 
 def _eager(case: Case) -> Case:

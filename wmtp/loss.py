@@ -167,7 +167,7 @@ def fused_weighted_mtp_loss(
         backend=chosen,
         gradient="inplace" if inplace else "new",
     )
-    return MTPLoss(*weighted_loss(inputs, settings))
+    return MTPLoss(*weighted_loss(inputs, settings)[:3])
 
 
 def mtp_cross_entropy(
@@ -213,7 +213,7 @@ def mtp_cross_entropy(
     settings = Settings(
         rule=Uniform().key(), reduction="sum", ignore_index=int(ignore_index), backend=chosen
     )
-    return weighted_loss(inputs, settings)[2]
+    return weighted_loss(inputs, settings).ce
 
 
 def next_token_cross_entropy(

@@ -178,7 +178,8 @@ def _settings(settings: Settings) -> cpu_library.Settings:
 @functools.cache
 def _number(rule: str) -> int:
     """The rule's in weights.h."""
-    return load().wmtp_cpu_rule(rule_of(rule).case.encode())
+    number: int = load().wmtp_cpu_rule(rule_of(rule).case.encode())
+    return number
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

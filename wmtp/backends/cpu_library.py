@@ -86,7 +86,8 @@ def instruction_set() -> str:
         OSError: the kernel is not there, or of another version; `unavailable` says why.
         RuntimeError: WMTP_CPU_ISA names an instruction set that is unknown or missing here.
     """
-    return load().wmtp_cpu_instruction_set().decode()
+    name: bytes = load().wmtp_cpu_instruction_set()
+    return name.decode()
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,9 @@ def _references_of_nobody() -> tuple[int, int]:
     return _references([torch.empty(1, device="cpu").untyped_storage()])
 
 
-def new_gradient(shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable) -> Tensor:
+def new_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable[[Tensor], Any]
+) -> Tensor:
     """An uninitialised tensor whose memory no other tensor sees.
 
     Args:
@@ -51,7 +54,8 @@ def new_gradient(shape: tuple[int, ...], dtype: torch.dtype, prepare: Callable) 
     with _lock:
         if _is_free(nbytes):
             new = torch.empty(0, dtype=dtype, device="cpu")
-            return new.set_(_kept[0], 0, shape)  # type: ignore[call-overload]
+            new.set_(_kept[0], 0, shape)  # type: ignore[call-overload]
+            return new
         can_count = hasattr(torch._C, "_storage_Use_Count")
         allowed = can_count and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
         is_kept = allowed and nbytes >= KEPT_FROM_BYTES

@@ -10,10 +10,10 @@ library = torch.library.Library("wmtp", "DEF")
 
 def define(
     schema: str,
-    kernel: Callable,
-    fake: Callable,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
     *,
     tags: tuple[torch.Tag, ...] = (),
 ) -> None:

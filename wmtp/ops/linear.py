@@ -42,6 +42,8 @@ from wmtp.weightings import Uniform, Weighting
 from wmtp.weightings.base import rule_of
 from wmtp.weightings.excess import align_ref_ce
 
+Kernel = Callable[..., tuple[Tensor, ...]]
+
 
 class Saved(NamedTuple):
     """What backward reads, as in `loss_backward.Saved`."""
@@ -62,7 +64,7 @@ def linear_loss(inputs: LinearInputs, settings: LinearSettings) -> LinearOutputs
     return LinearOutputs(*torch.ops.wmtp.linear_loss(*flat(inputs, settings)))
 
 
-def without_autocast(kernel: Callable) -> Callable:
+def without_autocast(kernel: Kernel) -> Kernel:
     @functools.wraps(kernel)
     def isolated(*values: Any) -> tuple[Tensor, ...]:
         device = next(value for value in values if isinstance(value, Tensor)).device
@@ -220,7 +222,9 @@ def _gradients(
     del sums
     row_scalar = upstream(saved.row_scalar, grad_loss, grad_ce)
     row_scalar = constant_of(row_scalar, saved.head_weights)
-    return torch.ops.wmtp.linear_gradient(*flat(inputs, ctx.settings), row_scalar)
+    made: tuple[Tensor, ...]
+    made = torch.ops.wmtp.linear_gradient(*flat(inputs, ctx.settings), row_scalar)
+    return made
 
 
 def _factor(dtype: torch.dtype, unscale: Tensor, grad_loss: Tensor | None) -> Tensor | None:

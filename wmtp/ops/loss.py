@@ -31,8 +31,8 @@ def gradients_ahead() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
-def weighted_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, valid_mask, ce), differentiable in logits and head_weights; arguments as checked.
+def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
+    """loss and ce are differentiable in logits and head_weights; arguments as checked.
 
     `settings.gradient` is what may be written: "new", "inplace", or "none" where only ce will be
     differentiated.
@@ -55,12 +55,13 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor, T
         once=once,
     )
     if traced:
-        return torch.ops.wmtp.weighted_loss(*flat(inputs, settings))[:3]
+        return Outputs(*torch.ops.wmtp.weighted_loss(*flat(inputs, settings)))
     weights = inputs.head_weights
     learning = torch.is_grad_enabled() and weights is not None and weights.requires_grad
     if differentiated or learning:
-        return _WeightedLoss.apply(inputs, settings, weights, *logits)[:3]
-    return _weighted_loss(inputs, settings)[:3]
+        out = _WeightedLoss.apply(inputs, settings, weights, *logits)  # type: ignore[no-untyped-call]
+        return Outputs(*out)
+    return _weighted_loss(inputs, settings)
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -68,7 +69,9 @@ class _WeightedLoss(torch.autograd.Function):
     the permission to write over an input, which a differentiable operator does not have."""
 
     @staticmethod
-    def forward(ctx, inputs, settings, head_weights, *logits):
+    def forward(
+        ctx: Any, inputs: Inputs, settings: Settings, head_weights: Tensor | None, *logits: Tensor
+    ) -> tuple[Tensor, ...]:
         # A setup_context of its own would cost another 30 us.
         inputs = replace(inputs, head_weights=head_weights, logits=list(logits))
         out = _weighted_loss(inputs, settings)
@@ -80,7 +83,9 @@ class _WeightedLoss(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    def backward(ctx, grad_loss, _valid_mask, grad_ce, *_):
+    def backward(
+        ctx: Any, grad_loss: Tensor | None, _mask: None, grad_ce: Tensor | None, *_: None
+    ) -> tuple[Any, ...]:
         of_logits, of_weights = gradients(ctx, grad_loss, grad_ce)
         return None, None, of_weights, *of_logits
 
@@ -158,9 +163,9 @@ def _row_gradient(*values: Any) -> Tensor:
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, settings: Any) -> Tensor:
     """[B, S - 1] acc: the cross entropy of logits [B, S, V] at t for `target_ids[t + 1]`."""
-    return torch.ops.wmtp.next_token_ce(
-        logits.detach(), target_ids, settings.ignore_index, settings.backend
-    )
+    how = (settings.ignore_index, settings.backend)
+    ref_ce: Tensor = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, *how)
+    return ref_ce
 
 
 def _next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int, backend: str) -> Tensor:

@@ -150,4 +150,4 @@ def _cross_entropies(ctx: Any, saved: Saved) -> Tensor:
         ignore_index=ctx.settings.ignore_index,
         backend=ctx.settings.backend,
     )
-    return torch.ops.wmtp.weighted_loss(*flat(inputs, settings))[2]
+    return Outputs(*torch.ops.wmtp.weighted_loss(*flat(inputs, settings))).ce

@@ -43,6 +43,11 @@ def chosen_weighting(
             f"weighting must be a rule of wmtp.weightings, got {type(weighting).__name__}: pass "
             "weights [B, S, H] as head_weights"
         )
+    if "__dataclass_fields__" not in vars(type(weighting)):
+        raise TypeError(
+            f"{type(weighting).__name__} must be a dataclass, so that its fields are known, got a "
+            "plain class: decorate it with @dataclasses.dataclass(frozen=True, eq=False)"
+        )
     return weighting
 
 
@@ -50,13 +55,11 @@ def local_call(
     name: str, scores: Any, target_ids: Any, normalizer: Any, rule: Weighting
 ) -> tuple[Any, Any, Any, Weighting]:
     """The same, of DTensors this process's part; see `sharded.local_parts`."""
-    given = rule.tensors()
-    scores, target_ids, normalizer, *parts = local_parts(
-        name, scores, target_ids=target_ids, normalizer=normalizer, **given
-    )
-    if any(part is not whole for part, whole in zip(parts, given.values(), strict=True)):
-        rule = rule.with_fields(**dict(zip(given, parts, strict=True)))
-    return scores, target_ids, normalizer, rule
+    fields = vars(rule)
+    values = local_parts(name, scores, target_ids=target_ids, normalizer=normalizer, **fields)
+    if values[0] is not scores:
+        rule = rule.with_fields(**dict(zip(fields, values[3:], strict=True)))
+    return *values[:3], rule
 
 
 def check_call(
@@ -78,7 +81,7 @@ def check_call(
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_normalizer(normalizer)
     checks.check_ignore_index(ignore_index)
-    check_same_device(name, scores, target_ids=target_ids, normalizer=normalizer, **rule.tensors())
+    check_same_device(name, scores, target_ids=target_ids, normalizer=normalizer, **vars(rule))
 
 
 def in_one_pass(
@@ -98,8 +101,8 @@ def loss_inputs(
     rule: Weighting, target_ids: Tensor, normalizer: Tensor | float | None, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The fields of `records.LossInputs`, for an operator that accumulates in `dtype`."""
-    given = rule.tensors()
-    weights, ref_ce, ref_logits = map(given.get, ("head_weights", "ref_ce", "ref_logits"))
+    given = vars(rule).get
+    weights, ref_ce, ref_logits = given("head_weights"), given("ref_ce"), given("ref_logits")
     return {
         "target_ids": target_ids.long().contiguous(),
         "head_weights": None if weights is None else weights.to(dtype).contiguous(),
@@ -115,7 +118,7 @@ def _numbers(rule: Weighting) -> Tensor | None:
         return None
     found = [as_tensor(getattr(rule, name)) for name in rule.numbers]
     if len(found) == 1:
-        return found[0].reshape(1)
+        return found[0][None]
     devices = {number.device for number in found}
     device = max(devices, key=lambda device: device.type != "cpu")
     return torch.stack([number.to(device, torch.float64) for number in found])

@@ -18,7 +18,7 @@ from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 from wmtp.sharded import local_parts
 from wmtp.transforms import refuse_transforms
-from wmtp.weightings import Given, Uniform, Weighting
+from wmtp.weightings import Excess, Given, Uniform, Weighting
 from wmtp.weightings.base import as_tensor
 
 
@@ -145,23 +145,24 @@ def fused_weighted_mtp_loss(
     if chosen == "eager":
         how = (as_tensor(normalizer), reduction, ignore_index)
         return reference.weighted_loss(one_tensor(heads), target_ids, rule, *how)
-    refuse_transforms(*heads, *rule.tensors().values())
+    refuse_transforms(*heads, *vars(rule).values())
     rule = rule.resolved(target_ids, seen.shape[2], ignore_index)
-    if rule.tensors().get("ref_logits") is not None:
-        choose_backend(backend, seen.device.type, rule.tensors()["ref_logits"].dtype)
-    fused = fuses(chosen, rule.key())
-    if not (fused and in_one_pass(rule, reduction, normalizer, seen.dtype)):
+    if isinstance(rule, Excess) and rule.ref_logits is not None:
+        choose_backend(backend, seen.device.type, rule.ref_logits.dtype)
+    key = rule.key()
+    if not (fuses(chosen, key) and in_one_pass(rule, reduction, normalizer, seen.dtype)):
         ce = mtp_cross_entropy(
             _detached(logits), target_ids, ignore_index=ignore_index, backend=backend
         )
         valid = has_target(target_ids, seen.shape[2], ignore_index)
         rule = Given(reference.weights_of(rule, ce, valid).detach())
+        key = rule.key()
     check_inplace(inplace, heads)
     inputs = Inputs(
         logits=heads, **loss_inputs(rule, target_ids, normalizer, accumulation_dtype(seen))
     )
     settings = Settings(
-        rule=rule.key(),
+        rule=key,
         reduction=reduction,
         ignore_index=ignore_index,
         backend=chosen,

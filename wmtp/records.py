@@ -4,7 +4,7 @@ B batch, S sequence, H heads, V vocabulary, D hidden size. "acc" is float32, flo
 logits or hidden states. Tensors are on one device, but that 0-d ones may be on the host.
 """
 
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
@@ -126,8 +126,15 @@ _SCHEMA = {
 }
 
 
-def names_of(record: Any) -> tuple[str, ...]:
-    return tuple(f.name for f in fields(record)) if is_dataclass(record) else record._fields
+_NAMES: dict[type, tuple[str, ...]] = {
+    record: tuple(field.name for field in fields(record))
+    for record in (Inputs, Settings, RowInputs, LinearInputs, LinearSettings)
+}
+_NAMES |= {record: record._fields for record in (Outputs, LinearOutputs)}
+
+
+def names_of(record: type) -> tuple[str, ...]:
+    return _NAMES[record]
 
 
 def schema_of(*records: type) -> str:
@@ -135,20 +142,20 @@ def schema_of(*records: type) -> str:
     return ", ".join(
         f"{_SCHEMA[get_type_hints(record)[name]]} {name}"
         for record in records
-        for name in names_of(record)
+        for name in _NAMES[record]
     )
 
 
 def flat(*records: Any) -> list[Any]:
     """The records' values, in the order of `schema_of`."""
-    return [getattr(record, name) for record in records for name in names_of(record)]
+    return [getattr(record, name) for record in records for name in _NAMES[type(record)]]
 
 
 def unflat(values: Any, *records: type[R]) -> tuple[Any, ...]:
     """The records that `flat` has made `values` of."""
     found, begin = [], 0
     for record in records:
-        names = names_of(record)
+        names = _NAMES[record]
         found.append(record(**dict(zip(names, values[begin:], strict=False))))
         begin += len(names)
     return *found, *values[begin:]

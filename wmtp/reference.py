@@ -132,7 +132,7 @@ def weights_of(rule: Weighting, ce: Tensor, valid: Tensor) -> Tensor:
     is no target."""
     needs = {}
     if rule.compares:
-        ref_ce = rule.tensors()["ref_ce"].detach().to(ce.dtype)
+        ref_ce = vars(rule)["ref_ce"].detach().to(ce.dtype)
         needs["ref_ce"] = align_ref_ce(ref_ce, *ce.shape[1:])
     return rule.weights(ce.detach(), valid, **needs)
 

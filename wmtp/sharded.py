@@ -13,7 +13,7 @@ from torch import Tensor
 from wmtp.layout import PLAIN
 
 BATCH, SEQUENCE = 0, 1  # dimensions that may be sharded
-_LOCAL = (*PLAIN, type(None), float, int)  # no DTensor, nor a list that may hold some
+_LOCAL = (*PLAIN, type(None), float, int, str)  # no DTensor, nor a list that may hold some
 
 
 def local_parts(name: str, scores: Any, **others: Any) -> tuple[Any, ...]:

@@ -5,9 +5,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def refuse_transforms(*tensors: Tensor | None) -> None:
+def refuse_transforms(*values: object) -> None:
     """Raises where torch itself would raise, or take the loss for a constant."""
-    if in_torch_func() or any(map(_has_tangent, tensors)):
+    if in_torch_func() or any(map(_has_tangent, values)):
         raise NotImplementedError(
             "the fused losses cannot be transformed by torch.func (grad, vjp, jvp, jacrev, vmap) "
             "or by forward-mode AD: pass backend='eager', which all of them go through"
@@ -22,10 +22,10 @@ def in_torch_func() -> bool:
 in_torch_func._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _has_tangent(tensor: Tensor | None) -> bool:
-    if tensor is None or forward_ad._current_level < 0:
+def _has_tangent(value: object) -> bool:
+    if forward_ad._current_level < 0 or not isinstance(value, Tensor):
         return False
-    return forward_ad.unpack_dual(tensor).tangent is not None
+    return forward_ad.unpack_dual(value).tangent is not None
 
 
 def is_batched(grad: Tensor | None) -> bool:

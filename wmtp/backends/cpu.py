@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wmtp.backends import cpu_library
-from wmtp.backends.cpu_library import NUMBERS, load
+from wmtp.backends.cpu_library import Numbers, load
 from wmtp.backends.cpu_library import instruction_set as instruction_set
 from wmtp.backends.cpu_library import unavailable as unavailable
 from wmtp.backends.gradient_memory import new_gradient
@@ -156,7 +156,7 @@ def _inputs(
         ignore_index,
         _pointer(inputs.head_weights),
         _pointer(inputs.ref_ce),
-        (ctypes.c_double * NUMBERS)(*(() if inputs.numbers is None else inputs.numbers.tolist())),
+        Numbers() if inputs.numbers is None else Numbers(*inputs.numbers.tolist()),
         0.0 if inputs.normalizer is None else inputs.normalizer.item(),
         inputs.normalizer is not None,
         _DTYPES[rows.dtype],

@@ -15,7 +15,7 @@ LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parents[1] /
 _UNKNOWN_ISA, _MISSING_ISA = 3, 4
 
 
-NUMBERS = 4  # a rule's
+Numbers = ctypes.c_double * 4  # a rule's
 
 
 class Inputs(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
@@ -28,7 +28,7 @@ class Inputs(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
         ("ignore_index", ctypes.c_int64),
         ("head_weights", ctypes.c_void_p),
         ("ref_ce", ctypes.c_void_p),
-        ("numbers", ctypes.c_double * NUMBERS),
+        ("numbers", Numbers),
         ("normalizer", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("has_normalizer", "dtype", "threads")),
     ]

@@ -56,9 +56,7 @@ def new_gradient(
             new = torch.empty(0, dtype=dtype, device="cpu")
             new.set_(_kept[0], 0, shape)  # type: ignore[call-overload]
             return new
-        can_count = hasattr(torch._C, "_storage_Use_Count")
-        allowed = can_count and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
-        is_kept = allowed and nbytes >= KEPT_FROM_BYTES
+        is_kept = nbytes >= KEPT_FROM_BYTES and _may_keep()
         if is_kept:
             _kept.clear()  # before the new one is allocated: never two
         new = torch.empty(shape, dtype=dtype, device="cpu")
@@ -66,6 +64,11 @@ def new_gradient(
         if is_kept:
             _kept.append(new.untyped_storage())
         return new
+
+
+def _may_keep() -> bool:
+    can_count = hasattr(torch._C, "_storage_Use_Count")
+    return can_count and os.environ.get("WMTP_KEEP_GRADIENT") != "0"
 
 
 def release_memory() -> None:

@@ -27,13 +27,14 @@ from wmtp.ops.chunks import (
     run_chunks,
 )
 from wmtp.ops.derivatives import constant_of, no_second_derivative, upstream, weights_gradient
-from wmtp.ops.library import define, needed, none_for
+from wmtp.ops.library import define
 from wmtp.ops.loss import NO_GRAPH, next_token_ce
 from wmtp.records import (
     LinearInputs,
     LinearOutputs,
     LinearSettings,
     flat,
+    names_of,
     schema_of,
     unflat,
 )
@@ -42,6 +43,7 @@ from wmtp.weightings import Uniform, Weighting
 from wmtp.weightings.base import rule_of
 from wmtp.weightings.excess import align_ref_ce
 
+ARGUMENTS = (*names_of(LinearInputs), *names_of(LinearSettings))
 Kernel = Callable[..., tuple[Tensor, ...]]
 
 
@@ -178,8 +180,7 @@ def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tens
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, ctx.settings = unflat(inputs, LinearInputs, LinearSettings)
-    needs, _ = unflat(needed(ctx, inputs), LinearInputs, LinearSettings)
-    ctx.weights_wanted, ctx.none = needs.head_weights, none_for(inputs)
+    ctx.weights_wanted = ctx.needs_input_grad[ARGUMENTS.index("head_weights")]
     out = LinearOutputs(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(out.valid_mask, *out[3:])
@@ -206,8 +207,7 @@ def _backward(
             made = _gradients(ctx, saved, grad_loss, grad_ce)
             each = zip(("hidden", "weight", "bias"), made, ctx.settings.wanted, strict=True)
             found |= {name: grad for name, grad, wanted in each if wanted}
-    grads, settings = unflat(ctx.none, LinearInputs, LinearSettings)
-    return tuple(flat(replace(grads, **found), settings))
+    return tuple(map(found.get, ARGUMENTS))
 
 
 def _gradients(

@@ -80,22 +80,14 @@ class Weighting:
         """The rule that the operators take: itself, or `Given` where labels tell its weights."""
         return self
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Its fields that are tensors, by name."""
-        return {name: value for name, value in _fields(self).items() if isinstance(value, Tensor)}
-
     def with_fields(self, **fields: Any) -> "Weighting":
         """The same rule with other values of these fields."""
-        return type(self)(**{**_fields(self), **fields})
+        return type(self)(**{**vars(self), **fields})
 
     def key(self) -> str:
         """What the operators know it by: its class, and those of its fields that choose a twin."""
-        fields = {
-            name: value
-            for name, value in _fields(self).items()
-            if isinstance(value, (str, bool)) and name not in self.numbers
-        }
-        return f"{type(self).__module__}.{type(self).__qualname__} {fields!r}"
+        fields = {name: value for name, value in vars(self).items() if type(value) in (str, bool)}
+        return f"{type(self).__module__}.{type(self).__qualname__} {fields}"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -103,16 +95,6 @@ class Weighting:
 
 
 _CLASSES: dict[str, type[Weighting]] = {}
-
-
-def _fields(rule: Weighting) -> dict[str, Any]:
-    names = getattr(rule, "__dataclass_fields__", None)
-    if names is None or "__dataclass_fields__" not in vars(type(rule)):
-        raise TypeError(
-            f"{type(rule).__name__} must be a dataclass, so that its fields are known: decorate it "
-            "with @dataclasses.dataclass(frozen=True, eq=False)"
-        )
-    return {name: getattr(rule, name) for name in names}
 
 
 @functools.cache

@@ -9,7 +9,7 @@ of Triton's launcher (backends/nvidia/driver.c of 3.9), through the CUDA driver 
 
     parameters    those of the kernel that are no constexprs, in order; then two pointers to scratch
                   memory (global, profile), null where the metadata give it a size of 0, as here.
-                  The PTX shows both: register_kernel has 23 parameters, and 25 once compiled
+                  The PTX shows both: register_kernel has 22 parameters, and 24 once compiled
     grid          programs x num_ctas, 1, 1: Triton counts clusters, the driver blocks
     attributes    the cluster's size, and that clusters spread over the SMs; 16 blocks a cluster,
                   more than every card must schedule, need a permission of the function's
@@ -19,6 +19,7 @@ import contextlib
 import ctypes
 import importlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,26 +79,33 @@ def installed(folder: Path, clusters_only: bool = False) -> Iterator[None]:
 
 def key_of(symbol: str, dtype: str, threads: int, num_ctas: int, constants: dict[str, Any]) -> Key:
     """What tells one binary from another; V is no part of it, but through BLOCK."""
-    return symbol, dtype, threads, num_ctas, frozenset((k, int(v)) for k, v in constants.items())
+    named = {name: getattr(value, "__name__", value) for name, value in constants.items()}
+    return symbol, dtype, threads, num_ctas, frozenset(named.items())
 
 
-def c_arguments(arguments: tuple[Any, ...]) -> list[Any]:
-    """Tensors; lead and three strides of the logits, of the gradient; three sizes."""
-    tensors = [value for value in arguments if isinstance(value, torch.Tensor)]
-    integers = arguments[len(tensors) :]
-    wide = ctypes.c_int64
-    widths = [ctypes.c_int32, *[wide] * 3, ctypes.c_int32, *[wide] * 3, *[ctypes.c_int32] * 3]
-    return [
-        *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors),
-        *(width(value) for width, value in zip(widths, integers, strict=True)),
-    ]
+def c_arguments(arguments: dict[str, Any]) -> list[Any]:
+    """As static_gpu.py has them compiled: strides are 64 bits wide, other integers 32."""
+
+    def as_c(name: str, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return ctypes.c_void_p(value.data_ptr())
+        return (ctypes.c_int64 if "stride" in name else ctypes.c_int32)(value)
+
+    return [as_c(name, value) for name, value in arguments.items()]
+
+
+def split(call: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call's arguments in the order of its kernel's parameters, and its constants."""
+    arguments: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for parameter in inspect.signature(call.kernel.fn).parameters.values():
+        of_kind = constants if "constexpr" in str(parameter.annotation) else arguments
+        of_kind[parameter.name] = call.arguments[parameter.name]
+    return arguments, constants
 
 
 def pack(arguments: list[Any]) -> tuple[Any, list[Any]]:
-    """(void **, what it points to): the second must live as long as the first.
-
-    Pointers and strides are 64 bits wide, other integers 32, as static_gpu.py has them compiled.
-    """
+    """(void **, what it points to): the second must live as long as the first."""
     values = [*arguments, *[ctypes.c_void_p(0)] * SCRATCH_POINTERS]
     pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
     return pointers, values
@@ -123,8 +131,9 @@ class Library:
         *_, call = prepare(chosen, case)
         symbol = "online_kernel" if chosen.tier == "online" else "register_kernel"
         dtype, threads = TORCH_NAMES[case.rows.dtype], WARP * chosen.num_warps
-        cubin = self._load(key_of(symbol, dtype, threads, chosen.num_ctas, call.constants))
-        _launch(cubin, call.grid[0], c_arguments(call.arguments))
+        arguments, constants = split(call)
+        cubin = self._load(key_of(symbol, dtype, threads, chosen.num_ctas, constants))
+        _launch(cubin, call.grid[0], c_arguments(arguments))
 
     def _load(self, key: Key) -> Cubin:
         if key not in self._files:

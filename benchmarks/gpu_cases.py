@@ -98,13 +98,13 @@ def launch_of(job: Job, machine: Any) -> Any:
 
     case = job.case
     _, _, heads, vocabulary = case.shape
-    excess, gradient = case.weighting == "ref_ce", case.direction != "forward"
+    whole_token, gradient = case.weighting == "ref_ce", case.direction != "forward"
     return tiers.choose(
         vocab_size=vocabulary,
         heads=heads,
         rows=heads,
         itemsize=_itemsize(case),
-        excess=excess,
+        whole_token=whole_token,
         gradient=gradient,
         machine=machine,
         forced=job.tier,

@@ -37,11 +37,22 @@ def compile_variant(variant: Variant, target: str) -> Any:
             signature[name] = parameter.annotation_type or "i32"
     backend, arch = target.split(":")
     gpu = GPUTarget(backend, int(arch) if backend == "cuda" else arch, _warp(target))
-    source = ASTSource(variant.kernel, signature, variant.constants, attributes)
+    source = ASTSource(variant.kernel, signature, constants_of(variant), attributes)
     # Nothing of a cache: each binary is made now, by this compiler.
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         return triton.compile(source, target=gpu, options=variant.launch.options())
+
+
+def constants_of(variant: Variant) -> dict[str, Any]:
+    """With the rule itself instead of its name."""
+    from wmtp.kernels.rules import jitted
+    from wmtp.weightings import excess
+
+    constants = variant.constants
+    if constants.get("RULE") is None:
+        return constants
+    return {**constants, "RULE": jitted(getattr(excess, constants["RULE"]))}
 
 
 def _warp(target: str) -> int:

@@ -35,6 +35,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 Row = dict[str, Any]
 # Spilled bytes of a thread that are printed and do not fail. By 3.9.0 two variants (sm_90, H = 4,
@@ -45,31 +46,36 @@ TOLERATED = 8
 def be_the_package() -> None:
     """Stand in for `wmtp`, which needs torch; and for torch, of which only names are needed."""
     if importlib.util.find_spec("torch") is None:
-        stub: Any = types.ModuleType("torch")
-        stub.Tensor = stub.device = stub.dtype = object
-        stub.float32, stub.version = None, types.SimpleNamespace(hip=None)
-        sys.modules["torch"] = stub
+        for name in ("torch", "torch.nn", "torch.nn.functional", "torch.autograd"):
+            sys.modules[name] = MagicMock()
+        sys.modules["torch"].version.hip = None
     here = Path(__file__).resolve().parent
     kernels = here.parent / "kernels"
     if (kernels / "gpu").exists():  # the repository; installed, they are in wmtp/kernels
         kernels /= "gpu"
-    for name, path in (("wmtp", None), ("wmtp.kernels", kernels), ("wmtp.benchmarks", here)):
+    wmtp = here.parent / "wmtp" if (here.parent / "wmtp").exists() else here.parent
+    for name, path in (("wmtp", wmtp), ("wmtp.kernels", kernels), ("wmtp.benchmarks", here)):
         package: Any = types.ModuleType(name)
-        package.__path__ = [str(path)] if path else []
+        package.__path__ = [str(path)]
         sys.modules[name] = package
 
 
 if __name__ == "__main__":
     be_the_package()
 
-from wmtp.benchmarks.static_compile import compile_variant, complaint, describe  # noqa: E402
+from wmtp.benchmarks.static_compile import (  # noqa: E402
+    compile_variant,
+    complaint,
+    constants_of,
+    describe,
+)
 from wmtp.benchmarks.static_variants import CARDS, ITEMSIZE, Variant, sample, variants  # noqa: E402
 
 
 def load_kernels() -> dict[str, Any]:
     names = [
-        *("rows", "tiers", "weights_kernel", "scale_kernel", "next_token_kernel"),
-        *("register_kernel", "partial_kernel", "online_kernel", "gradient_kernel"),
+        *("rows", "tiers", "weights_kernel", "scale_kernel", "register_kernel"),
+        *("partial_kernel", "online_kernel", "gradient_kernel"),
     ]
     return {name: importlib.import_module(f"wmtp.kernels.{name}") for name in names}
 
@@ -102,6 +108,7 @@ def key_of(target: str, variant: Variant) -> str:
     reader = Path(__file__).with_name("static_compile.py").read_text()
     follows_from = (
         *(triton.__version__, target, CARDS[target], variant.kernel.cache_key, reader),
+        getattr(constants_of(variant).get("RULE"), "cache_key", None),
         *(variant.name, variant.dtype, variant.vocabulary, variant.launch, variant.constants),
     )
     return hashlib.sha256(repr(follows_from).encode()).hexdigest()

@@ -19,6 +19,9 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
 VOCABULARIES = (1000, 2000, 4000, 8000, 16000, 32000, 50257, 128256, 256000, 300000)
 ODD = 50257
 HEADS = (1, 2, 3, 4, 5, 8)
+# By what they are called, the functions of wmtp.weightings; None: the weights are known.
+SIGNED = "_signed_excess"
+RULES = {"known": None, "excess": "_absolute_excess"}
 
 
 class Card(NamedTuple):
@@ -122,7 +125,7 @@ def _loss_variants(
                 for forced in ("", *tiers.TIERS):
                     try:
                         launch = tiers.choose(
-                            vocabulary, heads, rows, ITEMSIZE[dtype], weighting != "known",
+                            vocabulary, heads, rows, ITEMSIZE[dtype], RULES[weighting] is not None,
                             gradient, machine, forced,
                         )  # fmt: skip
                     except ValueError:  # that tier does not serve this case
@@ -144,12 +147,14 @@ def _loss_variant(
     size: tuple[int, int],
     gradient: bool,
 ) -> Variant:
-    (heads, rows), excess = size, weighting != "known"
-    constants = modules["tiers"].constants(launch, heads, rows, excess)
-    constants |= {"H": heads, "EXCESS": excess, "SIGNED": False, "IN_PHASE": True}
+    (heads, rows), rule = size, RULES[weighting]
+    constants = modules["tiers"].constants(launch, heads, rows, rule is not None)
+    constants |= {"H": heads, "RULE": rule, "COMPARES": rule is not None, "IN_PHASE": True}
     constants |= {"LISTED": False, "GRAD_LISTED": False, "BLOCK": launch.block}
     name, kernel = "register", modules["register_kernel"].register_kernel
-    if launch.tier == "online":
+    if launch.tier != "online":
+        constants["SUMS_TO_ONE"] = rule is not None
+    else:
         name, kernel = "online", modules["online_kernel"].online_kernel
         constants |= {"GRAD": gradient, "SPLITS": 1}
     name += f" {weighting}" + " shared" * (rows < heads) + " forward" * (not gradient)
@@ -167,11 +172,11 @@ def _further(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
     more = {
         "listed": {"LISTED": True, "GRAD_LISTED": True},
         "out of phase": {"IN_PHASE": False},
-        "signed": {"SIGNED": True},
+        "signed": {"RULE": SIGNED},
     }
     if "shared" in variant.name:
         del more["listed"]
-    if not constants["EXCESS"]:
+    if constants["RULE"] is None:
         del more["signed"]
     for name, changed in more.items():
         yield variant._replace(name=f"{variant.name} {name}", constants=constants | changed)
@@ -204,9 +209,7 @@ def _streaming_variants(
     """The kernels of the cross entropies themselves."""
     tiers = modules["tiers"]
     launch = tiers.online(vocabulary, ITEMSIZE[dtype], machine)
-    next_token = modules["next_token_kernel"].next_token_ce_kernel
     block = {"BLOCK": launch.block}
-    yield Variant("next_token_ce", dtype, vocabulary, next_token, block, launch, True)
     gradient = modules["gradient_kernel"].row_gradient_kernel
     for shared in (False, True)[:heads]:
         name = "row_gradient" + " shared" * shared
@@ -222,14 +225,14 @@ def _small_variants(modules: dict[str, Any], machine: Any, heads: int) -> Iterat
     """Those that stream no logits."""
     weights, tiers = modules["weights_kernel"], modules["tiers"]
     once, alone = tiers.Launch("", 0, 8), tiers.one_program(machine)
-    tokens = {"H": heads, "TOKENS": weights.tokens_a_step(heads)}
+    tokens: dict[str, Any] = {"H": heads, "TOKENS": weights.tokens_a_step(heads)}
     kernel = weights.weights_kernel
-    for weighting in ("UNIFORM", "GIVEN", "EXCESS"):
+    for kind in ("ONES", "GIVEN", "LATER"):
+        of_kind: dict[str, Any] = {"WEIGHTS": getattr(weights, kind).value, **tokens}
         for reduction, code in weights.REDUCTIONS.items():
-            name = f"weights {weighting.lower()} {reduction}"
-            how = {"WEIGHTING": getattr(weights, weighting).value, "REDUCTION": code.value}
-            yield Variant(name, "fp32", 0, kernel, how | tokens, alone)
-    yield Variant("finish", "fp32", 0, weights.finish_kernel, tokens, alone)
+            name = f"weights {kind.lower()} {reduction}"
+            yield Variant(name, "fp32", 0, kernel, of_kind | {"REDUCTION": code.value}, alone)
+        yield Variant(f"finish {kind.lower()}", "fp32", 0, weights.finish_kernel, of_kind, alone)
     scale = modules["scale_kernel"].scale_kernel
     for dtype, itemsize in ITEMSIZE.items():
         block = {"BLOCK": modules["scale_kernel"].BLOCK_BYTES // itemsize}

@@ -16,12 +16,13 @@ from wmtp.benchmarks.problem import Case, Problem
 
 def cubin(folder, number, symbol="register_kernel", **constants):
     """What static_gpu.py leaves for one kernel of bf16 logits, V = 1000, H = 2."""
-    held = {"ROWS": 1, "HEADS": 1, "PROGRAMS": 2, "H": 2, "EXCESS": False, "SIGNED": False}
+    held = {"ROWS": 1, "HEADS": 1, "PROGRAMS": 2, "H": 2, "RULE": None, "COMPARES": False}
     held |= {
         "LISTED": False,
         "GRAD_LISTED": False,
         "IN_PHASE": True,
         "CLUSTER": False,
+        "SUMS_TO_ONE": False,
         "BLOCK": 1024,
         **constants,
     }
@@ -58,7 +59,7 @@ def test_a_launch_finds_its_cubin_and_passes_the_kernels_parameters(monkeypatch,
 
     cubin(tmp_path, 0, BLOCK=2048)
     cubin(tmp_path, 1)
-    cubin(tmp_path, 2, EXCESS=True, ROWS=2, HEADS=2, PROGRAMS=1)
+    cubin(tmp_path, 2, RULE="_absolute_excess", ROWS=2, HEADS=2, PROGRAMS=1)
     file, programs, arguments, logits = call_with_cubins(monkeypatch, tmp_path)
     assert (file.name, programs) == ("1.json", 12)
     parameters = inspect.signature(register_kernel.fn).parameters.values()

@@ -131,7 +131,7 @@ def fused_linear_weighted_mtp_loss(
         valid = has_target(target_ids, hidden.shape[2], ignore_index)
         logits = F.linear(hidden.masked_fill(~valid[..., None], 0.0), weight, bias)
         how = (as_tensor(normalizer), reduction, ignore_index)
-        return reference.weighted_loss(logits, target_ids, rule, *how)
+        return reference.loss_of_logits(logits, target_ids, rule, *how)
     refuse_transforms(hidden, weight, bias, *vars(rule).values())
     rule = rule.resolved(target_ids, hidden.shape[2], ignore_index)
     acc = accumulation_dtype(hidden)

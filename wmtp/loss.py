@@ -144,7 +144,7 @@ def fused_weighted_mtp_loss(
     chosen, ignore_index = choose_backend(backend, seen.device.type, seen.dtype), int(ignore_index)
     if chosen == "eager":
         how = (as_tensor(normalizer), reduction, ignore_index)
-        return reference.weighted_loss(one_tensor(heads), target_ids, rule, *how)
+        return reference.loss_of_logits(one_tensor(heads), target_ids, rule, *how)
     refuse_transforms(*heads, *vars(rule).values())
     rule = rule.resolved(target_ids, seen.shape[2], ignore_index)
     if isinstance(rule, Excess) and rule.ref_logits is not None:

@@ -85,10 +85,10 @@ def compute_weighted_mtp_loss(
         horizon=horizon,
     )
     ignore_index = int(ignore_index)
-    return weighted_loss(logits, target_ids, rule, as_tensor(normalizer), reduction, ignore_index)
+    return loss_of_logits(logits, target_ids, rule, as_tensor(normalizer), reduction, ignore_index)
 
 
-def weighted_loss(
+def loss_of_logits(
     logits: Tensor,
     target_ids: Tensor,
     rule: Weighting,

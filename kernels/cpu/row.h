@@ -66,9 +66,9 @@ template <class E> inline Acc<E> block_max(const E* x, int64_t n) {
 }
 
 // Four vectors' worth, into L1 (3) or L2 (2). A prefetch never faults.
-template <class E, int kLocality> inline void fetch4(const E* ahead) {
+template <class E, int kLocality> inline void fetch4(const E* next) {
   for (unsigned line = 0; line < 4 * kLanes<Acc<E>> * sizeof(E); line += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(ahead) + line, 0, kLocality);
+    __builtin_prefetch(reinterpret_cast<const char*>(next) + line, 0, kLocality);
 }
 
 // sum exp(x - shift), which goes to e as well, and max x.
@@ -148,10 +148,10 @@ template <class T> LogSumExp<T> combine(const PartialSum<T>* parts, int count) {
   return {max, sum, log(sum)};
 }
 
-// out [n] = e scale, while ahead [n] is fetched into L2. Past the caches goes what is too large to be met
-// there again: its lines need not be fetched before they are overwritten.
+// out [n] = e scale, while next [n] is prefetched into L2. past_caches: non-temporal stores, for a gradient too
+// large to stay in the caches; its lines are then not read before they are overwritten.
 template <class E>
-void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, const E* ahead,
+void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, const E* next,
                   E* out) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
@@ -160,12 +160,12 @@ void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, co
   for (; i + L <= lead && i + L <= n; i += L) store(out + i, load(e + i) * scale);
   if (i < lead && lead < n) store_first(out + i, load(e + i) * scale, lead - i), i = lead;
   for (; past_caches && i + 4 * L <= n; i += 4 * L) {
-    fetch4<E, 2>(ahead + i);
+    fetch4<E, 2>(next + i);
     for (int j = 0; j < 4; ++j) store_past_caches(out + i + j * L, load(e + i + j * L) * scale);
   }
   if (past_caches) fence();
   for (; i + 4 * L <= n; i += 4 * L) {
-    fetch4<E, 2>(ahead + i);
+    fetch4<E, 2>(next + i);
     for (int j = 0; j < 4; ++j) store(out + i + j * L, load(e + i + j * L) * scale);
   }
   for (; i + L <= n; i += L) store(out + i, load(e + i) * scale);
@@ -182,10 +182,10 @@ template <class E> void write_exp(const E* x, int64_t n, Acc<E> shift, Acc<E> sc
 }
 
 // out [V] = c exp(x - max) / sum, from the kept exponentials, of which some are as large as e^kSlack: where
-// their factor is too small to have all its digits, from x. x [V] + ahead is what will be read next.
+// their factor is too small to have all its digits, from x. x [V] + next_row is what will be read next.
 template <class E>
 void write_softmax(Exponentials<Acc<E>> kept, int64_t V, LogSumExp<Acc<E>> of, double c, bool past_caches,
-                   const E* x, int64_t ahead, E* out) {
+                   const E* x, int64_t next_row, E* out) {
   using T = Acc<E>;
   for (int64_t begin = 0, end; begin < V; begin = end) {  // runs of blocks with one shift
     const T shift = kept.shifts[begin / kBlock];
@@ -195,7 +195,7 @@ void write_softmax(Exponentials<Acc<E>> kept, int64_t V, LogSumExp<Acc<E>> of, d
     if (scale < kAllDigits<T> && -scale < kAllDigits<T>)
       write_exp(x + begin, end - begin, of.max, T(c / of.sum), out + begin);
     else
-      write_scaled(kept.e + begin, end - begin, scale, past_caches, x + ahead + begin, out + begin);
+      write_scaled(kept.e + begin, end - begin, scale, past_caches, x + next_row + begin, out + begin);
   }
 }
 

@@ -18,8 +18,9 @@ struct Team {
   int64_t row_bytes;     // of its exponentials of one row
   char* kept;            // which stand here
   char* numbers;         // what it knows of a token's rows and heads
-  char* partial_sums;    // [2][H][size], everybody's
-  mutable int turn = 0;  // which of the two: a fast thread may write the next while a slow one reads
+  char* partial_sums;    // [2][H][size], of all threads: a double buffer, because a fast thread may write the
+                         // next token's sums while a slow one still reads
+  mutable int turn = 0;  // the half in use
 
   void barrier() const {
     turn ^= 1;

@@ -39,7 +39,8 @@ template <class E> E* gradient_row(const Inputs& in, const Outputs& out, const T
   return static_cast<E*>(out.grad) + (token.index * (shared_heads(in) ? 1 : in.H) + row) * in.V;
 }
 
-// Placed so that they and the gradient's row, which for an odd V begins anywhere, meet vector by vector.
+// The exponentials have the alignment of the gradient's row, which for an odd V starts anywhere: the loop that
+// stores the gradient then loads and stores whole aligned vectors.
 template <class E> Exponentials<Acc<E>> exponentials(const Team& team, int64_t slot, const E* grad_row) {
   using T = Acc<E>;
   T* const kept = reinterpret_cast<T*>(team.kept + slot * team.row_bytes);
@@ -83,11 +84,11 @@ void read_rows(const Inputs& in, const Outputs& out, const Token& token, Heads r
 constexpr int64_t kPastCachesBytes = int64_t(32) << 20;
 
 // out [V] = (sum_k c_k) softmax - sum_k c_k onehot(target_k) over the row's heads k: this thread's
-// columns. A row of which every c is 0 gives exactly 0, NaN and infinities too. What will mostly be read
-// next, `ahead` elements further, is fetched meanwhile.
+// columns. A row of which every c is 0 gives exactly 0, NaN and infinities too. The row that is mostly read
+// next, `next_row` elements further, is prefetched meanwhile.
 template <class E>
 void write_gradient(const Inputs& in, const Token& token, int64_t row, const Team& team,
-                    Exponentials<Acc<E>> kept, const TokenState<Acc<E>>& state, int64_t ahead, E* out) {
+                    Exponentials<Acc<E>> kept, const TokenState<Acc<E>>& state, int64_t next_row, E* out) {
   using T = Acc<E>;
   const int64_t rows = in.B * in.S * (shared_heads(in) ? 1 : in.H);
   const bool past_caches = out != row_of<E>(in, token, row) &&
@@ -106,7 +107,7 @@ void write_gradient(const Inputs& in, const Token& token, int64_t row, const Tea
   if (weighs && !finite(stats.lse()))
     write_exp(x, columns, stats.lse(), T(c), out + team.begin);
   else if (c != 0)
-    write_softmax(kept, columns, stats, c, past_caches, x, ahead, out + team.begin);
+    write_softmax(kept, columns, stats, c, past_caches, x, next_row, out + team.begin);
   else
     std::memset(out + team.begin, 0, columns * sizeof(E));
   if (!weighs) return;
@@ -151,7 +152,7 @@ void token_pass(const Inputs& in, const Settings& set, const Outputs& out, const
                 double inverse, double scale, double* loss_of_token) {
   using T = Acc<E>;
   const int64_t rows = shared_heads(in) ? 1 : in.H, step = waiting_rows(in, set);
-  const int64_t ahead = step == rows ? in.stride_s : in.stride_h;
+  const int64_t next_row = step == rows ? in.stride_s : in.stride_h;
   T* const numbers = reinterpret_cast<T*>(team.numbers);  // seven for each head
   const TokenState<T> state = {reinterpret_cast<LogSumExp<T>*>(numbers), numbers + 3 * in.H,
                                numbers + 4 * in.H, numbers + 5 * in.H, numbers + 6 * in.H};
@@ -172,7 +173,7 @@ void token_pass(const Inputs& in, const Settings& set, const Outputs& out, const
     for (int64_t k = heads.first; k < heads.last; ++k) state.c[k] = times(state.w[k], scale);
     for (int64_t row = first; row < first + step && out.grad; ++row) {
       E* const grad_row = gradient_row<E>(in, out, token, row);
-      write_gradient<E>(in, token, row, team, exponentials(team, row - first, grad_row), state, ahead, grad_row);
+      write_gradient<E>(in, token, row, team, exponentials(team, row - first, grad_row), state, next_row, grad_row);
     }
   }
   if (!set.known && !set.sums_to_one) weight_sum = sum_of(state.w, in.H);

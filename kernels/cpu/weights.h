@@ -8,8 +8,8 @@ namespace WMTP_ISA {
 
 struct Token {
   int64_t index, b, t;   // index = b S + t
-  const int64_t* ahead;  // head k predicts ahead[k],
-  int64_t count;         // if k < count
+  const int64_t* targets;  // head k predicts targets[k],
+  int64_t count;           // if k < count
 };
 
 inline Token token_at(const Inputs& in, int64_t index) {
@@ -18,7 +18,7 @@ inline Token token_at(const Inputs& in, int64_t index) {
 }
 
 inline int64_t target_of(const Inputs& in, const Token& token, int64_t k) {  // -1: no valid target
-  return k < token.count && token.ahead[k] != in.ignore_index ? token.ahead[k] : -1;
+  return k < token.count && token.targets[k] != in.ignore_index ? token.targets[k] : -1;
 }
 
 inline bool has_target(const Inputs& in, const Token& token) {

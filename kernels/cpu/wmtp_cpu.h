@@ -74,7 +74,7 @@ constexpr int64_t kPadding = 16;  // a vector, before the exponentials; after th
 
 inline bool shared_heads(const Inputs& in) { return in.H > 1 && !in.head_offsets && in.stride_h == 0; }
 
-// A sleeping thread takes about as long to wake as one takes for so many logits.
+// Waking a sleeping thread takes about as long as `worth` logits do.
 inline int useful_threads(const Inputs& in) {
   const int64_t worth = 1 << 17, last = in.S && in.S == in.T;  // nothing follows the last token
   const int64_t rows = in.B * (in.S - last) * (shared_heads(in) ? 1 : in.H);

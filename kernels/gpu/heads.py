@@ -12,7 +12,7 @@ from wmtp.kernels.rows import rounded_product
 
 @triton.jit
 def position(token, seq_len):
-    """(b, t) of a token. Divided as int32: of int64 the division is a call, and around it
+    """(b, t) of a token. The division is in int32: in int64 it is a call, around which
     registers spill."""
     token = token.to(tl.int32)
     return (token // seq_len).to(tl.int64), (token % seq_len).to(tl.int64)
@@ -21,9 +21,9 @@ def position(token, seq_len):
 @triton.jit
 def head_targets(target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H: tl.constexpr):
     """(target, valid, in_range), each of head's shape; target is int32, and -1 out of range."""
-    ahead = (head < H) & (t + head + 1 < seq_len)
-    target = tl.load(target_ptr + token + head + 1, mask=ahead, other=0)
-    valid = ahead & (target != ignore_index)
+    inside = (head < H) & (t + head + 1 < seq_len)
+    target = tl.load(target_ptr + token + head + 1, mask=inside, other=0)
+    valid = inside & (target != ignore_index)
     in_range = (target >= 0) & (target < vocab_size)
     return tl.where(in_range, target, -1).to(tl.int32), valid, in_range
 

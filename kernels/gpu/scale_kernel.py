@@ -1,8 +1,8 @@
-"""A gradient times what came from above, which is mostly 1: then nothing is read or written.
+"""Multiplies a gradient by the upstream gradient, which is mostly 1: then it moves no byte.
 
-The factor is looked at on the device, so that no step waits for it; and because it is mostly 1 the
-programs are as many as the device holds at once, not one a row. Each goes over blocks of rows: what
-is contiguous is one row.
+The kernel reads the factor on the device, so that no step waits for it. There are as many programs
+as the device holds at once, not one a row, because mostly they have nothing to do. Each program
+walks over blocks of rows; a contiguous gradient is one row.
 """
 
 import torch

@@ -8,10 +8,10 @@ Of the rows (b, t, k) some have a target; a chunk has R of them, all heads of it
     c [R]          = dloss/dce
     grad_hidden    = c (g @ weight)      grad_weight += g.T @ (c x)      grad_bias += c @ g
 
-What is known of c before is multiplied with where g is written, in float32. A weight that follows
-from the ce of the chunk's tokens meets the small operands, so that excess weights cost neither a
-second product nor a second pass over the logits. B batch, S sequence, H heads, D hidden, V
-vocabulary.
+The kernel multiplies g by the part of c that is known before, in float32. A weight that follows
+from the ce of the chunk's tokens multiplies the small operands instead, so that excess weights cost
+neither a second product nor a second pass over the logits. B batch, S sequence, H heads, D hidden,
+V vocabulary.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     """Which rows are computed, and when."""
 
     rows: Tensor  # [rows] int64, ascending: of the B S H
-    targets: Tensor  # [1 + rows] int64: nobody's, then each row's
+    targets: Tensor  # [1 + rows] int64: targets[1 + r] is row r's, as the kernels read them
     chunks: list[Chunk]
 
 
@@ -97,7 +97,11 @@ class Linear(NamedTuple):
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """Where there is one chunk there is no sum, but in float16, which may not hold one."""
+        """The dtype in which the chunks' parts of the weight's gradient are added up.
+
+        One chunk adds up nothing: the weight's own dtype does, except float16, whose range the
+        product of one chunk may exceed.
+        """
         batch, length = self.hidden.shape[:2]
         whole = batch * max(length - 1, 0) <= self.chunk_tokens and self.dtype != torch.float16
         dtype = self.weight.dtype if whole else self.accum_dtype
@@ -181,7 +185,7 @@ def run_chunks(
             torch.mm(x, weight.T, out=logits)
         else:
             torch.addmm(bias, x, weight.T, out=logits)
-        # What g is multiplied with: where it is written, and afterwards.
+        # g is scaled twice: by `written` when the kernel stores it, by `after` in the products.
         written, after = scalars[rows] / unscale if any(wanted) else None, None
         ce.view(-1)[rows] = backend.rows_ce_(logits, targets, written)
         if weigh is not None:
@@ -205,7 +209,7 @@ class _Sums:
         self.bias = weight.new_empty(len(weight) if wanted.bias else 0, dtype=dtype)
 
     def add(self, g: Tensor, x: Tensor, weight: Tensor, rows: Tensor, c: Tensor | None) -> None:
-        """c [R]: what g is still to be multiplied with, row by row; None: nothing."""
+        """c [R]: the factor that each row of g still lacks; None: no factor."""
         if self.wanted.hidden:
             gradient = torch.mm(g, weight)
             if c is not None:

@@ -33,7 +33,7 @@ class Wanted(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reads. Checkpointing lets it be unpacked once a backward: here, by name."""
+    """What backward reads, unpacked once, by name: checkpointing allows no second time."""
 
     target_ids: Tensor
     row_scalar: Tensor

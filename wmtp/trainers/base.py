@@ -30,7 +30,7 @@ from wmtp.reference import MTPLoss, weights_of
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
-from wmtp.trainers.losses import denominator, weighted_loss
+from wmtp.trainers.losses import denominator, training_loss
 from wmtp.trainers.optimizer import build_optimizer, multiply_gradients, state_bytes
 from wmtp.trainers.processes import Processes
 from wmtp.trainers.reference_model import Reference, prepare_reference
@@ -323,7 +323,7 @@ class BaseWmtpTrainer(abc.ABC):
         normalizer: float | None = None,
     ) -> MTPLoss:
         with self.autocast():
-            return weighted_loss(
+            return training_loss(
                 self.config.loss,
                 output.head_hidden_states,
                 self.accelerator.unwrap_model(self.model).unembed,

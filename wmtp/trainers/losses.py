@@ -18,7 +18,7 @@ from wmtp.reference import MTPLoss
 from wmtp.weightings import Uniform, Weighting
 
 
-def weighted_loss(
+def training_loss(
     way: str,
     head_hidden_states: Tensor,
     unembed: nn.Linear,
@@ -40,7 +40,7 @@ def weighted_loss(
 
         >>> import torch
         >>> states, unembed = torch.randn(1, 4, 2, 3), nn.Linear(3, 5)
-        >>> losses = [weighted_loss(way, states, unembed, torch.tensor([[0, 1, 2, 3]])).loss
+        >>> losses = [training_loss(way, states, unembed, torch.tensor([[0, 1, 2, 3]])).loss
         ...           for way in ("linear", "fused", "eager")]
         >>> torch.allclose(losses[0], losses[1]) and torch.allclose(losses[1], losses[2])
         True

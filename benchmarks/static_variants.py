@@ -169,7 +169,7 @@ def _further(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
         yield from _split(modules, variant)
     if not (gradient and of_four):
         return
-    more = {
+    more: dict[str, dict[str, Any]] = {
         "listed": {"LISTED": True, "GRAD_LISTED": True},
         "out of phase": {"IN_PHASE": False},
         "signed": {"RULE": SIGNED},

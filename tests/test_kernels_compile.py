@@ -143,7 +143,7 @@ def test_every_number_of_heads_dtype_weighting_and_reduction_is_compiled_once():
     for heads in static_variants.HEADS:
         mine = [variant for variant in every if variant.constants.get("H") == heads]
         for reductions in ("token_mean", "weight_mean", "sum"):
-            for weighting in ("uniform", "given", "excess"):
+            for weighting in ("ones", "given", "later"):
                 assert any(v.name == f"weights {weighting} {reductions}" for v in mine)
         for dtype in static_variants.ITEMSIZE:
             names = {variant.name for variant in mine if variant.dtype == dtype}

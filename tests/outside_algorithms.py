@@ -45,5 +45,29 @@ class WordsTrainer(BaseWmtpTrainer):
         return "uniform"
 
 
+bad = ""  # what the next returns
+
+
+class BadTrainer(BaseWmtpTrainer):
+    """Returns what no loss takes, or learns nothing from."""
+
+    def compute_head_weights(self, batch, output):
+        ones = torch.ones(output.head_hidden_states.shape[:3])
+        return {
+            "nan": lambda: ones * float("nan"),
+            "inf": lambda: ones * float("inf"),
+            "negative": lambda: -ones,
+            "shape": lambda: ones[:, 1:],
+            "integers": ones.long,
+            "complex": lambda: ones * 1j,
+            "none": lambda: None,
+            "numpy": ones.numpy,
+            "meta": lambda: ones.to("meta"),
+            "raise": lambda: 1 / 0,
+            "zero": lambda: ones * 0,
+            "big": lambda: ones * 3e38,
+        }[bad]()
+
+
 class Unfinished(BaseWmtpTrainer):
     """Has no weights."""

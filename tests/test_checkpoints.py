@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tiny_runs import make_trainer
+from tiny_runs import make_trainer, record_of
 from wmtp.digests import DIGESTS, what_is_wrong
 from wmtp.trainers import RunError, RunFolder
 from wmtp.trainers.checkpoints import Checkpoints
@@ -18,16 +18,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def checkpoints(tmp_path):
     """Of steps 2 and 4."""
-    found = Checkpoints(tmp_path / "checkpoints")
+    found = Checkpoints(tmp_path / "checkpoints", lambda: "this run")
     for step in (2, 4):
-        found.begin(step)
-        (found.in_progress(step) / "model.safetensors").write_bytes(b"weights" * step)
-        found.commit(step)
+        add(found, step)
     return found
 
 
+def add(checkpoints, step):
+    checkpoints.begin(step)
+    (checkpoints.in_progress(step) / "model.safetensors").write_bytes(b"weights" * step)
+    checkpoints.write_progress(step, {"evaluation_at_start": None})
+    checkpoints.commit(step)
+
+
 def newest(checkpoints):
-    (step, _), complaints = checkpoints.newest_whole()
+    (step, _), complaints = checkpoints.newest_whole(recorded=99)
     return step, complaints
 
 
@@ -38,6 +43,40 @@ def test_only_our_own_names_count(checkpoints):
     checkpoints.drop_old(1)
     names = {path.name for path in checkpoints.path.iterdir()}
     assert names == {"step-4", "step-2-keep", "step-007"}
+
+
+def test_those_of_another_run_or_step_are_passed_over(checkpoints, tmp_path):
+    other = Checkpoints(tmp_path / "other", lambda: "another run")
+    add(other, 6)
+    shutil.copytree(other.path / "step-6", checkpoints.path / "step-6")
+    shutil.copytree(checkpoints.path / "step-2", checkpoints.path / "step-8")
+    step, complaints = newest(checkpoints)
+    assert step == 4
+    assert "step-8 is damaged (it is of step 2)" in complaints[0]
+    assert "step-6 is damaged (it is another run's)" in complaints[1]
+
+
+@pytest.mark.parametrize("digests", ["{}", '{"model.safetensors": "0"}'])
+def test_every_file_must_be_listed(checkpoints, digests):
+    (checkpoints.path / "step-4" / DIGESTS).write_text(digests)
+    assert newest(checkpoints)[0] == 2
+
+
+def test_a_pipe_is_not_waited_for(checkpoints):
+    (checkpoints.path / "step-4" / DIGESTS).unlink()
+    os.mkfifo(checkpoints.path / "step-4" / DIGESTS)
+    assert newest(checkpoints)[0] == 2
+
+
+def test_a_file_in_its_place_is_replaced(checkpoints):
+    (checkpoints.path / "step-6").write_text("a note")
+    add(checkpoints, 6)
+    assert newest(checkpoints) == (6, [])
+
+
+def test_lost_metrics_are_named(checkpoints):
+    with pytest.raises(RunError, match=r"metrics.jsonl lacks step 2, .*: restore .*metrics.jsonl"):
+        checkpoints.newest_whole(recorded=1)
 
 
 def test_an_empty_folder_is_not_the_newest(checkpoints):
@@ -79,7 +118,7 @@ def test_where_none_is_whole_nothing_is_begun_anew(checkpoints):
     for step in (2, 4):
         damage(checkpoints.path / f"step-{step}/model.safetensors", "empty")
     with pytest.raises(RunError, match=r"no whole checkpoint: .*step-4 is damaged .*step-2 is"):
-        checkpoints.newest_whole()
+        checkpoints.newest_whole(recorded=99)
 
 
 def test_a_trainer_goes_on_from_the_one_before_and_says_so(data, tmp_path, capsys):
@@ -100,7 +139,7 @@ def test_a_trainer_goes_on_from_the_one_before_and_says_so(data, tmp_path, capsy
 def test_a_record_that_cannot_be_read_is_named(name, content, tmp_path):
     folder = RunFolder(tmp_path)
     folder.open({"steps": 1}, resume=False)
-    folder.append_metrics({"step": 1})
+    folder.append_metrics(record_of(1))
     (tmp_path / name).write_text(content)
 
     def read():
@@ -111,15 +150,19 @@ def test_a_record_that_cannot_be_read_is_named(name, content, tmp_path):
         read()
 
 
-@pytest.mark.parametrize("tail", ["\0\0\0\0", "\0\n", "garbage\n", '{"no": "step"}\n', "[3]\n"])
+@pytest.mark.parametrize(
+    "tail", ["\0\0\0\0", "\0\n", "garbage\n", '{"no": "step"}\n', '{"step": 3}\n', "[3]\n"]
+)
 def test_a_damaged_tail_of_the_metrics_costs_nothing(tail, tmp_path):
     folder = RunFolder(tmp_path)
     for step in (1, 2, 2, 3):
-        folder.append_metrics({"step": step})
+        folder.append_metrics(record_of(step))
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(tail)
     folder.cut_metrics_back(2)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(
+        json.dumps(record_of(step)) + "\n" for step in (1, 2)
+    )
 
 
 def hold(folder, ready, done):

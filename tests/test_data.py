@@ -241,14 +241,6 @@ def test_a_cache_that_cannot_be_written(corpus, tmp_path, monkeypatch):
         prepare(corpus)
 
 
-def test_a_cache_entry_cut_short(corpus, cache):
-    prepare(corpus)
-    tokens = next(cache.glob("tokens-*/train/tokens.bin"))
-    os.truncate(tokens, 101)
-    with pytest.raises(DataError, match=r"tokens\.bin is damaged: delete"):
-        prepare(corpus)
-
-
 def test_a_failed_build_leaves_nothing(corpus, cache):
     prepare(corpus)
     kept = set(cache.iterdir())
@@ -365,3 +357,42 @@ def test_a_broken_tokenizer_is_named(content, corpus, tmp_path):
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"tokenizer\.json is not a tokenizer\.json"):
         prepare_data(find_corpus(corpus), tokenizer_file=file)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "train/tokens.bin").write_bytes(
+            bytes(64) + (folder / "train/tokens.bin").read_bytes()[64:]
+        ),
+        lambda folder: os.truncate(folder / "train/tokens.bin", 101),
+        lambda folder: (folder / "train/meta.json").write_text("{"),
+        lambda folder: (folder / "validation/document_ends.npy").unlink(),
+        lambda folder: (folder / "digests.json").unlink(),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(corpus, cache, capsys, damage):
+    whole = prepare(corpus).train.batch(0, batch_size=2, seq_len=16, seed=0)
+    (folder,) = cache.glob("tokens-*")
+    damage(folder)
+    again = prepare(corpus).train.batch(0, batch_size=2, seq_len=16, seed=0)
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert "is damaged" in capsys.readouterr().err
+    prepare(corpus)
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", ""), ("a.txt", " \n"), ("a.jsonl", ""), ("a.jsonl", '{"text": "", "reward": 1}\n')],
+)
+def test_text_that_is_none_is_named(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name} is empty: pass files with text"):
+        prepare_data(find_corpus(tmp_path / name))
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    with pytest.raises(DataError, match=r"loop\.txt"):
+        find_corpus(tmp_path / "loop.txt")

@@ -77,7 +77,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_and_the_run_goes_on(
     folder = RunFolder(tmp_path / "run")
     names = {path.name for path in folder.checkpoints.path.iterdir()}
     assert names == {"step-2", "step-4"}
-    assert folder.checkpoints.newest_whole()[0][0] == 4
+    assert folder.newest_whole()[0][0] == 4
     data = tiny_runs.prepare(corpus)
     tiny_runs.make_trainer("critic-wmtp", data, tmp_path / "run").run()
     tiny_runs.make_trainer("critic-wmtp", data, tmp_path / "whole").run()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tiny_runs
-from tiny_runs import make_trainer, read_metrics
+from tiny_runs import make_trainer, read_metrics, record_of
 from wmtp.trainers import RunError, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.open({"steps": 9, "lr": 0.1}, resume=False)
     folder.open({"steps": 3, "lr": 0.1}, resume=False)  # nothing was computed yet
-    folder.append_metrics({"step": 1})
+    folder.append_metrics(record_of(1))
     with pytest.raises(RunError, match=r"already holds a run: continue it with --resume"):
         folder.open({"steps": 3, "lr": 0.1}, resume=False)
     folder.open({"steps": 3, "lr": 0.1}, resume=True)
@@ -58,19 +58,20 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 def test_a_checkpoint_ahead_of_the_metrics_is_passed_over(tmp_path):
     folder = RunFolder(tmp_path)
+    folder.open({}, resume=False)
     for step in (2, 4):
         folder.checkpoints.begin(step)
-        (folder.checkpoints.in_progress(step) / "model.safetensors").touch()
+        folder.checkpoints.write_progress(step, {})
         folder.checkpoints.commit(step)
     for step in (1, 2, 4):
-        folder.append_metrics({"step": step})
+        folder.append_metrics(record_of(step))
     (step, _), (complaint,) = folder.newest_whole()
     assert step == 2
     assert complaint.endswith("step-4 is ahead of metrics.jsonl, which lacks 3")
     folder.cut_metrics_back(2)
-    assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
+    assert folder.read_metrics() == [record_of(1), record_of(2)]
     folder.cut_metrics_back(1)
-    with pytest.raises(RunError, match=r"no whole checkpoint.*step-2 is ahead of metrics\.jsonl"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl lacks step 2, and every whole checkpoint"):
         folder.newest_whole()
 
 
@@ -131,3 +132,16 @@ def test_killed_at_any_step_and_resumed_ends_the_same_to_the_last_digit(algo, co
         weights = [(run / "final" / "model.safetensors").read_bytes() for run in (whole, killed)]
         assert weights[0] == weights[1]
         assert not list(killed.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"a": 1}'])
+def test_a_result_that_lacks_its_numbers_is_named(tmp_path, content):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(RunError, match=r"result\.json is damaged \(it lacks end and start\)"):
+        RunFolder(tmp_path).result()
+
+
+def test_metrics_that_are_a_folder_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"metrics\.jsonl is no file: move it away"):
+        RunFolder(tmp_path).read_metrics()

@@ -15,11 +15,11 @@ def write_digests(folder: Path) -> None:
 
 def what_is_wrong(folder: Path) -> str | None:
     """With a finished checkpoint or model; None: it is whole."""
+    if not (folder / DIGESTS).is_file():  # a pipe would be waited for
+        return f"it has no {DIGESTS}"
     try:
         wanted = json.loads((folder / DIGESTS).read_text(encoding="utf-8"))
         found = digests(folder)
-    except FileNotFoundError:
-        return f"it has no {DIGESTS}"
     except (OSError, ValueError) as error:
         return f"{DIGESTS} cannot be read: {error}"
     if not isinstance(wanted, dict):
@@ -29,6 +29,8 @@ def what_is_wrong(folder: Path) -> str | None:
             return f"{name} is missing"
         if found[name] != digest:
             return f"{name} has changed since it was written"
+    for name in found.keys() - wanted.keys():
+        return f"{name} is not among its {DIGESTS}"
     return None
 
 

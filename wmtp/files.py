@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,8 +36,7 @@ def writing(path: Path, remedy: str, size: int | None = None) -> Iterator[None]:
     except Exception as error:
         if not _is_of_a_writer(error):
             raise
-        first_line = str(error).split("\n")[0]
-        raise FileError(_cannot_write(path, first_line, size, remedy)) from error
+        raise FileError(_cannot_write(path, "it broke off", size, remedy)) from error
 
 
 def check_writable(file: Path | None, remedy: str) -> None:
@@ -69,6 +69,11 @@ def _cannot_write(path: Path, why: str, size: int | None, remedy: str) -> str:
         if existing is not None:
             parts.append(f"{shutil.disk_usage(existing).free:,} bytes free there")
     bytes_said = f" ({', '.join(parts)})" if parts else ""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY:
+        remedy = (
+            f"no file may have more than {limit:,} bytes here (ulimit -f): raise that, or {remedy}"
+        )
     return f"cannot write {shown(path)}: {why}{bytes_said}: {remedy}"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from wmtp.digests import DIGESTS, what_is_wrong
-from wmtp.trainers.checkpoints import Checkpoints
+from wmtp.trainers import RunFolder
 
 
 @dataclass
@@ -185,7 +185,7 @@ def _place(out: Path) -> Path:
 
 def _whole(out: Path) -> list[Path]:
     """The whole checkpoints where a process was last, in order."""
-    found = Checkpoints(_place(out) / "checkpoints")
+    found = RunFolder(_place(out)).checkpoints
     paths = [found.path / f"step-{step}" for step in found.steps()]
     return [path for path in paths if (path / DIGESTS).is_file() and not what_is_wrong(path)]
 

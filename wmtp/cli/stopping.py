@@ -1,4 +1,5 @@
-"""SIGTERM and SIGINT: finish the step, save, say how to go on. The second one stops at once."""
+"""SIGTERM, SIGINT and SIGHUP, which a closed connection sends: finish the step, save, say how to go
+on. The second one stops at once."""
 
 import contextlib
 import os
@@ -13,7 +14,7 @@ import typer
 from wmtp.cli.console import console, say
 from wmtp.trainers.errors import StoppedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STATUSES = tuple(128 + number for number in SIGNALS)  # of a command that they have stopped
 
 

@@ -108,6 +108,8 @@ def train_run(
         ConfigError, DataError, FileError, RunError, NonFiniteError: what the user can mend.
         StoppedError: `stop_asked` said so.
     """
+    if resume and (done := folder.result_of(run_identity(config, data))):
+        return done  # where nothing can be written either
     is_main = PartialState().is_main_process
     with folder.locked() if is_main else contextlib.nullcontext():
         with PartialState().main_process_first():

@@ -75,6 +75,15 @@ class Corpus(NamedTuple):
         """Changes when a file is added or removed, or its content changes."""
         return hashlib.sha256("\n".join(sorted(self.digests().values())).encode()).hexdigest()
 
+    def check_text(self) -> None:
+        """Raises:
+        DataError: no document has any.
+        """
+        if not any(document.text.strip() for document in _documents_of(list(self.files))):
+            some = f"{shown(self.files[0].path)}"
+            more = f" and {len(self.files) - 1:,} more files are" if len(self.files) > 1 else " is"
+            raise DataError(f"{some}{more} empty: pass files with text in them")
+
     def split(self) -> tuple[Iterator[Document], Iterator[Document]]:
         """Training documents and validation documents.
 
@@ -103,7 +112,12 @@ def find_corpus(path: Path | None = None, *, skip_unreadable: bool = False) -> C
     if path is None:
         path, suffixes = Path(sysconfig.get_path("stdlib")), frozenset({".py"})
     else:
-        path, suffixes = path.resolve(), TEXT_SUFFIXES
+        try:
+            path, suffixes = path.resolve(), TEXT_SUFFIXES
+        except (OSError, RuntimeError) as error:  # a link to itself
+            raise DataError(
+                f"cannot read {shown(path)} ({error}): pass a text file or a folder of them"
+            ) from error
     unreadable: list[str] = []
     if path.is_file():
         root, found = path.parent, [path]

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,9 +26,10 @@ from wmtp.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
+from wmtp.digests import what_is_wrong, write_digests
 from wmtp.files import TEMPORARY, digest_of, writing
 
-FORMAT = "2"  # a part of every key: raise it when the files below change
+FORMAT = "3"  # a part of every key: raise it when the files below change
 DEFAULT_VOCABULARY = 8192
 DOCUMENTS_AT_ONCE = 256
 
@@ -67,11 +69,15 @@ def prepare_data(
         DataError: text or tokenizer unusable, or rewards on some documents and not on others.
         FileError: the cache cannot be written.
     """
+    corpus.check_text()
     cache = cache_folder()
     tokenizer_file = tokenizer_file or _trained_tokenizer(corpus, vocab_size, cache)
     tokenizer = load_tokenizer(tokenizer_file)
     key = _key("tokens", corpus.fingerprint(), tokenizer.to_str())
     folder = cache / f"tokens-{key}"
+    if folder.is_dir() and (wrong := what_is_wrong(folder)):
+        print(f"{folder} is damaged ({wrong}): tokenising anew", file=sys.stderr)
+        shutil.rmtree(folder)
     if not folder.is_dir():
         _build(folder, lambda temporary: _tokenize(corpus, tokenizer, temporary))
     train, validation = (TokenDataset(folder / name) for name in ("train", "validation"))
@@ -99,6 +105,7 @@ def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
         (folder / name).mkdir()
         _write_tokens(documents, tokenizer, folder / name, rewards)
     rewards.check(len(corpus.files))
+    write_digests(folder)
 
 
 class Rewards:

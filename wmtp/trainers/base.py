@@ -8,7 +8,6 @@ as one that was never stopped.
 
 import abc
 import contextlib
-import json
 import shutil
 import sys
 import time
@@ -43,10 +42,13 @@ from wmtp.trainers.step import (
     NonFiniteError,
     Part,
     as_weighting,
+    blamed_on,
     check_finite,
     micro_batches,
+    refused_by_loss,
     what_cancels,
     what_is_masked,
+    what_weighs_nothing,
 )
 from wmtp.weightings import Uniform, Weighting
 
@@ -180,7 +182,7 @@ class BaseWmtpTrainer(abc.ABC):
             for complaint in complaints:
                 self.accelerator.print(f"{complaint}: going on from {path}", file=sys.stderr)
             self.accelerator.load_state(str(path))
-            progress = json.loads((path / "progress.json").read_text())
+            progress = self.folder.checkpoints.read_progress(self.step)
             self.evaluation_at_start = progress["evaluation_at_start"]
         if self.accelerator.is_main_process:
             self.folder.cut_metrics_back(self.step)
@@ -270,7 +272,7 @@ class BaseWmtpTrainer(abc.ABC):
             **self.processes.means(measured),
             "lr": self._lr(),
         }
-        self.processes.note(what_is_masked(record))
+        self.processes.note(what_is_masked(record) or what_weighs_nothing(record, weights))
         try:
             check_finite(record, batch["sequence_ids"])
         except NonFiniteError:
@@ -288,11 +290,15 @@ class BaseWmtpTrainer(abc.ABC):
         with sync, torch.set_grad_enabled(stage == TRAIN):
             with self.autocast():
                 output = self.model(part["input_ids"])
-            weighting = as_weighting(self.compute_head_weights(part, output), type(self).__name__)
-            weighting = weighting.resolved(part["target_ids"], self.config.horizon, IGNORE_INDEX)
-            self.processes.note(what_cancels(weighting, self.config))
+            with blamed_on(self.config.algo, self.step + 1):
+                found = self.compute_head_weights(part, output)
             undivided = 1.0 if self.in_parts else None
-            loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
+            with refused_by_loss(self.config.algo, self.step + 1):
+                weighting = as_weighting(found, type(self).__name__)
+                labels = (part["target_ids"], self.config.horizon, IGNORE_INDEX)
+                weighting = weighting.resolved(*labels)
+                loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
+            self.processes.note(what_cancels(weighting, self.config))
             if stage == TRAIN:
                 self.accelerator.backward(loss)
         ce_per_head = ce_per_head.detach()
@@ -403,8 +409,8 @@ class BaseWmtpTrainer(abc.ABC):
         accelerator.save_state(str(path))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            progress = {"step": self.step, "evaluation_at_start": self.evaluation_at_start}
-            (path / "progress.json").write_text(json.dumps(progress))
+            state = {"evaluation_at_start": self.evaluation_at_start}
+            folder.checkpoints.write_progress(self.step, state)
             folder.sync_metrics()
             folder.checkpoints.commit(self.step)
             self._manage_checkpoints()

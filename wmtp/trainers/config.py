@@ -19,16 +19,21 @@ class ConfigError(ValueError):
     """A setting cannot be; says what is wanted."""
 
 
+LARGEST = 2**31 - 1  # of a whole number
+
+
 def setting(
     default: Any,
     about: str,
     *,
     least: float = -math.inf,
     above: float = -math.inf,
-    most: float = math.inf,
+    most: float | None = None,
     one_of: Sequence[str] = (),
 ) -> Any:
     """A field of `TrainConfig`, and the range that `range_of` words."""
+    if most is None:
+        most = LARGEST if isinstance(default, int) else math.inf
     limits = {"least": least, "above": above, "most": most, "one_of": tuple(one_of)}
     return field(default=default, metadata={"about": about, **limits})
 
@@ -48,7 +53,7 @@ class TrainConfig:
         >>> TrainConfig(algo="mtp-baseline", steps=0)
         Traceback (most recent call last):
             ...
-        wmtp.trainers.config.ConfigError: steps must be a whole number, at least 1, got 0
+        wmtp.trainers.config.ConfigError: steps must be a whole number, 1 to 2,147,483,647, got 0
     """
 
     algo: str
@@ -61,7 +66,7 @@ class TrainConfig:
     dim: int = setting(512, "Hidden size, a multiple of 2 x attention heads.", least=1)
     trunk_layers: int = setting(6, "Blocks before the heads.", least=0)
     attention_heads: int = setting(8, "Of every block.", least=1)
-    seed: int = setting(0, "Of weights and batches.", least=0)
+    seed: int = setting(0, "Of weights and batches.", least=0, most=2**32 - 1)
     lr: float = setting(6e-4, "Peak learning rate, after a twentieth of the steps.", above=0)
     weight_decay: float = setting(0.1, "Of matrices, not of norms.", least=0)
     max_grad_norm: float = setting(1.0, "The gradient is scaled down to this norm.", above=0)
@@ -141,7 +146,7 @@ def range_of(each: Field[Any]) -> str:
     if limits["one_of"]:
         return f"one of {limits['one_of']}"
     if each.type is int:
-        return f"a whole number, at least {limits['least']}"
+        return f"a whole number, {limits['least']} to {limits['most']:,}"
     if limits["most"] < math.inf:
         return f"between {limits['least']} and {limits['most']}"
     return "positive and finite" if limits["above"] == 0 else "at least 0 and finite"

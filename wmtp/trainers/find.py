@@ -39,6 +39,8 @@ def find_trainer(algo: str) -> type[BaseWmtpTrainer]:
 
 
 def _module(name: str, algo: str) -> object:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ConfigError(f"{algo}: {name!r} is no module: pass package.module:Class")
     folder = os.getcwd()
     if folder not in sys.path:  # an installed command does not look there
         sys.path.insert(0, folder)
@@ -46,5 +48,6 @@ def _module(name: str, algo: str) -> object:
         return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"{algo}: cannot import {name} ({error})") from error
-    except ValueError as error:  # an empty name, or one that begins with a dot
-        raise ConfigError(f"{algo}: {name!r} is no module ({error})") from error
+    except (Exception, SystemExit) as error:
+        line = f"{type(error).__name__}: {error}".split("\n")[0]
+        raise ConfigError(f"{algo}: importing {name} fails ({line}): mend the module") from error

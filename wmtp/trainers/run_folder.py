@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wmtp.files import TEMPORARY, rename_folder, sync_path, write_text, writing
+from wmtp.files import TEMPORARY, digest_of, rename_folder, sync_path, write_text, writing
 from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.errors import RunError
 from wmtp.trainers.identity import differences
@@ -27,6 +27,8 @@ from wmtp.trainers.lock import locked
 LOCK = "lock"
 FREE_SPACE = "free some space, then continue with --resume"
 ELSEWHERE = "choose another --out"
+RECORDED = {"step": int, "stage": str, "loss": float, "tokens_per_s": float}  # of every step
+ENDS = {"start", "end"}  # the evaluations in a result
 
 
 class RunFolder:
@@ -34,8 +36,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = Checkpoints(path / "checkpoints")
+        self.checkpoints = Checkpoints(path / "checkpoints", self._digest)
         self._metrics_path = path / "metrics.jsonl"
+
+    def _digest(self) -> str:
+        """Of what the run is; no two runs have the same."""
+        return digest_of(self.path / "config.json")
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -90,8 +96,18 @@ class RunFolder:
         return self.result()
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished run."""
-        return self._read_json("result.json")
+        """The result of a finished run.
+
+        Raises:
+            RunError: it lacks an evaluation.
+        """
+        result = self._read_json("result.json")
+        if result is not None and not result.keys() >= ENDS:
+            raise RunError(
+                f"{self.path / 'result.json'} is damaged (it lacks {' and '.join(sorted(ENDS))}): "
+                "delete it, and the run goes on from its last checkpoint"
+            )
+        return result
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Finish the run."""
@@ -111,6 +127,8 @@ class RunFolder:
         record, or a step's that was written again, is passed over: `cut_metrics_back` counts."""
         if not self._metrics_path.exists():
             return []
+        if not self._metrics_path.is_file():
+            raise RunError(f"{self._metrics_path} is no file: move it away")
         lines = self._metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
         records = [record for line in lines[:-1] if (record := _record(line))]
         return sorted({record["step"]: record for record in records}.values(), key=_step)
@@ -190,7 +208,10 @@ def _record(line: str) -> dict[str, Any] | None:
         found = json.loads(line)
     except ValueError:
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
+    whole = isinstance(found, dict) and all(
+        isinstance(found.get(name), kind) for name, kind in RECORDED.items()
+    )
+    return found if whole else None
 
 
 def _as_json(value: dict[str, Any]) -> Any:

@@ -1,8 +1,10 @@
 """Settings of an algorithm's own: a frozen dataclass, filled in from `--set name=value`."""
 
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
-from typing import Any, get_type_hints
+from dataclasses import MISSING, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from wmtp.trainers.config import ConfigError
 
@@ -18,6 +20,11 @@ def check_settings(settings_type: type[Any] | None, values: Mapping[str, Any]) -
             ...
         wmtp.trainers.config.ConfigError: no setting 'focus': the algorithm has none
     """
+    if settings_type is not None and not is_dataclass(settings_type):
+        raise ConfigError(
+            f"settings_type must be a frozen dataclass, got {settings_type.__name__}: decorate it "
+            "with @dataclass(frozen=True)"
+        )
     known = setting_names(settings_type)
     for name in values:
         if name not in known:
@@ -25,19 +32,25 @@ def check_settings(settings_type: type[Any] | None, values: Mapping[str, Any]) -
             raise ConfigError(f"no setting {name!r}: {listed}")
     if settings_type is None:
         return None
+    for each in fields(settings_type):
+        has_default = each.default is not MISSING or each.default_factory is not MISSING
+        if each.init and not has_default and each.name not in values:
+            raise ConfigError(f"the algorithm needs a {each.name}: pass --set {each.name}=VALUE")
     try:
         return settings_type(**values)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{settings_type.__name__}: {error}") from error
+    except Exception as error:
+        line = f"{error}".split("\n")[0]
+        raise ConfigError(f"{settings_type.__name__} refuses its values: {line}") from error
 
 
 def setting_names(settings_type: type[Any] | None) -> list[str]:
     """Of the type's fields."""
-    return [] if settings_type is None else [field.name for field in fields(settings_type)]
+    return [] if not is_dataclass(settings_type) else [each.name for each in fields(settings_type)]
 
 
 def parse_settings(settings_type: type[Any] | None, given: Iterable[str]) -> dict[str, Any]:
-    """What the command line says, in the types of the fields: bool, int, float or str.
+    """What the command line says, in the types of the fields: bool, int, float, str, Literal of
+    them, or one of these or None.
 
     Raises:
         ConfigError: no "name=value", an unknown name, or a value of another type.
@@ -55,20 +68,39 @@ def parse_settings(settings_type: type[Any] | None, given: Iterable[str]) -> dic
         name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set wants name=value, got {text!r}")
+        if name in values:
+            raise ConfigError(f"--set {name} is given twice: leave one out")
         values[name] = _converted(name, value, hints.get(name, str))
     check_settings(settings_type, values)
     return values
 
 
 def _converted(name: str, text: str, wanted: Any) -> Any:
+    if get_origin(wanted) in (Union, UnionType):
+        kinds = [kind for kind in get_args(wanted) if kind is not NoneType]
+        if len(kinds) < len(get_args(wanted)) and text.lower() == "none":
+            return None
+        if len(kinds) == 1:
+            return _converted(name, text, kinds[0])
+    if get_origin(wanted) is Literal:
+        for choice in get_args(wanted):
+            if text == str(choice):
+                return choice
+        listed = ", ".join(map(str, get_args(wanted)))
+        raise ConfigError(f"--set {name} must be one of {listed}, got {text!r}")
+    if wanted not in (bool, int, float, str):
+        raise ConfigError(
+            f"--set {name}: a field of type {wanted} cannot be set there: give it the type bool, "
+            "int, float, str, Literal, or one of these | None"
+        )
     if wanted is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if wanted is str:
         return text
     try:
-        if wanted in (int, float):
-            return wanted(text)
+        if wanted in (int, float) and math.isfinite(number := wanted(text)):
+            return number
     except ValueError:
         pass
-    kind = getattr(wanted, "__name__", str(wanted))
-    raise ConfigError(f"--set {name} must be of type {kind}, got {text!r}")
+    kind = "a finite float" if wanted is float else f"of type {wanted.__name__}"
+    raise ConfigError(f"--set {name} must be {kind}, got {text!r}")

@@ -9,6 +9,7 @@ import pytest
 
 import tiny_runs
 from tiny_runs import make_trainer, read_metrics, record_of
+from wmtp.digests import write_digests
 from wmtp.trainers import RunError, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,3 +146,27 @@ def test_metrics_that_are_a_folder_are_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(RunError, match=r"metrics\.jsonl is no file: move it away"):
         RunFolder(tmp_path).read_metrics()
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    theirs = [tmp_path / "notes.tmp", folder.checkpoints.path / "step-mine.tmp"]
+    ours = [tmp_path / "result.json.tmp", folder.checkpoints.path / "step-6.tmp"]
+    ours.append(folder.checkpoints.path / "step-6.old.tmp")
+    for path in (*theirs, *ours):
+        path.mkdir(parents=True)
+    folder.remove_leftovers()
+    assert all(path.exists() for path in theirs)
+    assert not any(path.exists() for path in ours)
+
+
+def test_a_damaged_model_of_a_finished_run_is_named(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.write_folder(
+        "final", lambda path: (path / "model").write_text("x") and write_digests(path)
+    )
+    folder.write_result({"start": {}, "end": {}})
+    assert folder.result() == {"start": {}, "end": {}}
+    (tmp_path / "final" / "model").write_text("y")
+    with pytest.raises(RunError, match=r"final is damaged \(model has changed .*\): restore it"):
+        folder.result()

@@ -65,8 +65,8 @@ def fused_linear_weighted_mtp_loss(
         lm_head_weight: [V, D] of the same dtype, or anything floating under autocast, whose dtype
             the products then have. May be the embedding's (tied), or a DTensor, FSDP's for one: it
             is gathered once a call, and its gradient averaged over the processes.
-        target_ids, head_weights, ref_ce, temperature, excess, reduction, normalizer, ignore_index,
-            horizon: as in `fused_weighted_mtp_loss`.
+        target_ids, head_weights, weighting, ref_ce, ref_logits, temperature, excess, reduction,
+            normalizer, ignore_index, horizon: as in `fused_weighted_mtp_loss`.
         lm_head_bias: [V], likewise.
         chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
             one token is computed at a time. A weight that autocast converts is copied besides, once

@@ -48,6 +48,7 @@ def fused_weighted_mtp_loss(
         w[b, t, k]  = 1                                                   neither argument given
                     | head_weights[b, t, k]                               head_weights
                     | softmax over valid k of |ce - ref_ce[b, t + k]| / temperature     ref_*
+                    | the rule's                                                        weighting
                                                                                      0 if invalid
         token_mean:  mean over tokens with sum_k w > 1e-8 of  sum_k w ce / sum_k w
         weight_mean: sum w ce / sum w              sum:  sum w ce
@@ -61,8 +62,8 @@ def fused_weighted_mtp_loss(
         logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU), any strides. One
             set of logits for all heads, `logits[:, :, None].expand(-1, -1, H, -1)`, is read once;
             of the gradients of such heads only the sum, which autograd hands on, has a meaning.
-            Or a list of H tensors [B, S, V], which are read where they lie (stacked in compiled
-            code, by backend="eager", in a second backward, and to differentiate `ce_per_head`).
+            Or a list of H tensors [B, S, V], which are read where they lie (stacked by
+            backend="eager", in a second backward, and to differentiate `ce_per_head`).
             Of a DTensor, replicated or sharded along batch and sequence alone, this process's part
             is taken, and of what goes with it: DTensors placed alike, or plain tensors of that
             part. The loss is this part's own: divide it by a `normalizer` of all processes.
@@ -70,6 +71,8 @@ def fused_weighted_mtp_loss(
         target_ids: [B, S] integer, the *unshifted* token ids.
         head_weights: [B, S, H] float, finite and >= 0 (checked on the CPU, where there is a
             target; on a GPU the check would cost a sync and is not made).
+        weighting: a rule of `wmtp.weightings`, or of your own, instead of `head_weights` and
+            `ref_*`, which name the rules Given and Excess in short.
         ref_logits: [B, S, V'] float, a reference model's next-token logits; read once.
         ref_ce: [B, S - 1] float, nats, a reference model's cross entropy: position t predicting
             `target_ids[t + 1]`, as `next_token_cross_entropy` returns it.
@@ -98,7 +101,8 @@ def fused_weighted_mtp_loss(
     Raises:
         ValueError: wrong shapes, mixed devices, two weightings at once, temperature <= 0, unknown
             excess / reduction / backend, horizon != H, on the CPU negative or non-finite weights.
-        TypeError: logits or weights not floating point, target_ids not integer.
+        TypeError: logits or weights not floating point, target_ids not integer, `weighting` no
+            rule.
         NotImplementedError: inside torch.func (grad, jvp, vmap, ...) and under forward-mode AD, but
             for backend="eager".
         IndexError: on the CPU, a target outside [0, V). On a GPU that token's loss is NaN.

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,8 +54,9 @@ def train(
 ) -> None:
     """Train a model with one of the algorithms.
 
-    Writes OUT/metrics.jsonl (a line a step), OUT/checkpoints, OUT/final and OUT/result.json. A run
-    that was killed continues with the same command and --resume, to the same numbers.
+    Writes OUT/settings.json, OUT/metrics.jsonl (a line a step), OUT/checkpoints, OUT/final and
+    OUT/result.json. A run that was killed continues with the same command and --resume, to the same
+    numbers.
     """
     with errors_shown():
         trainer_class = find_trainer(algo)
@@ -115,6 +116,7 @@ def train_run(
         with PartialState().main_process_first():
             if is_main:
                 folder.open(run_identity(config, data), resume=resume)
+                folder.write_settings(asdict(config))
         return folder.result() or _train_locked(config, data, folder, stop_asked)
 
 

@@ -92,6 +92,11 @@ class Checkpoints:
         """Where the state after `step` is written before it has its name."""
         return self.path / f"step-{step}{TEMPORARY}"
 
+    def leftovers(self) -> list[Path]:
+        """What was begun, or was being removed, when a process was killed."""
+        ours = re.compile(rf"step-\d+(\.old)?{re.escape(TEMPORARY)}")
+        return [path for path in self.path.glob("step-*") if ours.fullmatch(path.name)]
+
     def begin(self, step: int) -> None:
         """Make `in_progress` an empty folder."""
         temporary = self.in_progress(step)

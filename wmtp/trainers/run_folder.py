@@ -1,6 +1,7 @@
 """A run on disk, so written that a kill at any moment leaves something to resume from.
 
     DIR/config.json            what the run is; decides whether --resume fits
+    DIR/settings.json          all settings, as the last start had them
     DIR/metrics.jsonl          one object a step
     DIR/checkpoints/step-N     the state after N steps, see checkpoints.py
     DIR/lock                   whose it is, while a process is at it
@@ -13,11 +14,13 @@ Whatever must be whole is written under a name ending in .tmp, synced, and renam
 import contextlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wmtp.digests import what_is_wrong
 from wmtp.files import TEMPORARY, digest_of, rename_folder, sync_path, write_text, writing
 from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.errors import RunError
@@ -25,6 +28,7 @@ from wmtp.trainers.identity import differences
 from wmtp.trainers.lock import locked
 
 LOCK = "lock"
+FILES = ("config.json", "settings.json", "metrics.jsonl", "result.json", "final")
 FREE_SPACE = "free some space, then continue with --resume"
 ELSEWHERE = "choose another --out"
 RECORDED = {"step": int, "stage": str, "loss": float, "tokens_per_s": float}  # of every step
@@ -81,6 +85,11 @@ class RunFolder:
                 "repeat them, or choose another --out"
             )
 
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """For the reader; nothing is decided by them."""
+        with writing(self.path / "settings.json", FREE_SPACE):
+            write_text(self.path / "settings.json", json.dumps(settings, indent=2) + "\n")
+
     def _begun(self) -> bool:
         """Whether anything was computed: a start that failed leaves only its settings."""
         if self.read_metrics() or self.checkpoints.steps() or self.result():
@@ -99,9 +108,15 @@ class RunFolder:
         """The result of a finished run.
 
         Raises:
-            RunError: it lacks an evaluation.
+            RunError: it lacks an evaluation, or the trained model is damaged.
         """
         result = self._read_json("result.json")
+        final = self.path / "final"
+        if result is not None and final.exists() and (wrong := what_is_wrong(final)):
+            raise RunError(
+                f"{final} is damaged ({wrong}): restore it, or delete "
+                f"{self.path / 'result.json'}, and --resume makes it again"
+            )
         if result is not None and not result.keys() >= ENDS:
             raise RunError(
                 f"{self.path / 'result.json'} is damaged (it lacks {' and '.join(sorted(ENDS))}): "
@@ -160,12 +175,11 @@ class RunFolder:
             rename_folder(temporary, final)
 
     def remove_leftovers(self) -> None:
-        """Delete what a killed run did not finish writing."""
-        for leftover in (
-            *self.path.glob("*" + TEMPORARY),
-            *self.checkpoints.path.glob("step-*" + TEMPORARY),
-        ):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        """Delete what a killed run did not finish writing, under our own names alone."""
+        own = (self.path / (name + TEMPORARY) for name in FILES)
+        for leftover in (*own, *self.checkpoints.leftovers()):
+            if os.path.lexists(leftover):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
@@ -185,7 +199,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file: choose another --out")
         # A kill before config.json had its name leaves only the temporary file.
-        own = {"config.json", "metrics.jsonl", "checkpoints", "reference"}
+        own = {"config.json", "settings.json", "metrics.jsonl", "checkpoints", "reference"}
         if self._read_json("config.json") is None:
             own = set()
         own.add(LOCK)

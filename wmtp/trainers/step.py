@@ -74,7 +74,8 @@ def what_cancels(weighting: Weighting, config: TrainConfig) -> str | None:
         return None
     return (
         f"with horizon 1 token_mean divides a token's weight out again: {config.algo} trains as "
-        "mtp-baseline does; pass --reduction weight_mean, or --horizon 2 or more"
+        "mtp-baseline does, but on the tokens whose weight is not 0; pass --reduction weight_mean, "
+        "or --horizon 2 or more"
     )
 
 

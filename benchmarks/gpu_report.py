@@ -1,7 +1,6 @@
 """The GPU suite's results as JSON, Markdown and PNG; measured and predicted times side by side."""
 
 import importlib.metadata
-import json
 import platform
 import shutil
 import subprocess
@@ -31,6 +30,7 @@ from wmtp.benchmarks.gpu_linear import (
 )
 from wmtp.benchmarks.gpu_peers import LINEAR, PEERS
 from wmtp.benchmarks.report import environment, gigabytes_per_second, logits_bytes
+from wmtp.files import json_by_line
 
 Record = dict[str, Any]
 COLUMNS = (
@@ -98,7 +98,7 @@ def write(results: dict[str, Any], folder: Path, name: str) -> None:
     """folder/name.json and folder/name.md; whoever is killed meanwhile leaves those of before."""
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in (
-        (".json", json.dumps(results, indent=1) + "\n"),
+        (".json", json_by_line(results) + "\n"),
         (".md", markdown(results)),
     ):
         written = folder / f"{name}{suffix}.new"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from wmtp import fused_weighted_mtp_loss, kernels, td_head_weights
+from wmtp.files import json_by_line
 from wmtp.labels import has_target
 
 IGNORED = -100
@@ -220,7 +220,7 @@ def main() -> None:
     torch.manual_seed(0)
     found = list(rows(options.vocab))
     if options.json is not None:
-        options.json.write_text(json.dumps({"vocabulary": options.vocab, "rows": found}, indent=1))
+        options.json.write_text(json_by_line({"vocabulary": options.vocab, "rows": found}) + "\n")
         return
     from rich import box, print
     from rich.table import Table

@@ -20,7 +20,7 @@ if (links := Path(__file__).parents[1] / "benchmarks" / "__init__.py").exists():
 import pytest
 from torch.utils import deterministic
 
-import interpreter
+from support import interpreter
 from wmtp import kernels
 from wmtp.backends import cpu_library
 
@@ -65,7 +65,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def data(corpus):
     """The same, tokenised."""
-    import tiny_runs
+    from support import tiny_runs
 
     return tiny_runs.prepare(corpus)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, next_token_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")

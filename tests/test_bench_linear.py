@@ -9,10 +9,10 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from made_up import columns_of, made_up
 from rich.console import Console
 from typer.testing import CliRunner
 
+from support.made_up import columns_of, made_up
 from wmtp.benchmarks import bench_linear, linear_providers, report
 from wmtp.benchmarks.linear_problem import LOSS_TOLERANCE, LinearProblem
 from wmtp.benchmarks.plot import plot_linear

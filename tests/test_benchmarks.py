@@ -11,10 +11,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from made_up import columns_of, made_up
 from rich.console import Console
 from typer.testing import CliRunner
 
+from support.made_up import columns_of, made_up
 from wmtp.benchmarks import bench_loss, bench_scaling, memory, problem, providers, report
 from wmtp.benchmarks.memory import available_bytes, loss_peak_bytes, peak_bytes
 from wmtp.benchmarks.plot import plot_loss

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tiny_runs import make_trainer, record_of
+from support.tiny_runs import make_trainer, record_of
 from wmtp.digests import DIGESTS, what_is_wrong
 from wmtp.trainers import RunError, RunFolder
 from wmtp.trainers.checkpoints import Checkpoints

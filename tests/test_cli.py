@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tiny_runs import read_metrics
+from support.tiny_runs import read_metrics
 from wmtp.cli import options
 from wmtp.cli.app import app
 

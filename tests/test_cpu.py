@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from agreement import (
+from support.agreement import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     WEIGHTINGS,

@@ -10,7 +10,13 @@ from functools import partial
 import pytest
 import torch
 
-from agreement import assert_identical, cpu_gradient, cpu_loss, loss_and_gradients, make_case
+from support.agreement import (
+    assert_identical,
+    cpu_gradient,
+    cpu_loss,
+    loss_and_gradients,
+    make_case,
+)
 from wmtp import fused_weighted_mtp_loss
 from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES

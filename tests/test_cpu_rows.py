@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from agreement import assert_agrees, cpu_loss, make_case
+from support.agreement import assert_agrees, cpu_loss, make_case
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy
 from wmtp.checks import FLOAT_DTYPES
 

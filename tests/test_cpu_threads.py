@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from agreement import (
+from support.agreement import (
     GRADIENT_TOLERANCE,
     assert_agrees,
     assert_identical,

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tiny_runs import VOCABULARY, prepare, write_corpus, write_rewarded_corpus
+from support.tiny_runs import VOCABULARY, prepare, write_corpus, write_rewarded_corpus
 from wmtp.data import DataError, Document, find_corpus, prepare_data
 from wmtp.data.tokenizer import END_OF_TEXT, train_tokenizer
 from wmtp.files import FileError

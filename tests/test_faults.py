@@ -9,8 +9,8 @@ from functools import cache
 
 import pytest
 
-from faults.rounds import Round, Runs
-from tiny_runs import ALGORITHMS
+from support.faults.rounds import Round, Runs
+from support.tiny_runs import ALGORITHMS
 
 RUNS = int(os.environ.get("WMTP_FAULTS", "6"))
 SEED = int(os.environ.get("WMTP_FAULTS_SEED", "0"))

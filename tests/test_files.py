@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from test_cli import SMALL, wmtp
 
-import tiny_runs
+from support import tiny_runs
 from wmtp.files import FileError, shown, writing
 from wmtp.trainers import RunFolder, TrainConfig
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import seed as seeded
 
-from fuzz.answers import OPS, answer, truth
-from fuzz.comparison import check, compare
-from fuzz.options import cases, changes, make_case
-from fuzz.problem import Problem
+from support.fuzz.answers import OPS, answer, truth
+from support.fuzz.comparison import check, compare
+from support.fuzz.options import cases, changes, make_case
+from support.fuzz.problem import Problem
 from wmtp import kernels
 from wmtp.checks import REDUCTIONS
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpu_jobs import MAIN, job
+from support.gpu_jobs import MAIN, job
 from wmtp.benchmarks.gpu_cases import (
     PREDICTED_CARD,
     SIZES,

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from gpu_jobs import BOTH, job
+from support.gpu_jobs import BOTH, job
 from wmtp.benchmarks import gpu, gpu_compile
 from wmtp.benchmarks.gpu_cases import OURS, Job
 from wmtp.benchmarks.gpu_compile import parts

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpu_jobs import BOTH, CountingTimer
+from support.gpu_jobs import BOTH, CountingTimer
 from wmtp.benchmarks import gpu, linear_providers
 from wmtp.benchmarks.gpu_cases import Job
 from wmtp.benchmarks.gpu_linear import (

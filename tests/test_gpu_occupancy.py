@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gpu_jobs import BOTH, CountingTimer
+from support.gpu_jobs import BOTH, CountingTimer
 from wmtp import fused_weighted_mtp_loss
 from wmtp.benchmarks import gpu_occupancy, problem
 from wmtp.benchmarks.gpu_cases import Job, predicted_ms

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpu_jobs import BOTH, SMALL, record_of
+from support.gpu_jobs import BOTH, SMALL, record_of
 from wmtp.benchmarks import gpu_peers, problem
 
 

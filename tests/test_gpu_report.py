@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gpu_jobs import job
+from support.gpu_jobs import job
 from wmtp.benchmarks.gpu_report import compared, markdown, plot, predicted_records, write
 from wmtp.benchmarks.gpu_timing import Times
 from wmtp.benchmarks.gpu_worker import new_record

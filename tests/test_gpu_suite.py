@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from bare_checkout import bare_checkout
 
+from support.bare_checkout import bare_checkout
 from wmtp.benchmarks import gpu, gpu_peers
 from wmtp.benchmarks.gpu_cases import speed_jobs
 from wmtp.benchmarks.gpu_worker import new_record

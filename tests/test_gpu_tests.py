@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import conftest
 import pytest
-from bare_checkout import bare_checkout
 
+from support.bare_checkout import bare_checkout
 from wmtp.benchmarks import gpu_tests
 from wmtp.benchmarks.gpu_tests import outcomes, run_tests, split
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from gpu_jobs import SMALL, CountingTimer, job, record_of
+from support.gpu_jobs import SMALL, CountingTimer, job, record_of
 from wmtp.benchmarks import gpu, gpu_peers, gpu_worker, problem
 from wmtp.benchmarks.gpu_worker import Bench
 

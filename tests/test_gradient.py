@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from agreement import (
+from support.agreement import (
     GRADIENT_TOLERANCE,
     WEIGHTINGS,
     assert_agrees,

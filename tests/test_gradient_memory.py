@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import fused_weighted_mtp_loss, release_memory
 from wmtp.backends import cpu, gradient_memory
 from wmtp.backends.gradient_memory import KEPT_FROM_BYTES, new_gradient

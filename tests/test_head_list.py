@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import fused_weighted_mtp_loss
 from wmtp.benchmarks.memory import peak_bytes
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from test_cli import SMALL, unwrapped, wmtp
 
-from tiny_runs import read_metrics, write_corpus
+from support.tiny_runs import read_metrics, write_corpus
 from wmtp.trainers.identity import differences
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from agreement import GRADIENT_TOLERANCE, largest, make_case
+from support.agreement import GRADIENT_TOLERANCE, largest, make_case
 from wmtp import fused_weighted_mtp_loss
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.checks import FLOAT_DTYPES

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from agreement import (
+from support.agreement import (
     GRADIENT_TOLERANCE,
     correctly_rounded,
     kernel_gradient,

@@ -24,7 +24,7 @@ def report():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         environment["TRITON_CACHE_DIR"] = name
-        command = [sys.executable, Path(__file__).with_name("compiled.py"), folder]
+        command = [sys.executable, Path(__file__).parent / "support" / "compiled.py", folder]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         ptx = {path.stem: path.read_text() for path in folder.glob("*.ptx")}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kernels import IGNORED, INF, NAN, assert_close, make, true_gradient, truth, weighted_loss
 
-from agreement import kernel_gradient
+from support.agreement import kernel_gradient
 from wmtp import kernels
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from agreement import GRADIENT_TOLERANCE, relative_error
+from support.agreement import GRADIENT_TOLERANCE, relative_error
 from wmtp import kernels
 from wmtp.records import RowInputs
 

@@ -20,7 +20,7 @@ from test_kernels import (
     weighted_loss,
 )
 
-from agreement import GRADIENT_TOLERANCE, correctly_rounded, relative_error
+from support.agreement import GRADIENT_TOLERANCE, correctly_rounded, relative_error
 from wmtp import fused_weighted_mtp_loss
 from wmtp.labels import has_target
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agreement import every_pair
+from support.agreement import every_pair
 from wmtp import kernels
 from wmtp.labels import has_target
 from wmtp.records import RowInputs

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_kernels import DTYPES, IGNORED, make
 
-from agreement import GRADIENT_TOLERANCE, relative_error
+from support.agreement import GRADIENT_TOLERANCE, relative_error
 from wmtp import fused_weighted_mtp_loss
 from wmtp.reference import compute_weighted_mtp_loss
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agreement import GRADIENT_TOLERANCE, largest
+from support.agreement import GRADIENT_TOLERANCE, largest
 from wmtp import (
     fused_linear_weighted_mtp_loss,
     linear_next_token_cross_entropy,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import wmtp
-from agreement import (
+from support.agreement import (
     WEIGHTINGS,
     assert_agrees,
     every_pair,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_runs import (
+from support.tiny_runs import (
     ALGORITHMS,
     SMALL,
     VOCABULARY,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from tiny_runs import read_metrics, write_corpus
+from support.tiny_runs import read_metrics, write_corpus
 from wmtp.cli.app import app
 from wmtp.models.storage import load_model_folder
 from wmtp.registry import trainer_registry

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import (
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,

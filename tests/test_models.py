@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tiny_runs import VOCABULARY, prepare, write_corpus
+from support.tiny_runs import VOCABULARY, prepare, write_corpus
 from wmtp.models import MTPConfig, MTPTransformer, ValueHead
 from wmtp.models.storage import is_model_folder, load_model_folder, save_model_folder
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from agreement import assert_identical, loss_and_gradients, make_case, relative_error
+from support.agreement import assert_identical, loss_and_gradients, make_case, relative_error
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, mtp_cross_entropy
 from wmtp.reference import compute_weighted_mtp_loss
 

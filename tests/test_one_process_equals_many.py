@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_runs import ALGORITHMS, differences, read_metrics, train_in_processes
+from support.tiny_runs import ALGORITHMS, differences, read_metrics, train_in_processes
 
 STEPS, BATCH = 20, 8
 
@@ -55,13 +55,13 @@ def test_with_padding_rewards_and_a_process_without_a_target(
 
 @pytest.mark.parametrize("reduction", ["token_mean", "weight_mean", "sum"])
 def test_with_tokens_of_weight_0(reduction, corpus, tmp_path):
-    algo = "outside_algorithms:SomeTokensTrainer"
+    algo = "support.outside_algorithms:SomeTokensTrainer"
     assert_agree(algo, corpus, tmp_path, [(2, 2)], reduction=reduction, lr=1e-3)
 
 
 def test_some_process_had_no_target(padded_corpus):
     """What the corpus is for."""
-    from tiny_runs import SMALL, prepare
+    from support.tiny_runs import SMALL, prepare
 
     data = prepare(padded_corpus).train
     batches = [

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.arguments import loss_inputs
 from wmtp.backends import cpu

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from tiny_runs import make_trainer, read_metrics, train_in_processes
+from support.tiny_runs import make_trainer, read_metrics, train_in_processes
 from wmtp.cli.app import app
 from wmtp.trainers import ConfigError, find_trainer
 from wmtp.trainers.settings import parse_settings
@@ -17,7 +17,7 @@ from wmtp.trainers.step import WeightsError
 
 SMALL = ["--tiny", "--steps=6", "--batch-size=2", "--seq-len=16", "--horizon=3"]
 SMALL += ["--vocab-size=290", "--save-every=2", "--lr=0.01"]
-FOCAL = "outside_algorithms:FocalTrainer"
+FOCAL = "support.outside_algorithms:FocalTrainer"
 
 BAD = ["nan", "inf", "negative", "shape", "integers", "complex", "none", "numpy", "meta"]
 
@@ -30,7 +30,9 @@ def train(*arguments):
 
 def test_what_the_hook_returns_is_what_trains_and_what_is_recorded(data, tmp_path):
     """All weight on head 0: the other heads' parameters are left as they were."""
-    trainer = make_trainer("outside_algorithms:HeadZeroTrainer", data, tmp_path, weight_decay=0.0)
+    trainer = make_trainer(
+        "support.outside_algorithms:HeadZeroTrainer", data, tmp_path, weight_decay=0.0
+    )
     before = [
         [parameter.clone() for parameter in head.parameters()] for head in trainer.model.heads
     ]
@@ -90,7 +92,7 @@ def test_it_is_compared(corpus, tmp_path, monkeypatch):
     )
     assert done.exit_code == 0, done.output
     assert list(json.loads((out / "compare.json").read_text())) == ["mtp-baseline", FOCAL]
-    config = json.loads((out / "outside_algorithms-FocalTrainer/config.json").read_text())
+    config = json.loads((out / "support.outside_algorithms-FocalTrainer/config.json").read_text())
     assert config["settings"] == {"focus": 1.0}
 
 
@@ -98,9 +100,9 @@ def test_it_is_compared(corpus, tmp_path, monkeypatch):
     ("algo", "message"),
     [
         ("nowhere:Trainer", r"cannot import nowhere"),
-        ("outside_algorithms:Missing", r"has no trainer Missing"),
-        ("outside_algorithms:FocalSettings", r"has no trainer FocalSettings"),
-        ("outside_algorithms:Unfinished", r"is abstract: it lacks compute_head_weights"),
+        ("support.outside_algorithms:Missing", r"has no trainer Missing"),
+        ("support.outside_algorithms:FocalSettings", r"has no trainer FocalSettings"),
+        ("support.outside_algorithms:Unfinished", r"is abstract: it lacks compute_head_weights"),
         (":Trainer", r"is no module"),
         (".:Trainer", r"is no module"),
         ("../elsewhere:Trainer", r"is no module"),
@@ -131,7 +133,7 @@ def test_settings_that_cannot_be(given, message, corpus, tmp_path):
 
 
 def test_what_is_no_weighting_is_named(data, tmp_path):
-    trainer = make_trainer("outside_algorithms:WordsTrainer", data, tmp_path)
+    trainer = make_trainer("support.outside_algorithms:WordsTrainer", data, tmp_path)
     with pytest.raises(
         WeightsError, match=r"WordsTrainer\.compute_head_weights must return .* str"
     ):
@@ -141,26 +143,26 @@ def test_what_is_no_weighting_is_named(data, tmp_path):
 @pytest.mark.parametrize("bad", BAD)
 def test_weights_that_the_loss_refuses_are_one_line(data, tmp_path, bad, monkeypatch):
     """It says in which step and by which algorithm."""
-    monkeypatch.setattr("outside_algorithms.bad", bad)
-    trainer = make_trainer("outside_algorithms:BadTrainer", data, tmp_path)
+    monkeypatch.setattr("support.outside_algorithms.bad", bad)
+    trainer = make_trainer("support.outside_algorithms:BadTrainer", data, tmp_path)
     with pytest.raises(WeightsError, match=r"^step 1, compute_head_weights of .*BadTrainer: .*\Z"):
         trainer.train_step(trainer._next_batch())
 
 
 def test_an_error_of_its_own_says_whose_it_is(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("outside_algorithms.bad", "raise")
-    trainer = make_trainer("outside_algorithms:BadTrainer", data, tmp_path)
+    monkeypatch.setattr("support.outside_algorithms.bad", "raise")
+    trainer = make_trainer("support.outside_algorithms:BadTrainer", data, tmp_path)
     with pytest.raises(ZeroDivisionError) as caught:
         trainer.train_step(trainer._next_batch())
     assert caught.value.__notes__ == [
-        "in step 1, in compute_head_weights of outside_algorithms:BadTrainer"
+        "in step 1, in compute_head_weights of support.outside_algorithms:BadTrainer"
     ]
 
 
 @pytest.mark.parametrize("bad", ["zero", "big"])
 def test_weights_that_teach_nothing_are_said(data, tmp_path, monkeypatch, bad):
-    monkeypatch.setattr("outside_algorithms.bad", bad)
-    trainer = make_trainer("outside_algorithms:BadTrainer", data, tmp_path)
+    monkeypatch.setattr("support.outside_algorithms.bad", bad)
+    trainer = make_trainer("support.outside_algorithms:BadTrainer", data, tmp_path)
     notes = []
     monkeypatch.setattr(trainer.processes, "note", notes.append)
     trainer.train_step(trainer._next_batch())

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import grad
 
-from agreement import GRADIENT_TOLERANCE, LOSS_TOLERANCE, largest
+from support.agreement import GRADIENT_TOLERANCE, LOSS_TOLERANCE, largest
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.checks import FLOAT_DTYPES, REDUCTIONS
 from wmtp.reduction import accumulation_dtype

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tiny_runs import largest_allocation, make_trainer, small_model
+from support.tiny_runs import largest_allocation, make_trainer, small_model
 from wmtp import next_token_cross_entropy
 from wmtp.data.tokenizer import train_tokenizer
 from wmtp.ops import chunks

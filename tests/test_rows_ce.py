@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agreement import GRADIENT_TOLERANCE
+from support.agreement import GRADIENT_TOLERANCE
 from wmtp.backends import BACKENDS, cpu
 from wmtp.checks import FLOAT_DTYPES
 

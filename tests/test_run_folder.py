@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import tiny_runs
-from tiny_runs import make_trainer, read_metrics, record_of
+from support import tiny_runs
+from support.tiny_runs import make_trainer, read_metrics, record_of
 from wmtp.digests import write_digests
 from wmtp.trainers import RunError, RunFolder
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.reference import compute_weighted_mtp_loss

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.checks import REDUCTIONS
 from wmtp.reference import compute_weighted_mtp_loss

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import (
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,

@@ -7,8 +7,8 @@ import sys
 import pytest
 from test_cli import SMALL, unwrapped, wmtp
 
-import tiny_runs
-from tiny_runs import in_processes, read_metrics
+from support import tiny_runs
+from support.tiny_runs import in_processes, read_metrics
 from wmtp.cli.stopping import own_command
 from wmtp.trainers import BaseWmtpTrainer, RunFolder
 

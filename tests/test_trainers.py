@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_runs import ALGORITHMS, make_trainer, prepare, write_rewarded_corpus
+from support.tiny_runs import ALGORITHMS, make_trainer, prepare, write_rewarded_corpus
 from wmtp.labels import has_target
 from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.reference import compute_weighted_mtp_loss, weights_of

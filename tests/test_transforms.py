@@ -7,7 +7,7 @@ import torch
 from torch import func
 from torch.autograd import forward_ad
 
-from agreement import make_case
+from support.agreement import make_case
 from wmtp import (
     excess_head_weights,
     fused_linear_weighted_mtp_loss,

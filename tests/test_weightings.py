@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from outside_rules import RULES, Likely
 
-from agreement import assert_agrees, assert_identical, loss_and_gradients, make_case
+from support.agreement import assert_agrees, assert_identical, loss_and_gradients, make_case
+from support.outside_rules import RULES, Likely
 from wmtp import backends, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, kernels
 from wmtp.checks import REDUCTIONS
 from wmtp.reference import compute_weighted_mtp_loss, weights_of

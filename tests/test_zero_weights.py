@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.autograd import grad
 
-from agreement import loss_and_gradients, make_case
+from support.agreement import loss_and_gradients, make_case
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, mtp_cross_entropy
 from wmtp.checks import FLOAT_DTYPES, REDUCTIONS
 from wmtp.labels import has_target

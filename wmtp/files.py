@@ -2,11 +2,13 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp"
 
@@ -97,6 +99,28 @@ def write_text(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
     temporary.replace(file)
     sync_path(file.parent)
+
+
+def json_by_line(value: dict[str, Any]) -> str:
+    """An object as JSON: a line for each of its values, and for each entry of its lists.
+
+    >>> print(json_by_line({"command": "bench", "cases": [{"ms": 1}, {"ms": 2}]}))
+    {
+     "command": "bench",
+     "cases": [
+      {"ms": 1},
+      {"ms": 2}
+     ]
+    }
+    """
+    lines = []
+    for name, content in value.items():
+        text = json.dumps(content)
+        if isinstance(content, list) and content:
+            entries = ",\n  ".join(map(json.dumps, content))
+            text = f"[\n  {entries}\n ]"
+        lines.append(f" {json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def rename_folder(temporary: Path, final: Path) -> None:

@@ -127,12 +127,12 @@ def row_gradient_kernel(
     begin = lead + b * stride_b + t * stride_s + row * stride_h
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s + row * grad_stride_h
 
-    head = row + tl.arange(0, HEADS)
+    head = row + tl.arange(0, HEADS)  # [HEADS]
     target, valid, in_range = head_targets(
         target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
     )
     head_ptr = token * H + head
-    c = tl.load(c_ptr + head_ptr, mask=valid, other=0.0)
+    c = tl.load(c_ptr + head_ptr, mask=valid, other=0.0)  # [HEADS]
     live = tl.max((c != 0).to(tl.int32), axis=0) > 0
     # Shared heads share both, but for the NaN of a target out of range: that stays.
     m = tl.max(tl.load(row_max_ptr + head_ptr, mask=valid, other=float("-inf")), axis=0)

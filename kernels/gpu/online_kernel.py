@@ -75,7 +75,7 @@ def online_kernel(
     token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     first = tl.program_id(0) % PROGRAMS
     b, t = position(token, seq_len)
-    head = first + tl.arange(0, HEADS)
+    head = first + tl.arange(0, HEADS)  # [HEADS]
     target, valid, in_range = head_targets(
         target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
     )
@@ -94,7 +94,7 @@ def online_kernel(
         head_begin = begin + head_offset(head.to(tl.int64), stride_h, offset_ptr, H, LISTED)
         target_logit_ptr = logits_ptr + head_begin + target
         x_target = tl.load(target_logit_ptr, mask=valid & in_range, other=0.0).to(tl.float32)
-        m = tl.zeros((HEADS,), tl.float32)
+        m = tl.zeros((HEADS,), tl.float32)  # [HEADS]
         s = m + 1.0
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
@@ -119,7 +119,7 @@ def online_kernel(
             row_target, row_c = tl.where(of_row, target, -1), tl.where(of_row, c, 0.0)
             live = tl.max((row_c != 0).to(tl.int32), axis=0) > 0
             row_m = of_head(m, head, row)
-            scale = tl.sum(row_c, axis=0) / of_head(s, head, row)
+            scale = tl.sum(row_c, axis=0) / of_head(s, head, row)  # []
             entry = scale * tl.exp(x_target - row_m) - of_agreeing(row_target, row_c)
             index = first.to(tl.int64) + (row - first)
             row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)

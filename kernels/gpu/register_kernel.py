@@ -86,41 +86,41 @@ def register_kernel(
     token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     first = tl.program_id(0) % PROGRAMS
     b, t = position(token, seq_len)
-    head = first + tl.arange(0, HEADS)
+    head = first + tl.arange(0, HEADS)  # [HEADS]
     target, valid, in_range = head_targets(
         target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
     )
-    row = first + tl.arange(0, ROWS).to(tl.int64)
-    real = (row < H)[:, None]
+    row = first + tl.arange(0, ROWS).to(tl.int64)  # [ROWS]
+    real = (row < H)[:, None]  # [ROWS, 1]
     read = valid
     if SHARED:
         read = tl.max(read.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
     begin = lead + b * stride_b + t * stride_s
-    begin += head_offset(row, stride_h, offset_ptr, H, LISTED)
+    begin += head_offset(row, stride_h, offset_ptr, H, LISTED)  # [ROWS]
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s
     grad_begin += head_offset(row, grad_stride_h, offset_ptr, H, GRAD_LISTED)
-    peel, inner = inner_part(grad_begin, vocab_size, UNIT)
+    peel, inner = inner_part(grad_begin, vocab_size, UNIT)  # [ROWS]
 
     # In place, another thread of this program will overwrite it: see the barrier below.
     x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0).to(tl.float32)
-    lane = tl.arange(0, EDGE_LANES)[None, :]
+    lane = tl.arange(0, EDGE_LANES)[None, :]  # [1, EDGE_LANES]
     column = edge_columns(lane, peel[:, None], inner[:, None], UNIT)
     edge_inside = (lane < 2 * UNIT) & (column >= 0) & (column < vocab_size)
     edge_ptr = logits_ptr + begin[:, None] + column
     edge = tl.load(edge_ptr, mask=edge_inside & read[:, None], other=float("-inf"))
-    edge = edge.to(tl.float32)
-    offset = tl.arange(0, BLOCK)[None, :]
+    edge = edge.to(tl.float32)  # [ROWS, EDGE_LANES]
+    offset = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     inner_inside = offset < inner[:, None]
     inner_begin = first_unit(begin, UNIT) if IN_PHASE else begin + peel
     inner_ptr = logits_ptr + inner_begin[:, None] + offset
     x = tl.load(inner_ptr, mask=inner_inside & read[:, None], other=float("-inf"))
-    x = x.to(tl.float32)
+    x = x.to(tl.float32)  # [ROWS, BLOCK]
 
-    m = tl.maximum(tl.max(x, axis=1), tl.max(edge, axis=1))
+    m = tl.maximum(tl.max(x, axis=1), tl.max(edge, axis=1))  # [ROWS]
     # Finite, so that -inf gives 0 and +inf gives inf, beside which all others are 0.
     shift = tl.where(m == float("-inf"), 0.0, tl.minimum(m, LARGEST))
     x, edge = tl.exp(x - shift[:, None]), tl.exp(edge - shift[:, None])
-    s = tl.sum(x, axis=1) + tl.sum(edge, axis=1)
+    s = tl.sum(x, axis=1) + tl.sum(edge, axis=1)  # [ROWS]
     head_m, head_s = m, s
     if SHARED:
         head_m = m + tl.zeros((HEADS,), tl.float32)
@@ -139,7 +139,7 @@ def register_kernel(
     if SHARED:
         live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
-    scale = row_c / s
+    scale = row_c / s  # [ROWS]
     g = scale[:, None] * edge
     if CLUSTER:
         g = minus_targets(g, column, target, c, head, SHARED, H)

@@ -56,7 +56,7 @@ def weights_kernel(
     total = tl.zeros((TOKENS,), tl.float32)
     largest = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, tokens, TOKENS):
-        token = start + tl.arange(0, TOKENS)
+        token = start + tl.arange(0, TOKENS)  # [TOKENS]
         real = token < tokens
         # Past the last token there is no position, so nothing is valid.
         t = tl.where(real, token % seq_len, seq_len)[:, None]
@@ -65,7 +65,7 @@ def weights_kernel(
             target_ptr, token[:, None], t, head, seq_len, vocab_size, ignore_index, H
         )
         row = token[:, None] * H + head
-        w = tl.where(valid, 1.0, 0.0)
+        w = tl.where(valid, 1.0, 0.0)  # [TOKENS, HEADS]
         if WEIGHTS == GIVEN:
             w = tl.where(valid, tl.load(weight_ptr + row, mask=valid, other=0.0), 0.0)
         weight_sum = tl.max(w, axis=1) if WEIGHTS == LATER else tl.sum(w, axis=1)

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 import os
 import sys
 from enum import StrEnum
@@ -12,7 +11,7 @@ from typing import Annotated
 import typer
 
 from wmtp.cli.console import console, errors_shown
-from wmtp.files import check_writable, writing
+from wmtp.files import check_writable, json_by_line, writing
 
 SETTINGS = ("OMP_NUM_THREADS", "WMTP_CPU_ISA", "WMTP_KEEP_GRADIENT")  # what changes the numbers
 
@@ -109,7 +108,7 @@ def _show(results: dict, json_file: Path | None, plot_file: Path | None, linear:
         console.print(table)
     if json_file is not None:
         with writing(json_file, "choose another --json"):
-            json_file.write_text(json.dumps(results, indent=1) + "\n")
+            json_file.write_text(json_by_line(results) + "\n")
     if plot_file is not None:
         from wmtp.benchmarks.plot import plot_linear, plot_loss
 

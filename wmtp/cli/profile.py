@@ -1,7 +1,6 @@
 """`wmtp profile`: peak memory of the losses over the vocabulary, for long-vocabulary runs."""
 
 import importlib
-import json
 import os
 import platform
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from rich.table import Table
 from wmtp.backends import choose_backend
 from wmtp.cli.bench import SETTINGS
 from wmtp.cli.console import console, errors_shown
-from wmtp.files import check_writable, writing
+from wmtp.files import check_writable, json_by_line, writing
 
 DIM = 1024
 
@@ -173,7 +172,7 @@ def _chosen(backend: str, device: str, dtype: Dtype) -> str:
 def _write(measured: dict[str, Any], options: str, file: Path | None) -> None:
     if file is not None:
         with writing(file, "choose another --json"):
-            file.write_text(json.dumps(_with_environment(measured, options), indent=1) + "\n")
+            file.write_text(json_by_line(_with_environment(measured, options)) + "\n")
 
 
 def _draw(measured: dict[str, Any], function: str, file: Path | None) -> None:

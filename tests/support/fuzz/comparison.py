@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fuzz.answers import Answer, Truth, answer, truth
-from fuzz.bounds import Bounds
-from fuzz.options import Case, make_case
-from fuzz.problem import Problem
+from support.fuzz.answers import Answer, Truth, answer, truth
+from support.fuzz.bounds import Bounds
+from support.fuzz.options import Case, make_case
+from support.fuzz.problem import Problem
 
 __all__ = ["check", "compare", "make_case"]
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuzz.answers import Answer, Truth, gradient_name, keywords, objectives, pieces
-from fuzz.problem import Problem, as_dtype
+from support.fuzz.answers import Answer, Truth, gradient_name, keywords, objectives, pieces
+from support.fuzz.problem import Problem, as_dtype
 from wmtp import excess_head_weights
 from wmtp.labels import shift_to_heads
 from wmtp.reduction import accumulation_dtype, counted_tokens

@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WHAT_IT_HOLDS = ("wmtp", "kernels", "benchmarks", "tests", "Makefile", "pyproject.toml")
 # What only the command line, the trainers and tests of neither need.
 OPTIONAL = ("rich", "typer", "matplotlib", "hypothesis", "tokenizers", "accelerate", "xdist")

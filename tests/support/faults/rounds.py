@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import tiny_runs
-from faults.damages import Damage, damage
-from faults.moments import EXITS, Strike, train
+from support import tiny_runs
+from support.faults.damages import Damage, damage
+from support.faults.moments import EXITS, Strike, train
 
 LIMIT = 120  # seconds, of a process
 GOING_ON = ": going on from "

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fuzz.options import Case
+from support.fuzz.options import Case
 from wmtp.labels import has_target, shift_to_heads
 
 

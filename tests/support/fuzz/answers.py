@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fuzz import layouts
-from fuzz.options import OPTIONS
-from fuzz.problem import Problem, as_dtype
+from support.fuzz import layouts
+from support.fuzz.options import OPTIONS
+from support.fuzz.problem import Problem, as_dtype
 from wmtp import (
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from fuzz import layouts
+from support.fuzz import layouts
 from wmtp.backends import cpu_library
 from wmtp.checks import EXCESSES, REDUCTIONS
 

@@ -1,0 +1,1 @@
+"""What several tests share: cases and the truth, tiny runs, generated cases, faults."""

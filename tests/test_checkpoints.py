@@ -75,6 +75,43 @@ def test_damage_is_named_and_the_one_before_is_taken(checkpoints, name, kind):
     assert name in complaint or "has changed" in complaint or "is missing" in complaint
 
 
+def test_digests_that_lack_something_are_damage(checkpoints):
+    file = checkpoints.path / "step-4" / DIGESTS
+    record = json.loads(file.read_text())
+    for kept in ({}, {**record, "files": {}}, {**record, "step": 3}):
+        file.write_text(json.dumps(kept))
+        step, (complaint,) = newest(checkpoints)
+        assert step == 2
+        assert f"{DIGESTS} has changed since it was written" in complaint
+
+
+def test_digests_that_are_a_pipe_are_not_waited_for(checkpoints):
+    file = checkpoints.path / "step-4" / DIGESTS
+    file.unlink()
+    os.mkfifo(file)
+    step, (complaint,) = newest(checkpoints)
+    assert step == 2
+    assert "no regular file" in complaint
+
+
+def make_file(path):
+    path.write_text("not ours")
+
+
+def make_link(path):
+    path.symlink_to("step-2")
+
+
+@pytest.mark.parametrize("make", [make_file, make_link, os.mkfifo])
+@pytest.mark.parametrize("name", ["step-6", "step-6.tmp", "step-6.old.tmp"])
+def test_what_has_the_name_of_a_checkpoint_does_not_stop_it(make, name, checkpoints):
+    make(checkpoints.path / name)
+    checkpoints.begin(6)
+    checkpoints.commit(6)
+    assert newest(checkpoints) == (6, [])
+    assert (checkpoints.path / "step-2" / "model.safetensors").exists()
+
+
 def test_where_none_is_whole_nothing_is_begun_anew(checkpoints):
     for step in (2, 4):
         damage(checkpoints.path / f"step-{step}/model.safetensors", "empty")
@@ -93,6 +130,16 @@ def test_a_trainer_goes_on_from_the_one_before_and_says_so(data, tmp_path, capsy
     assert "going on from" in said
     again.run()
     assert what_is_wrong(tmp_path / "checkpoints/step-6") is None
+
+
+def test_another_algorithms_checkpoint_is_passed_over(data, tmp_path, capsys):
+    make_trainer("mtp-baseline", data, tmp_path / "other").run()
+    make_trainer("critic-wmtp", data, tmp_path / "run", steps=1, save_every=1).run()
+    foreign = tmp_path / "run/checkpoints/step-6"
+    shutil.copytree(tmp_path / "other/checkpoints/step-6", foreign)
+    again = make_trainer("critic-wmtp", data, tmp_path / "run", steps=1)
+    assert again.step == 4
+    assert f"{foreign} is of another run: going on from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
@@ -118,7 +165,9 @@ def test_a_damaged_tail_of_the_metrics_costs_nothing(tail, tmp_path):
         folder.append_metrics({"step": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(tail)
-    folder.cut_metrics_back(2)
+    folder.checkpoints.begin(2)
+    folder.commit_checkpoint(2)
+    assert folder.cut_metrics_back((2, tmp_path / "checkpoints/step-2")) is None
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 

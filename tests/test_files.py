@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_cli import SMALL, wmtp
 
 import tiny_runs
-from wmtp.files import FileError, shown, writing
+from wmtp.files import FREE, FileError, shown, writing
 from wmtp.trainers import RunFolder, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,13 +30,16 @@ def write_by_safetensors(file):
 
 def _write_beyond_the_limit(write, file):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    message = r"cannot write .*file: .* \(100,000 bytes wanted, .* free"
-    with pytest.raises(FileError, match=message), writing(file, "free some space", 100_000):
+    message = (
+        r"cannot write .*file: File too large \(100,000 bytes wanted, .* free there\): "
+        r"raise the limit on the size of a file \(ulimit -f\), then"
+    )
+    with pytest.raises(FileError, match=message), writing(file, f"{FREE}, then", 100_000):
         write(file)
 
 
 @pytest.mark.parametrize("write", [write_plainly, write_by_torch, write_by_safetensors])
-def test_a_full_disk_is_said_whoever_writes(write, tmp_path):
+def test_a_limit_is_said_whoever_writes(write, tmp_path):
     process = tiny_runs.fork_server().Process(
         target=_write_beyond_the_limit, args=(write, tmp_path / "file")
     )
@@ -77,7 +80,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_and_the_run_goes_on(
     folder = RunFolder(tmp_path / "run")
     names = {path.name for path in folder.checkpoints.path.iterdir()}
     assert names == {"step-2", "step-4"}
-    assert folder.checkpoints.newest_whole()[0][0] == 4
+    assert folder.newest_whole()[0][0] == 4
     data = tiny_runs.prepare(corpus)
     tiny_runs.make_trainer("critic-wmtp", data, tmp_path / "run").run()
     tiny_runs.make_trainer("critic-wmtp", data, tmp_path / "whole").run()

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,7 +11,9 @@ import pytest
 
 import tiny_runs
 from tiny_runs import make_trainer, read_metrics
+from wmtp.files import FileError
 from wmtp.trainers import RunError, RunFolder
+from wmtp.trainers.run_folder import METRICS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,22 +60,99 @@ def test_a_folder_in_use_is_refused(tmp_path):
             RunFolder(tmp_path / "photos").open({}, resume=resume)
 
 
-def test_a_checkpoint_ahead_of_the_metrics_is_passed_over(tmp_path):
+def finished(tmp_path, *steps, **identity):
+    """A folder with a checkpoint of each step, and a record of all."""
     folder = RunFolder(tmp_path)
-    for step in (2, 4):
-        folder.checkpoints.begin(step)
-        (folder.checkpoints.in_progress(step) / "model.safetensors").touch()
-        folder.checkpoints.commit(step)
-    for step in (1, 2, 4):
-        folder.append_metrics({"step": step})
-    (step, _), (complaint,) = folder.newest_whole()
-    assert step == 2
-    assert complaint.endswith("step-4 is ahead of metrics.jsonl, which lacks 3")
-    folder.cut_metrics_back(2)
-    assert folder.read_metrics() == [{"step": 1}, {"step": 2}]
-    folder.cut_metrics_back(1)
-    with pytest.raises(RunError, match=r"no whole checkpoint.*step-2 is ahead of metrics\.jsonl"):
-        folder.newest_whole()
+    folder.open({"steps": 4, **identity}, resume=False)
+    for step in range(1, max(steps) + 1):
+        folder.append_metrics({"step": step, "loss": 1.5})
+        if step in steps:
+            folder.checkpoints.begin(step)
+            (folder.checkpoints.in_progress(step) / "model.safetensors").touch()
+            folder.commit_checkpoint(step)
+    return folder
+
+
+def without_a_line(file):
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[::3]))
+
+
+def with_another_number(file):
+    file.write_text(file.read_text().replace('"step": 3, "loss": 1.5', '"step": 3, "loss": 1.4'))
+
+
+def as_a_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, without_a_line, with_another_number, as_a_pipe])
+def test_metrics_that_are_damaged_are_restored_from_the_checkpoint_and_it_is_said(damage, tmp_path):
+    folder = finished(tmp_path, 2, 4)
+    whole = (tmp_path / METRICS).read_text()
+    assert folder.cut_metrics_back(folder.newest_whole()[0]) is None
+    damage(tmp_path / METRICS)
+    checkpoint, complaints = folder.newest_whole()
+    assert checkpoint[0] == 4
+    assert complaints == []
+    assert "metrics.jsonl has lost or changed" in folder.cut_metrics_back(checkpoint)
+    assert (tmp_path / METRICS).read_text() == whole
+    assert folder.cut_metrics_back((2, tmp_path / "checkpoints/step-2")) is None
+    assert len(folder.read_metrics()) == 2
+
+
+def test_metrics_that_are_a_folder_are_named(tmp_path):
+    folder = finished(tmp_path, 2)
+    (tmp_path / METRICS).unlink()
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(FileError, match=r"metrics\.jsonl: Is a directory .*: move it away, then"):
+        folder.cut_metrics_back(folder.newest_whole()[0])
+
+
+def test_a_checkpoint_of_another_run_or_step_is_passed_over_by_name(tmp_path):
+    finished(tmp_path / "other", 3, 4, seed=1)
+    folder = finished(tmp_path / "run", 2, 3)
+    shutil.copytree(tmp_path / "other/checkpoints/step-4", tmp_path / "run/checkpoints/step-4")
+    shutil.copytree(tmp_path / "run/checkpoints/step-2", tmp_path / "run/checkpoints/step-6")
+    (step, _), complaints = folder.newest_whole()
+    assert step == 3
+    assert complaints[0].endswith("step-6 holds the state after step 2")
+    assert complaints[1].endswith("step-4 is of another run")
+    folder.checkpoints.drop_old(1, 3)  # those of others do not push it out
+    assert folder.checkpoints.steps() == [3, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "lock"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    folder = finished(tmp_path, 2)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+
+    def read():
+        with folder.locked():
+            folder.open({"steps": 4}, resume=True)
+            folder.result()
+
+    with pytest.raises(RunError, match=rf"{name}.*no regular file"):
+        read()
+
+
+WHOLE = {"ce_per_head": [1.0], "next_token_accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("result", "missing"),
+    [
+        ({"a": 1}, "start"),
+        ({"start": WHOLE, "end": {}}, "end.ce_per_head"),
+        ({"start": WHOLE, "end": {**WHOLE, "next_token_accuracy": None}}, "end.next_token_acc"),
+        ({"start": WHOLE, "end": WHOLE}, "tokens_per_s"),
+    ],
+)
+def test_a_result_that_lacks_something_is_named(result, missing, tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(RunError, match=rf"result\.json has no {missing}.*: restore it, or delete"):
+        RunFolder(tmp_path).result()
 
 
 # ---- kill -9 ----

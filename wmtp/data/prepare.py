@@ -25,7 +25,7 @@ from wmtp.data.tokenizer import (
     train_tokenizer,
     vocabulary_size,
 )
-from wmtp.files import TEMPORARY, digest_of, writing
+from wmtp.files import FREE, TEMPORARY, digest_of, writing
 
 FORMAT = "2"  # a part of every key: raise it when the files below change
 DEFAULT_VOCABULARY = 8192
@@ -153,7 +153,7 @@ def _write_tokens(
 
 def _build(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder, and give it its name when it is whole."""
-    with writing(folder, "free some space, or set WMTP_CACHE to another folder"):
+    with writing(folder, f"{FREE}, or set WMTP_CACHE to another folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         prefix = f"{folder.name}."
         temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=folder.parent))

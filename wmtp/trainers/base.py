@@ -182,7 +182,9 @@ class BaseWmtpTrainer(abc.ABC):
             progress = json.loads((path / "progress.json").read_text())
             self.evaluation_at_start = progress["evaluation_at_start"]
         if self.accelerator.is_main_process:
-            self.folder.cut_metrics_back(self.step)
+            lost = self.folder.cut_metrics_back(checkpoint)
+            if lost is not None and checkpoint is not None:
+                print(f"{lost}: going on from {checkpoint[1]}, which has them", file=sys.stderr)
 
     # ---- the loop ----
 
@@ -405,13 +407,12 @@ class BaseWmtpTrainer(abc.ABC):
         if accelerator.is_main_process:
             progress = {"step": self.step, "evaluation_at_start": self.evaluation_at_start}
             (path / "progress.json").write_text(json.dumps(progress))
-            folder.sync_metrics()
-            folder.checkpoints.commit(self.step)
+            folder.commit_checkpoint(self.step)
             self._manage_checkpoints()
 
     def _manage_checkpoints(self) -> None:
         """Keep the newest `keep_last`."""
-        self.folder.checkpoints.drop_old(self.config.keep_last)
+        self.folder.checkpoints.drop_old(self.config.keep_last, self.step)
 
     def _save_final_checkpoint(self) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -1,16 +1,16 @@
 """The checkpoints of a run: folders step-N, each with the digests of its files.
 
-A checkpoint is whole when the digests are there and all files answer to them. Only whole ones are
-resumed from, and only our own names are ever touched: a copy that somebody keeps stays.
+A checkpoint is whole when the digests are there and all files answer to them. Only whole ones of
+the run are resumed from, and only our own names are ever touched: a copy that somebody keeps stays.
 """
 
 import math
+import os
 import re
-import shutil
 from pathlib import Path
 
-from wmtp.digests import DIGESTS, what_is_wrong, write_digests
-from wmtp.files import TEMPORARY, rename_folder
+from wmtp.digests import DIGESTS, read_digests, what_is_wrong, write_digests
+from wmtp.files import TEMPORARY, discard, remove, rename_folder
 from wmtp.trainers.errors import RunError
 
 
@@ -26,25 +26,21 @@ class Checkpoints:
         found = [re.fullmatch(r"step-(0|[1-9]\d*)", name) for name in filled]
         return sorted(int(match[1]) for match in found if match)
 
-    def newest_whole(self, recorded: float = math.inf) -> tuple[tuple[int, Path] | None, list[str]]:
+    def newest_whole(self, run: str = "") -> tuple[tuple[int, Path] | None, list[str]]:
         """The newest whole one and the step it was taken after, and what is wrong with newer ones.
 
         Args:
-            recorded: how many steps have their record; one that was taken later is passed over.
+            run: the digest of its identity; a checkpoint of another one is passed over.
 
         Raises:
             RunError: there are some, and none is whole.
         """
         complaints: list[str] = []
         for step in reversed(self.steps()):
-            path = self._named(step)
-            wrong = what_is_wrong(path)
-            if wrong is not None:
-                complaints.append(f"{path} is damaged ({wrong})")
-            elif step > recorded:
-                complaints.append(f"{path} is ahead of metrics.jsonl, which lacks {recorded + 1}")
-            else:
-                return (step, path), complaints
+            wrong = _what_is_wrong(self._named(step), step, run)
+            if wrong is None:
+                return (step, self._named(step)), complaints
+            complaints.append(wrong)
         if complaints:
             raise RunError(
                 f"no whole checkpoint: {'; '.join(complaints)}: restore one, or delete "
@@ -59,29 +55,39 @@ class Checkpoints:
     def begin(self, step: int) -> None:
         """Make `in_progress` an empty folder."""
         temporary = self.in_progress(step)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
 
-    def commit(self, step: int) -> None:
-        """Write the digests of `in_progress` and give it its name, in place of what has it."""
+    def commit(self, step: int, run: str = "") -> None:
+        """Write the digests of `in_progress`, whose it is, and give it its name, in place of what
+        has it."""
         temporary, final = self.in_progress(step), self._named(step)
-        write_digests(temporary)
-        if final.exists():
-            _remove(final)
+        write_digests(temporary, run=run, step=step)
+        if os.path.lexists(final):
+            discard(final)
         rename_folder(temporary, final)
 
-    def drop_old(self, keep_last: int) -> None:
-        """All but the last `keep_last` that are finished."""
-        finished = [step for step in self.steps() if (self._named(step) / DIGESTS).is_file()]
+    def drop_old(self, keep_last: int, upto: float = math.inf) -> None:
+        """All but the last `keep_last` that are finished, of those up to a step: a later one is
+        none that the run has gone on from, and must not outlast those."""
+        finished = [
+            step
+            for step in self.steps()
+            if step <= upto and (self._named(step) / DIGESTS).is_file()
+        ]
         for step in finished[:-keep_last]:
-            _remove(self._named(step))
+            discard(self._named(step))
 
     def _named(self, step: int) -> Path:
         return self.path / f"step-{step}"
 
 
-def _remove(folder: Path) -> None:
-    # Renamed first: a kill inside rmtree must not leave half a checkpoint under its name.
-    doomed = folder.with_name(f"{folder.name}.old{TEMPORARY}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    shutil.rmtree(folder.rename(doomed))
+def _what_is_wrong(path: Path, step: int, run: str) -> str | None:
+    if wrong := what_is_wrong(path):
+        return f"{path} is damaged ({wrong})"
+    about = read_digests(path)
+    if about.get("run") != run:
+        return f"{path} is of another run"
+    if about.get("step") != step:
+        return f"{path} holds the state after step {about.get('step')}"
+    return None

@@ -109,6 +109,29 @@ def run_result(
     }
 
 
+def what_lacks(result: dict[str, Any]) -> str | None:
+    """The first name of a run's result that is not there, or holds something else.
+
+    >>> what_lacks({"start": {"ce_per_head": [1.0], "next_token_accuracy": 0.5}})
+    'end'
+    """
+    for name in ("start", "end"):
+        evaluation = result.get(name)
+        if not isinstance(evaluation, dict):
+            return name
+        by_head = evaluation.get("ce_per_head")
+        if not isinstance(by_head, list) or not by_head or not all(map(_is_number, by_head)):
+            return f"{name}.ce_per_head"
+        if not _is_number(evaluation.get("next_token_accuracy")):
+            return f"{name}.next_token_accuracy"
+    names = ("tokens_per_s", "peak_memory_bytes")
+    return next((name for name in names if not _is_number(result.get(name))), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """The device's peak allocation, or on the CPU the process's peak resident size."""
     if device.type == "cuda":

@@ -2,7 +2,7 @@
 
     DIR/config.json            what the run is; decides whether --resume fits
     DIR/metrics.jsonl          one object a step
-    DIR/checkpoints/step-N     the state after N steps, see checkpoints.py
+    DIR/checkpoints/step-N     the state after N steps and their records, see checkpoints.py
     DIR/lock                   whose it is, while a process is at it
     DIR/final                  the trained model
     DIR/result.json            written last: the run is finished
@@ -11,21 +11,22 @@ Whatever must be whole is written under a name ending in .tmp, synced, and renam
 """
 
 import contextlib
-import itertools
 import json
-import shutil
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wmtp.files import TEMPORARY, rename_folder, sync_path, write_text, writing
+from wmtp.files import FREE, TEMPORARY, read_json, remove, rename_folder, write_text, writing
 from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.errors import RunError
-from wmtp.trainers.identity import differences
+from wmtp.trainers.evaluation import what_lacks
+from wmtp.trainers.identity import differences, identity_digest
 from wmtp.trainers.lock import locked
 
 LOCK = "lock"
-FREE_SPACE = "free some space, then continue with --resume"
+METRICS = "metrics.jsonl"
+FREE_SPACE = f"{FREE}, then continue with --resume"
 ELSEWHERE = "choose another --out"
 
 
@@ -35,7 +36,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
-        self._metrics_path = path / "metrics.jsonl"
+        self._metrics_path = path / METRICS
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -90,8 +91,19 @@ class RunFolder:
         return self.result()
 
     def result(self) -> dict[str, Any] | None:
-        """The result of a finished run."""
-        return self._read_json("result.json")
+        """The result of a finished run.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        file = self.path / "result.json"
+        result = self._read_json(file.name)
+        if result is not None and (missing := what_lacks(result)):
+            raise RunError(
+                f"{file} has no {missing}: restore it, or delete it and continue with --resume: "
+                "no step is trained again"
+            )
+        return result
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Finish the run."""
@@ -109,33 +121,43 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """A record a step, in order. A kill may have cut the last line short, and what is no
         record, or a step's that was written again, is passed over: `cut_metrics_back` counts."""
-        if not self._metrics_path.exists():
-            return []
-        lines = self._metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
-        records = [record for line in lines[:-1] if (record := _record(line))]
-        return sorted({record["step"]: record for record in records}.values(), key=_step)
+        return _records(self._metrics_path)
 
     def newest_whole(self) -> tuple[tuple[int, Path] | None, list[str]]:
         """The checkpoint to go on from; see `Checkpoints.newest_whole`."""
-        there = {record["step"] for record in self.read_metrics()}
-        recorded = next(step for step in itertools.count() if step + 1 not in there)
-        return self.checkpoints.newest_whole(recorded)
+        return self.checkpoints.newest_whole(self._run())
 
-    def cut_metrics_back(self, step: int) -> None:
-        """Forget the metrics after `step`: the resumed run writes them again."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+    def commit_checkpoint(self, step: int) -> None:
+        """Finish the one in progress: with the records of its steps, and as this run's."""
+        records = [record for record in self.read_metrics() if record["step"] <= step]
+        write_text(self.checkpoints.in_progress(step) / METRICS, _lines(records))
+        self.checkpoints.commit(step, self._run())
+
+    def cut_metrics_back(self, checkpoint: tuple[int, Path] | None) -> str | None:
+        """Make the metrics those that a checkpoint was saved with, none without one: the resumed
+        run writes those of later steps again.
+
+        Returns:
+            What was wrong with them.
+        """
+        step, place = checkpoint or (0, None)
+        found = {record["step"]: record for record in self.read_metrics()}
+        saved = [] if place is None else _records(place / METRICS)
+        wrong = [record["step"] for record in saved if found.get(record["step"]) != record]
         with writing(self._metrics_path, FREE_SPACE):
-            write_text(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
-
-    def sync_metrics(self) -> None:
-        """Have them reach the disk."""
-        sync_path(self._metrics_path)
+            write_text(self._metrics_path, _lines(saved))
+        if not wrong:
+            return None
+        return (
+            f"{self._metrics_path} has lost or changed {len(wrong)} of {step} records, the first "
+            f"of step {wrong[0]}"
+        )
 
     def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write` fill a folder that appears as DIR/name when it is whole."""
         temporary, final = self.path / (name + TEMPORARY), self.path / name
         for stale in (temporary, final):
-            shutil.rmtree(stale, ignore_errors=True)
+            remove(stale)
         with writing(temporary, FREE_SPACE):
             temporary.mkdir()
             write(temporary)
@@ -147,15 +169,19 @@ class RunFolder:
             *self.path.glob("*" + TEMPORARY),
             *self.checkpoints.path.glob("step-*" + TEMPORARY),
         ):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove(leftover)
+
+    def _run(self) -> str:
+        """Which one it is; what a checkpoint is known by."""
+        return identity_digest(self._read_json("config.json") or {})
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            content = read_json(file)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{file} cannot be read ({error}): restore it, or choose another --out"
             ) from error
@@ -167,7 +193,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file: choose another --out")
         # A kill before config.json had its name leaves only the temporary file.
-        own = {"config.json", "metrics.jsonl", "checkpoints", "reference"}
+        own = {"config.json", METRICS, "checkpoints", "reference"}
         if self._read_json("config.json") is None:
             own = set()
         own.add(LOCK)
@@ -180,6 +206,18 @@ class RunFolder:
             )
 
 
+def _records(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = [record for line in lines[:-1] if (record := _record(line))]
+    return sorted({record["step"]: record for record in records}.values(), key=_step)
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def _step(record: dict[str, Any]) -> int:
     return record["step"]
 
@@ -188,7 +226,7 @@ def _record(line: str) -> dict[str, Any] | None:
     """What a line of the metrics holds; None where it is damaged."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 

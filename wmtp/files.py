@@ -143,7 +143,7 @@ def read_json(file: Path) -> Any:
 
 def _check_regular(file: Path) -> None:
     """A pipe would be waited for."""
-    if os.path.lexists(file) and not file.is_file():
+    if file.exists() and not file.is_file():
         raise OSError(errno.EINVAL, "no regular file", str(file))
 
 

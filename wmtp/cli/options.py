@@ -128,6 +128,8 @@ def prepare(
     prepared = prepare_data(corpus, vocab_size=vocab_size, tokenizer_file=tokenizer)
     for skipped in corpus.skipped:
         say(f"without {skipped}")
+    for note in prepared.notes:
+        say(note)
     learned = prepared.train.vocab_size
     if tokenizer is None and learned < vocab_size:
         say(f"a vocabulary of {vocab_size:,} was asked for, the text has tokens for {learned:,}")

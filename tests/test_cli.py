@@ -65,7 +65,7 @@ def test_train_refuses_what_cannot_be(corpus, tmp_path):
         (["--algo", "mtp-baseline", "--out", used], "is not empty and holds no run"),
         (
             ["--algo", "mtp-baseline", "--steps", 0],
-            "steps must be a whole number, at least 1, got 0",
+            "steps must be a whole number from 1 to 2147483647, got 0",
         ),
         (["--algo", "mtp-baseline", "--loss", "cce"], "loss must be one of ('linear', 'fused', "),
         (["--algo", "mtp-baseline", "--seq-len", 9999], "pass more text or a smaller --seq-len"),
@@ -154,7 +154,7 @@ def test_a_file_of_settings_and_the_command_line_wins(tmp_path):
         (None, "No such file"),
         ("steps 9", "is not TOML"),
         ("step = 9", "no setting 'step': known are steps, batch_size"),
-        ('steps = "many"', "steps must be a whole number, at least 1, got many"),
+        ('steps = "many"', "steps must be a whole number from 1 to 2147483647, got many"),
     ],
 )
 def test_files_of_settings_that_cannot_be(content, message, corpus, tmp_path):

@@ -96,6 +96,10 @@ def test_it_is_compared(corpus, tmp_path, monkeypatch):
         ("outside_algorithms:FocalSettings", r"has no trainer FocalSettings"),
         ("outside_algorithms:Unfinished", r"is abstract: it lacks compute_head_weights"),
         (":Trainer", r"is no module"),
+        (".:Trainer", r"'\.' is no module"),
+        ("../x:Trainer", r"'\.\./x' is no module"),
+        ("..x:Trainer", r"is no module"),
+        ("x.:Trainer", r"is no module"),
         ("rho2", r"'rho2' is not one of mtp-baseline, critic-wmtp, rho1-wmtp"),
     ],
 )
@@ -105,8 +109,37 @@ def test_what_is_no_trainer(algo, message):
 
 
 @pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("raise RuntimeError('no\\nreason')", "RuntimeError: no"),
+        ("def", "SyntaxError: "),
+        ("nothing", "NameError: name 'nothing' is not defined"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("x = '\0'", "source code string cannot contain null bytes"),
+        ("raise Exception", "Exception"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_named_with_its_error(
+    code, message, tmp_path, monkeypatch
+):
+    name = f"broken_{abs(hash(code))}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    result = train("--algo", f"{name}:Trainer")
+    assert result.exit_code == 1
+    line = result.output.strip()
+    assert line.startswith(f"error: {name}:Trainer: cannot import {name} (")
+    assert message in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
+        (["--algo", FOCAL, "--set", "focus=nan"], "setting focus must be finite, got nan"),
+        (["--algo", FOCAL, "--set", "focus=1", "--set", "focus=2"], "--set focus is given twice"),
+        (["--algo", FOCAL, "--seed", "99999999999999999999"], "seed must be a whole number from 0"),
         (["--algo", FOCAL, "--set", "fokus=3"], "no setting 'fokus': known are focus"),
         (["--algo", FOCAL, "--set", "focus=much"], "focus must be of type float, got 'much'"),
         (["--algo", FOCAL, "--set", "focus"], "--set wants name=value, got 'focus'"),
@@ -118,9 +151,3 @@ def test_settings_that_cannot_be(given, message, corpus, tmp_path):
     assert result.exit_code == 1
     assert message in result.output
     assert not (tmp_path / "run").exists()
-
-
-def test_what_is_no_weighting_is_named(data, tmp_path):
-    trainer = make_trainer("outside_algorithms:WordsTrainer", data, tmp_path)
-    with pytest.raises(TypeError, match=r"WordsTrainer\.compute_head_weights must return .* str"):
-        trainer.train_step(trainer._next_batch())

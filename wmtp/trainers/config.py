@@ -4,6 +4,7 @@ A field says what it is, which values it takes, and so what the command line off
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
@@ -13,6 +14,7 @@ from wmtp.models import MTPConfig
 
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("linear", "fused", "eager")
+LARGEST_WHOLE = 2**31 - 1
 
 
 class ConfigError(ValueError):
@@ -25,10 +27,12 @@ def setting(
     *,
     least: float = -math.inf,
     above: float = -math.inf,
-    most: float = math.inf,
+    most: float | None = None,
     one_of: Sequence[str] = (),
 ) -> Any:
     """A field of `TrainConfig`, and the range that `range_of` words."""
+    if most is None:
+        most = LARGEST_WHOLE if isinstance(default, int) else math.inf
     limits = {"least": least, "above": above, "most": most, "one_of": tuple(one_of)}
     return field(default=default, metadata={"about": about, **limits})
 
@@ -48,7 +52,7 @@ class TrainConfig:
         >>> TrainConfig(algo="mtp-baseline", steps=0)
         Traceback (most recent call last):
             ...
-        wmtp.trainers.config.ConfigError: steps must be a whole number, at least 1, got 0
+        wmtp.trainers.config.ConfigError: steps must be a whole number from 1 to 2147483647, got 0
     """
 
     algo: str
@@ -61,7 +65,7 @@ class TrainConfig:
     dim: int = setting(512, "Hidden size, a multiple of 2 x attention heads.", least=1)
     trunk_layers: int = setting(6, "Blocks before the heads.", least=0)
     attention_heads: int = setting(8, "Of every block.", least=1)
-    seed: int = setting(0, "Of weights and batches.", least=0)
+    seed: int = setting(0, "Of weights and batches.", least=0, most=2**32 - 1)
     lr: float = setting(6e-4, "Peak learning rate, after a twentieth of the steps.", above=0)
     weight_decay: float = setting(0.1, "Of matrices, not of norms.", least=0)
     max_grad_norm: float = setting(1.0, "The gradient is scaled down to this norm.", above=0)
@@ -141,7 +145,7 @@ def range_of(each: Field[Any]) -> str:
     if limits["one_of"]:
         return f"one of {limits['one_of']}"
     if each.type is int:
-        return f"a whole number, at least {limits['least']}"
+        return f"a whole number from {limits['least']} to {limits['most']}"
     if limits["most"] < math.inf:
         return f"between {limits['least']} and {limits['most']}"
     return "positive and finite" if limits["above"] == 0 else "at least 0 and finite"
@@ -151,13 +155,15 @@ def _of_type(value: Any, each: Field[Any]) -> bool:
     if each.type is str:
         return isinstance(value, str)
     wanted = int if each.type is int else int | float
-    return isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, wanted) and not isinstance(value, bool)
 
 
 def _in_range(value: Any, each: Field[Any]) -> bool:
     limits = each.metadata
     if limits["one_of"]:
         return value in limits["one_of"]
+    if abs(value) > sys.float_info.max:  # infinite, or a whole number that is no float
+        return False
     return limits["above"] < value and limits["least"] <= value <= limits["most"]
 
 

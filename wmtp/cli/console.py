@@ -16,7 +16,7 @@ from rich.progress import (
 
 from wmtp.data import DataError
 from wmtp.files import FileError
-from wmtp.trainers import ConfigError, NonFiniteError, RunError
+from wmtp.trainers import ConfigError, NonFiniteError, RunError, WeightsError
 
 console = Console()
 LINES_WITHOUT_TERMINAL = 10
@@ -33,7 +33,7 @@ def errors_shown() -> Iterator[None]:
     """What the user can mend is one line; anything else is a bug and keeps its traceback."""
     try:
         yield
-    except (ConfigError, DataError, FileError, NonFiniteError, RunError) as error:
+    except (ConfigError, DataError, FileError, NonFiniteError, RunError, WeightsError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
 

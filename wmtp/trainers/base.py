@@ -29,6 +29,7 @@ from wmtp.reference import MTPLoss
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
+from wmtp.trainers.hook import checked_weighting, own_code, what_weighs_nothing
 from wmtp.trainers.losses import denominator, weighted_loss
 from wmtp.trainers.optimizer import build_optimizer, multiply_gradients, state_bytes
 from wmtp.trainers.processes import Processes
@@ -41,7 +42,6 @@ from wmtp.trainers.step import (
     VALUE_WARMUP,
     NonFiniteError,
     Part,
-    as_weighting,
     check_finite,
     micro_batches,
     what_cancels,
@@ -246,6 +246,7 @@ class BaseWmtpTrainer(abc.ABC):
 
         Raises:
             NonFiniteError: a number of the record is NaN or infinite; nothing was updated.
+            WeightsError: `compute_head_weights` returned what is no weighting.
         """
         stage = self.stage
         parts = micro_batches(batch, self.config.grad_accum)
@@ -272,6 +273,7 @@ class BaseWmtpTrainer(abc.ABC):
             "lr": self._lr(),
         }
         self.processes.note(what_is_masked(record))
+        self.processes.note(what_weighs_nothing(record, self.config.algo))
         try:
             check_finite(record, batch["sequence_ids"])
         except NonFiniteError:
@@ -289,7 +291,7 @@ class BaseWmtpTrainer(abc.ABC):
         with sync, torch.set_grad_enabled(stage == TRAIN):
             with self.autocast():
                 output = self.model(part["input_ids"])
-            weighting = as_weighting(self.compute_head_weights(part, output), type(self).__name__)
+            weighting = self._weighting(part, output)
             self.processes.note(what_cancels(weighting, self.config))
             undivided = 1.0 if self.in_parts else None
             loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
@@ -302,6 +304,18 @@ class BaseWmtpTrainer(abc.ABC):
             weighting.weights(ce_per_head, target_ids),
             loss.detach(),
             denominator(weighting, target_ids, self.config.horizon, self.config.reduction),
+        )
+
+    def _weighting(self, batch: Batch, output: MTPOutput) -> Weighting:
+        algo, step = self.config.algo, self.step + 1
+        with own_code(algo, step):
+            returned = self.compute_head_weights(batch, output)
+        return checked_weighting(
+            returned,
+            type(self).__name__,
+            output.head_hidden_states,
+            batch["target_ids"],
+            f"step {step}, {algo}",
         )
 
     def _whole_loss(self, parts: list[Part]) -> Tensor:

@@ -72,9 +72,10 @@ def step_statistics(
     """
     heads = weights.shape[2]
     valid = has_target(target_ids, heads)
+    weights = weights.double()  # whose sum is in range
     weight_sum = weights.sum(-1, keepdim=True)
     whole = valid.all(-1, keepdim=True) & (weight_sum != 0)
-    share = torch.where(whole, weights / weight_sum, 0.0)
+    share = torch.where(whole, weights / weight_sum, 0.0).to(ce_per_head.dtype)
     by_head = torch.stack((ce_per_head, valid.to(share.dtype), share)).sum((1, 2))
     over_tokens = torch.stack((whole.sum(), -torch.xlogy(share, share).sum()))
     sums = total(torch.cat((by_head.flatten(), over_tokens)))

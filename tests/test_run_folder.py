@@ -1,5 +1,6 @@
 """A run on disk: what it leaves, what it refuses, and that kill -9 changes no number."""
 
+import errno
 import itertools
 import json
 import os
@@ -11,8 +12,9 @@ import pytest
 
 import tiny_runs
 from tiny_runs import make_trainer, read_metrics
+from wmtp.cli.train import train_run
 from wmtp.files import FileError
-from wmtp.trainers import RunError, RunFolder
+from wmtp.trainers import RunError, RunFolder, TrainConfig
 from wmtp.trainers.run_folder import METRICS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +155,30 @@ def test_a_result_that_lacks_something_is_named(result, missing, tmp_path):
     (tmp_path / "result.json").write_text(json.dumps(result))
     with pytest.raises(RunError, match=rf"result\.json has no {missing}.*: restore it, or delete"):
         RunFolder(tmp_path).result()
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(corpus, tmp_path, monkeypatch):
+    def train(**settings):
+        config = TrainConfig(algo="mtp-baseline", **{**tiny_runs.SMALL, **settings})
+        data = tiny_runs.prepare(corpus)
+        return train_run(config, data, RunFolder(tmp_path / "run"), resume=True)
+
+    result = train()
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    monkeypatch.setattr(os, "open", read_only(os.open))
+    assert train() == result
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    with pytest.raises(FileError, match=r"cannot write .*lock: Read-only file system"):
+        train(steps=7)
+
+
+def read_only(opened):
+    def refuse(path, flags, *more, **others):
+        if str(path).endswith("lock"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *more, **others)
+
+    return refuse
 
 
 # ---- kill -9 ----

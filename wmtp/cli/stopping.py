@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: finish the step, save, say how to go on. The second one stops at once."""
+"""SIGTERM, SIGINT, SIGHUP: finish the step, save, say how to go on. A second one stops at once.
+
+A SIGHUP that is ignored, as under nohup, stays so.
+"""
 
 import contextlib
 import os
@@ -13,7 +16,7 @@ import typer
 from wmtp.cli.console import console, say
 from wmtp.trainers.errors import StoppedError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STATUSES = tuple(128 + number for number in SIGNALS)  # of a command that they have stopped
 
 
@@ -29,7 +32,7 @@ class StopAsked:
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Take the first signal; the next one finds its default."""
         self.signal = number
-        for each in SIGNALS:
+        for each in taken():
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
         say(f"{name}: finishing the step and saving; once more stops at once")
@@ -40,7 +43,7 @@ def stopping() -> Iterator[StopAsked]:
     """Take the signals while the block runs. Where they stop it, print the command that goes on and
     leave with the status that a shell expects, 128 + the signal's number."""
     asked = StopAsked()
-    before = {each: signal.signal(each, asked.handle) for each in SIGNALS}
+    before = {each: signal.signal(each, asked.handle) for each in taken()}
     try:
         yield asked
     except StoppedError as stopped:
@@ -49,6 +52,12 @@ def stopping() -> Iterator[StopAsked]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def taken() -> list[signal.Signals]:
+    """Those of the signals that this process is to get."""
+    hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [each for each in SIGNALS if each != signal.SIGHUP or hung_up]
 
 
 def own_command(*more: str) -> str:

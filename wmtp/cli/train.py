@@ -108,11 +108,14 @@ def train_run(
         ConfigError, DataError, FileError, RunError, NonFiniteError: what the user can mend.
         StoppedError: `stop_asked` said so.
     """
+    identity = run_identity(config, data)
+    if resume and (finished := folder.result_of(identity)) is not None:
+        return finished  # which takes no lock: the folder may be read-only
     is_main = PartialState().is_main_process
     with folder.locked() if is_main else contextlib.nullcontext():
         with PartialState().main_process_first():
             if is_main:
-                folder.open(run_identity(config, data), resume=resume)
+                folder.open(identity, resume=resume)
         return folder.result() or _train_locked(config, data, folder, stop_asked)
 
 

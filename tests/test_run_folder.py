@@ -103,6 +103,34 @@ def test_metrics_that_are_damaged_are_restored_from_the_checkpoint_and_it_is_sai
     assert len(folder.read_metrics()) == 2
 
 
+def test_records_that_are_lost_under_a_run_end_it(tmp_path):
+    folder = finished(tmp_path, 2)
+    without_a_line(tmp_path / METRICS)
+    folder.append_metrics({"step": 3})
+    folder.checkpoints.begin(3)
+    message = r"has lost 1 of 3 records .* step 2: go on from the last checkpoint with --resume"
+    with pytest.raises(RunError, match=message):
+        folder.commit_checkpoint(3)
+
+
+def test_another_runs_model_is_not_taken_for_the_reference(corpus, tmp_path):
+    for seed in (0, 1):
+        config = TrainConfig(algo="rho1-wmtp", **{**tiny_runs.SMALL, "steps": 1}, seed=seed)
+        data = tiny_runs.prepare(corpus)
+        train_run(config, data, RunFolder(tmp_path / f"{seed}"), resume=False)
+    (tmp_path / "0/result.json").unlink()
+    final = tmp_path / "0/reference/final"
+    whole = (final / "model.safetensors").read_bytes()
+    shutil.rmtree(final)
+    shutil.copytree(tmp_path / "1/reference/final", final)
+    config = TrainConfig(algo="rho1-wmtp", **{**tiny_runs.SMALL, "steps": 1}, seed=0)
+    with pytest.raises(RunError, match=r"reference/final .*\(it is of another run\): restore it"):
+        train_run(config, data, RunFolder(tmp_path / "0"), resume=True)
+    (tmp_path / "0/reference/result.json").unlink()  # as it says
+    train_run(config, data, RunFolder(tmp_path / "0"), resume=True)
+    assert (final / "model.safetensors").read_bytes() == whole
+
+
 def test_metrics_that_are_a_folder_are_named(tmp_path):
     folder = finished(tmp_path, 2)
     (tmp_path / METRICS).unlink()

@@ -159,6 +159,7 @@ def _reference(
         console.print(f"using the reference model in {reference_folder.path}", highlight=False)
     small = replace(config, algo="mtp-baseline", settings={}, horizon=1)
     train_run(small, data, reference_folder, resume=True, stop_asked=stop_asked)
+    reference_folder.check_final()
     return load_reference(reference_folder.path, data.tokenizer, config.seq_len)
 
 

@@ -431,8 +431,9 @@ class BaseWmtpTrainer(abc.ABC):
     def _save_final_checkpoint(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
         value_head = self.value_head and self.accelerator.unwrap_model(self.value_head)
+        tokenizer, run = self.data.tokenizer, self.folder.run
         self.folder.write_folder(
-            "final", lambda path: save_model_folder(model, self.data.tokenizer, path, value_head)
+            "final", lambda path: save_model_folder(model, tokenizer, path, value_head, run)
         )
 
     def _finish(self) -> dict[str, Any]:

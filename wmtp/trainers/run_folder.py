@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from wmtp.digests import read_digests, what_is_wrong
 from wmtp.files import FREE, TEMPORARY, read_json, remove, rename_folder, write_text, writing
 from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.errors import RunError
@@ -37,6 +38,11 @@ class RunFolder:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
         self._metrics_path = path / METRICS
+
+    @property
+    def run(self) -> str:
+        """Which one it is; what its checkpoints and its model are known by."""
+        return identity_digest(self._read_json("config.json") or {})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -110,6 +116,22 @@ class RunFolder:
         with writing(self.path / "result.json", FREE_SPACE):
             write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
+    def check_final(self) -> None:
+        """That the trained model is the run's own.
+
+        Raises:
+            RunError: it is another's, or damaged.
+        """
+        final = self.path / "final"
+        wrong = what_is_wrong(final)
+        if wrong is None and read_digests(final).get("run") != self.run:
+            wrong = "it is of another run"
+        if wrong is not None:
+            raise RunError(
+                f"{final} is not as it was written ({wrong}): restore it, or delete "
+                f"{self.path / 'result.json'} to have it written again"
+            )
+
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one step's line."""
         with (
@@ -125,13 +147,24 @@ class RunFolder:
 
     def newest_whole(self) -> tuple[tuple[int, Path] | None, list[str]]:
         """The checkpoint to go on from; see `Checkpoints.newest_whole`."""
-        return self.checkpoints.newest_whole(self._run())
+        return self.checkpoints.newest_whole(self.run)
 
     def commit_checkpoint(self, step: int) -> None:
-        """Finish the one in progress: with the records of its steps, and as this run's."""
+        """Finish the one in progress: with the records of its steps, and as this run's.
+
+        Raises:
+            RunError: a record was lost since it was written.
+        """
         records = [record for record in self.read_metrics() if record["step"] <= step]
+        lost = set(range(1, step + 1)).difference(record["step"] for record in records)
+        if lost:
+            raise RunError(
+                f"{self._metrics_path} has lost {len(lost)} of {step} records while they were "
+                f"written, the first of step {min(lost)}: go on from the last checkpoint with "
+                "--resume"
+            )
         write_text(self.checkpoints.in_progress(step) / METRICS, _lines(records))
-        self.checkpoints.commit(step, self._run())
+        self.checkpoints.commit(step, self.run)
 
     def cut_metrics_back(self, checkpoint: tuple[int, Path] | None) -> str | None:
         """Make the metrics those that a checkpoint was saved with, none without one: the resumed
@@ -170,10 +203,6 @@ class RunFolder:
             *self.checkpoints.path.glob("step-*" + TEMPORARY),
         ):
             remove(leftover)
-
-    def _run(self) -> str:
-        """Which one it is; what a checkpoint is known by."""
-        return identity_digest(self._read_json("config.json") or {})
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name

@@ -48,6 +48,17 @@ def test_a_limit_is_said_whoever_writes(write, tmp_path):
     assert process.exitcode == 0
 
 
+@pytest.mark.parametrize(
+    ("free", "reason"), [(10, "No space left on device"), (1000, "PytorchStreamWriter failed")]
+)
+def test_torch_does_not_tell_the_reason_and_the_disk_does(free, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("wmtp.files._free_bytes", lambda path: free)
+    message = rf"^cannot write .*file: {reason}.* \(100 bytes wanted, {free:,} bytes free there\)"
+    torch_says = "[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing"
+    with pytest.raises(FileError, match=message), writing(tmp_path / "file", FREE, 100):
+        raise RuntimeError(torch_says)
+
+
 def test_other_errors_pass():
     with pytest.raises(ZeroDivisionError), writing(Path("x"), "nothing"):
         raise ZeroDivisionError

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from support.tiny_runs import make_trainer, record_of
+from support.tiny_runs import make_trainer
 from wmtp.digests import DIGESTS, what_is_wrong
 from wmtp.trainers import RunError, RunFolder
 from wmtp.trainers.checkpoints import Checkpoints
@@ -18,21 +18,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def checkpoints(tmp_path):
     """Of steps 2 and 4."""
-    found = Checkpoints(tmp_path / "checkpoints", lambda: "this run")
+    found = Checkpoints(tmp_path / "checkpoints")
     for step in (2, 4):
-        add(found, step)
+        found.begin(step)
+        (found.in_progress(step) / "model.safetensors").write_bytes(b"weights" * step)
+        found.commit(step)
     return found
 
 
-def add(checkpoints, step):
-    checkpoints.begin(step)
-    (checkpoints.in_progress(step) / "model.safetensors").write_bytes(b"weights" * step)
-    checkpoints.write_progress(step, {"evaluation_at_start": None})
-    checkpoints.commit(step)
-
-
 def newest(checkpoints):
-    (step, _), complaints = checkpoints.newest_whole(recorded=99)
+    (step, _), complaints = checkpoints.newest_whole()
     return step, complaints
 
 
@@ -43,40 +38,6 @@ def test_only_our_own_names_count(checkpoints):
     checkpoints.drop_old(1)
     names = {path.name for path in checkpoints.path.iterdir()}
     assert names == {"step-4", "step-2-keep", "step-007"}
-
-
-def test_those_of_another_run_or_step_are_passed_over(checkpoints, tmp_path):
-    other = Checkpoints(tmp_path / "other", lambda: "another run")
-    add(other, 6)
-    shutil.copytree(other.path / "step-6", checkpoints.path / "step-6")
-    shutil.copytree(checkpoints.path / "step-2", checkpoints.path / "step-8")
-    step, complaints = newest(checkpoints)
-    assert step == 4
-    assert "step-8 is damaged (it is of step 2)" in complaints[0]
-    assert "step-6 is damaged (it is another run's)" in complaints[1]
-
-
-@pytest.mark.parametrize("digests", ["{}", '{"model.safetensors": "0"}'])
-def test_every_file_must_be_listed(checkpoints, digests):
-    (checkpoints.path / "step-4" / DIGESTS).write_text(digests)
-    assert newest(checkpoints)[0] == 2
-
-
-def test_a_pipe_is_not_waited_for(checkpoints):
-    (checkpoints.path / "step-4" / DIGESTS).unlink()
-    os.mkfifo(checkpoints.path / "step-4" / DIGESTS)
-    assert newest(checkpoints)[0] == 2
-
-
-def test_a_file_in_its_place_is_replaced(checkpoints):
-    (checkpoints.path / "step-6").write_text("a note")
-    add(checkpoints, 6)
-    assert newest(checkpoints) == (6, [])
-
-
-def test_lost_metrics_are_named(checkpoints):
-    with pytest.raises(RunError, match=r"metrics.jsonl lacks step 2, .*: restore .*metrics.jsonl"):
-        checkpoints.newest_whole(recorded=1)
 
 
 def test_an_empty_folder_is_not_the_newest(checkpoints):
@@ -114,11 +75,48 @@ def test_damage_is_named_and_the_one_before_is_taken(checkpoints, name, kind):
     assert name in complaint or "has changed" in complaint or "is missing" in complaint
 
 
+def test_digests_that_lack_something_are_damage(checkpoints):
+    file = checkpoints.path / "step-4" / DIGESTS
+    record = json.loads(file.read_text())
+    for kept in ({}, {**record, "files": {}}, {**record, "step": 3}):
+        file.write_text(json.dumps(kept))
+        step, (complaint,) = newest(checkpoints)
+        assert step == 2
+        assert f"{DIGESTS} has changed since it was written" in complaint
+
+
+def test_digests_that_are_a_pipe_are_not_waited_for(checkpoints):
+    file = checkpoints.path / "step-4" / DIGESTS
+    file.unlink()
+    os.mkfifo(file)
+    step, (complaint,) = newest(checkpoints)
+    assert step == 2
+    assert "no regular file" in complaint
+
+
+def make_file(path):
+    path.write_text("not ours")
+
+
+def make_link(path):
+    path.symlink_to("step-2")
+
+
+@pytest.mark.parametrize("make", [make_file, make_link, os.mkfifo])
+@pytest.mark.parametrize("name", ["step-6", "step-6.tmp", "step-6.old.tmp"])
+def test_what_has_the_name_of_a_checkpoint_does_not_stop_it(make, name, checkpoints):
+    make(checkpoints.path / name)
+    checkpoints.begin(6)
+    checkpoints.commit(6)
+    assert newest(checkpoints) == (6, [])
+    assert (checkpoints.path / "step-2" / "model.safetensors").exists()
+
+
 def test_where_none_is_whole_nothing_is_begun_anew(checkpoints):
     for step in (2, 4):
         damage(checkpoints.path / f"step-{step}/model.safetensors", "empty")
     with pytest.raises(RunError, match=r"no whole checkpoint: .*step-4 is damaged .*step-2 is"):
-        checkpoints.newest_whole(recorded=99)
+        checkpoints.newest_whole()
 
 
 def test_a_trainer_goes_on_from_the_one_before_and_says_so(data, tmp_path, capsys):
@@ -134,12 +132,22 @@ def test_a_trainer_goes_on_from_the_one_before_and_says_so(data, tmp_path, capsy
     assert what_is_wrong(tmp_path / "checkpoints/step-6") is None
 
 
+def test_another_algorithms_checkpoint_is_passed_over(data, tmp_path, capsys):
+    make_trainer("mtp-baseline", data, tmp_path / "other").run()
+    make_trainer("critic-wmtp", data, tmp_path / "run", steps=1, save_every=1).run()
+    foreign = tmp_path / "run/checkpoints/step-6"
+    shutil.copytree(tmp_path / "other/checkpoints/step-6", foreign)
+    again = make_trainer("critic-wmtp", data, tmp_path / "run", steps=1)
+    assert again.step == 4
+    assert f"{foreign} is of another run: going on from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["config.json", "result.json"])
 @pytest.mark.parametrize("content", ['{"steps": ', "[1]", "\0\0"])
 def test_a_record_that_cannot_be_read_is_named(name, content, tmp_path):
     folder = RunFolder(tmp_path)
     folder.open({"steps": 1}, resume=False)
-    folder.append_metrics(record_of(1))
+    folder.append_metrics({"step": 1})
     (tmp_path / name).write_text(content)
 
     def read():
@@ -150,19 +158,17 @@ def test_a_record_that_cannot_be_read_is_named(name, content, tmp_path):
         read()
 
 
-@pytest.mark.parametrize(
-    "tail", ["\0\0\0\0", "\0\n", "garbage\n", '{"no": "step"}\n', '{"step": 3}\n', "[3]\n"]
-)
+@pytest.mark.parametrize("tail", ["\0\0\0\0", "\0\n", "garbage\n", '{"no": "step"}\n', "[3]\n"])
 def test_a_damaged_tail_of_the_metrics_costs_nothing(tail, tmp_path):
     folder = RunFolder(tmp_path)
     for step in (1, 2, 2, 3):
-        folder.append_metrics(record_of(step))
+        folder.append_metrics({"step": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(tail)
-    folder.cut_metrics_back(2)
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(
-        json.dumps(record_of(step)) + "\n" for step in (1, 2)
-    )
+    folder.checkpoints.begin(2)
+    folder.commit_checkpoint(2)
+    assert folder.cut_metrics_back((2, tmp_path / "checkpoints/step-2")) is None
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def hold(folder, ready, done):

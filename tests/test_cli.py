@@ -45,12 +45,12 @@ def test_every_command_explains_itself(command):
 
 
 def test_info_says_what_runs_and_what_is_missing(monkeypatch):
-    monkeypatch.setattr("wmtp.backends.cpu.unavailable", lambda: "no compiler: get one")
+    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: "no compiler: get one")
     output = unwrapped(wmtp("info").output)
     assert "backend cpu not available: no compiler: get one" in output
     assert "backend eager ready" in output
-    monkeypatch.setattr("wmtp.backends.cpu.unavailable", lambda: None)
-    monkeypatch.setattr("wmtp.backends.cpu.instruction_set", lambda: "avx9000")
+    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: None)
+    monkeypatch.setattr("wmtp.cpu.instruction_set", lambda: "avx9000")
     output = unwrapped(wmtp("info").output)
     assert "backend cpu ready" in output
     assert "avx9000" in output
@@ -65,7 +65,7 @@ def test_train_refuses_what_cannot_be(corpus, tmp_path):
         (["--algo", "mtp-baseline", "--out", used], "is not empty and holds no run"),
         (
             ["--algo", "mtp-baseline", "--steps", 0],
-            "steps must be a whole number, 1 to 2,147,483,647, got 0",
+            "steps must be a whole number from 1 to 2147483647, got 0",
         ),
         (["--algo", "mtp-baseline", "--loss", "cce"], "loss must be one of ('linear', 'fused', "),
         (["--algo", "mtp-baseline", "--seq-len", 9999], "pass more text or a smaller --seq-len"),
@@ -154,7 +154,7 @@ def test_a_file_of_settings_and_the_command_line_wins(tmp_path):
         (None, "No such file"),
         ("steps 9", "is not TOML"),
         ("step = 9", "no setting 'step': known are steps, batch_size"),
-        ('steps = "many"', "steps must be a whole number, 1 to 2,147,483,647, got many"),
+        ('steps = "many"', "steps must be a whole number from 1 to 2147483647, got many"),
     ],
 )
 def test_files_of_settings_that_cannot_be(content, message, corpus, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_cli import SMALL, wmtp
 
 from support import tiny_runs
-from wmtp.files import FileError, shown, writing
+from wmtp.files import FREE, FileError, shown, writing
 from wmtp.trainers import RunFolder, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,19 +30,33 @@ def write_by_safetensors(file):
 
 def _write_beyond_the_limit(write, file):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-    message = r"cannot write .*file: .* \(100,000 bytes wanted, .* free"
-    with pytest.raises(FileError, match=message), writing(file, "free some space", 100_000):
+    message = (
+        r"cannot write .*file: File too large \(100,000 bytes wanted, .* free there\): "
+        r"raise the limit on the size of a file \(ulimit -f\), then"
+    )
+    with pytest.raises(FileError, match=message), writing(file, f"{FREE}, then", 100_000):
         write(file)
 
 
 @pytest.mark.parametrize("write", [write_plainly, write_by_torch, write_by_safetensors])
-def test_a_full_disk_is_said_whoever_writes(write, tmp_path):
+def test_a_limit_is_said_whoever_writes(write, tmp_path):
     process = tiny_runs.fork_server().Process(
         target=_write_beyond_the_limit, args=(write, tmp_path / "file")
     )
     process.start()
     process.join(timeout=60)
     assert process.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("free", "reason"), [(10, "No space left on device"), (1000, "PytorchStreamWriter failed")]
+)
+def test_torch_does_not_tell_the_reason_and_the_disk_does(free, reason, tmp_path, monkeypatch):
+    monkeypatch.setattr("wmtp.files._free_bytes", lambda path: free)
+    message = rf"^cannot write .*file: {reason}.* \(100 bytes wanted, {free:,} bytes free there\)"
+    torch_says = "[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing"
+    with pytest.raises(FileError, match=message), writing(tmp_path / "file", FREE, 100):
+        raise RuntimeError(torch_says)
 
 
 def test_other_errors_pass():

@@ -1,16 +1,21 @@
 """A run on disk: what it leaves, what it refuses, and that kill -9 changes no number."""
 
+import errno
 import itertools
 import json
+import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
 from support import tiny_runs
-from support.tiny_runs import make_trainer, read_metrics, record_of
-from wmtp.digests import write_digests
-from wmtp.trainers import RunError, RunFolder
+from support.tiny_runs import make_trainer, read_metrics
+from wmtp.cli.train import train_run
+from wmtp.files import FileError
+from wmtp.trainers import RunError, RunFolder, TrainConfig
+from wmtp.trainers.run_folder import METRICS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +49,7 @@ def test_a_folder_in_use_is_refused(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.open({"steps": 9, "lr": 0.1}, resume=False)
     folder.open({"steps": 3, "lr": 0.1}, resume=False)  # nothing was computed yet
-    folder.append_metrics(record_of(1))
+    folder.append_metrics({"step": 1})
     with pytest.raises(RunError, match=r"already holds a run: continue it with --resume"):
         folder.open({"steps": 3, "lr": 0.1}, resume=False)
     folder.open({"steps": 3, "lr": 0.1}, resume=True)
@@ -57,23 +62,151 @@ def test_a_folder_in_use_is_refused(tmp_path):
             RunFolder(tmp_path / "photos").open({}, resume=resume)
 
 
-def test_a_checkpoint_ahead_of_the_metrics_is_passed_over(tmp_path):
+def finished(tmp_path, *steps, **identity):
+    """A folder with a checkpoint of each step, and a record of all."""
     folder = RunFolder(tmp_path)
-    folder.open({}, resume=False)
-    for step in (2, 4):
-        folder.checkpoints.begin(step)
-        folder.checkpoints.write_progress(step, {})
-        folder.checkpoints.commit(step)
-    for step in (1, 2, 4):
-        folder.append_metrics(record_of(step))
-    (step, _), (complaint,) = folder.newest_whole()
-    assert step == 2
-    assert complaint.endswith("step-4 is ahead of metrics.jsonl, which lacks 3")
-    folder.cut_metrics_back(2)
-    assert folder.read_metrics() == [record_of(1), record_of(2)]
-    folder.cut_metrics_back(1)
-    with pytest.raises(RunError, match=r"metrics\.jsonl lacks step 2, and every whole checkpoint"):
-        folder.newest_whole()
+    folder.open({"steps": 4, **identity}, resume=False)
+    for step in range(1, max(steps) + 1):
+        folder.append_metrics({"step": step, "loss": 1.5})
+        if step in steps:
+            folder.checkpoints.begin(step)
+            (folder.checkpoints.in_progress(step) / "model.safetensors").touch()
+            folder.commit_checkpoint(step)
+    return folder
+
+
+def without_a_line(file):
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[::3]))
+
+
+def with_another_number(file):
+    file.write_text(file.read_text().replace('"step": 3, "loss": 1.5', '"step": 3, "loss": 1.4'))
+
+
+def as_a_pipe(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, without_a_line, with_another_number, as_a_pipe])
+def test_metrics_that_are_damaged_are_restored_from_the_checkpoint_and_it_is_said(damage, tmp_path):
+    folder = finished(tmp_path, 2, 4)
+    whole = (tmp_path / METRICS).read_text()
+    assert folder.cut_metrics_back(folder.newest_whole()[0]) is None
+    damage(tmp_path / METRICS)
+    checkpoint, complaints = folder.newest_whole()
+    assert checkpoint[0] == 4
+    assert complaints == []
+    assert "metrics.jsonl has lost or changed" in folder.cut_metrics_back(checkpoint)
+    assert (tmp_path / METRICS).read_text() == whole
+    assert folder.cut_metrics_back((2, tmp_path / "checkpoints/step-2")) is None
+    assert len(folder.read_metrics()) == 2
+
+
+def test_records_that_are_lost_under_a_run_end_it(tmp_path):
+    folder = finished(tmp_path, 2)
+    without_a_line(tmp_path / METRICS)
+    folder.append_metrics({"step": 3})
+    folder.checkpoints.begin(3)
+    message = r"has lost 1 of 3 records .* step 2: go on from the last checkpoint with --resume"
+    with pytest.raises(RunError, match=message):
+        folder.commit_checkpoint(3)
+
+
+def test_another_runs_model_is_not_taken_for_the_reference(corpus, tmp_path):
+    for seed in (0, 1):
+        config = TrainConfig(algo="rho1-wmtp", **{**tiny_runs.SMALL, "steps": 1}, seed=seed)
+        data = tiny_runs.prepare(corpus)
+        train_run(config, data, RunFolder(tmp_path / f"{seed}"), resume=False)
+    (tmp_path / "0/result.json").unlink()
+    final = tmp_path / "0/reference/final"
+    whole = (final / "model.safetensors").read_bytes()
+    shutil.rmtree(final)
+    shutil.copytree(tmp_path / "1/reference/final", final)
+    config = TrainConfig(algo="rho1-wmtp", **{**tiny_runs.SMALL, "steps": 1}, seed=0)
+    with pytest.raises(RunError, match=r"reference/final .*\(it is of another run\): restore it"):
+        train_run(config, data, RunFolder(tmp_path / "0"), resume=True)
+    (tmp_path / "0/reference/result.json").unlink()  # as it says
+    train_run(config, data, RunFolder(tmp_path / "0"), resume=True)
+    assert (final / "model.safetensors").read_bytes() == whole
+
+
+def test_metrics_that_are_a_folder_are_named(tmp_path):
+    folder = finished(tmp_path, 2)
+    (tmp_path / METRICS).unlink()
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(FileError, match=r"metrics\.jsonl: Is a directory .*: move it away, then"):
+        folder.cut_metrics_back(folder.newest_whole()[0])
+
+
+def test_a_checkpoint_of_another_run_or_step_is_passed_over_by_name(tmp_path):
+    finished(tmp_path / "other", 3, 4, seed=1)
+    folder = finished(tmp_path / "run", 2, 3)
+    shutil.copytree(tmp_path / "other/checkpoints/step-4", tmp_path / "run/checkpoints/step-4")
+    shutil.copytree(tmp_path / "run/checkpoints/step-2", tmp_path / "run/checkpoints/step-6")
+    (step, _), complaints = folder.newest_whole()
+    assert step == 3
+    assert complaints[0].endswith("step-6 holds the state after step 2")
+    assert complaints[1].endswith("step-4 is of another run")
+    folder.checkpoints.drop_old(1, 3)  # those of others do not push it out
+    assert folder.checkpoints.steps() == [3, 4, 6]
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "lock"])
+def test_a_pipe_is_not_waited_for(name, tmp_path):
+    folder = finished(tmp_path, 2)
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+
+    def read():
+        with folder.locked():
+            folder.open({"steps": 4}, resume=True)
+            folder.result()
+
+    with pytest.raises(RunError, match=rf"{name}.*no regular file"):
+        read()
+
+
+WHOLE = {"ce_per_head": [1.0], "next_token_accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("result", "missing"),
+    [
+        ({"a": 1}, "start"),
+        ({"start": WHOLE, "end": {}}, "end.ce_per_head"),
+        ({"start": WHOLE, "end": {**WHOLE, "next_token_accuracy": None}}, "end.next_token_acc"),
+        ({"start": WHOLE, "end": WHOLE}, "tokens_per_s"),
+    ],
+)
+def test_a_result_that_lacks_something_is_named(result, missing, tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(RunError, match=rf"result\.json has no {missing}.*: restore it, or delete"):
+        RunFolder(tmp_path).result()
+
+
+def test_a_finished_run_is_read_where_nothing_can_be_written(corpus, tmp_path, monkeypatch):
+    def train(**settings):
+        config = TrainConfig(algo="mtp-baseline", **{**tiny_runs.SMALL, **settings})
+        data = tiny_runs.prepare(corpus)
+        return train_run(config, data, RunFolder(tmp_path / "run"), resume=True)
+
+    result = train()
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    monkeypatch.setattr(os, "open", read_only(os.open))
+    assert train() == result
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+    with pytest.raises(FileError, match=r"cannot write .*lock: Read-only file system"):
+        train(steps=7)
+
+
+def read_only(opened):
+    def refuse(path, flags, *more, **others):
+        if str(path).endswith("lock"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        return opened(path, flags, *more, **others)
+
+    return refuse
 
 
 # ---- kill -9 ----
@@ -133,40 +266,3 @@ def test_killed_at_any_step_and_resumed_ends_the_same_to_the_last_digit(algo, co
         weights = [(run / "final" / "model.safetensors").read_bytes() for run in (whole, killed)]
         assert weights[0] == weights[1]
         assert not list(killed.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("content", ["{}", '{"a": 1}'])
-def test_a_result_that_lacks_its_numbers_is_named(tmp_path, content):
-    (tmp_path / "result.json").write_text(content)
-    with pytest.raises(RunError, match=r"result\.json is damaged \(it lacks end and start\)"):
-        RunFolder(tmp_path).result()
-
-
-def test_metrics_that_are_a_folder_are_named(tmp_path):
-    (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(RunError, match=r"metrics\.jsonl is no file: move it away"):
-        RunFolder(tmp_path).read_metrics()
-
-
-def test_other_peoples_files_are_left_alone(tmp_path):
-    folder = RunFolder(tmp_path)
-    theirs = [tmp_path / "notes.tmp", folder.checkpoints.path / "step-mine.tmp"]
-    ours = [tmp_path / "result.json.tmp", folder.checkpoints.path / "step-6.tmp"]
-    ours.append(folder.checkpoints.path / "step-6.old.tmp")
-    for path in (*theirs, *ours):
-        path.mkdir(parents=True)
-    folder.remove_leftovers()
-    assert all(path.exists() for path in theirs)
-    assert not any(path.exists() for path in ours)
-
-
-def test_a_damaged_model_of_a_finished_run_is_named(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.write_folder(
-        "final", lambda path: (path / "model").write_text("x") and write_digests(path)
-    )
-    folder.write_result({"start": {}, "end": {}})
-    assert folder.result() == {"start": {}, "end": {}}
-    (tmp_path / "final" / "model").write_text("y")
-    with pytest.raises(RunError, match=r"final is damaged \(model has changed .*\): restore it"):
-        folder.result()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT lose nothing, in one process and in several."""
+"""SIGTERM, SIGINT and SIGHUP lose nothing, in one process and in several."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from test_cli import SMALL, unwrapped, wmtp
 
 from support import tiny_runs
 from support.tiny_runs import in_processes, read_metrics
-from wmtp.cli.stopping import own_command
+from wmtp.cli.stopping import own_command, stopping
 from wmtp.trainers import BaseWmtpTrainer, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +27,7 @@ def signal_after(monkeypatch, step, number):
     monkeypatch.setattr(BaseWmtpTrainer, "train_step", interrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_finishes_the_step_saves_and_says_how_to_go_on(
     number, corpus, tmp_path, monkeypatch
 ):
@@ -59,6 +59,17 @@ def test_a_stop_while_the_reference_is_trained(corpus, tmp_path, monkeypatch):
         assert wmtp(*how).exit_code == 128 + signal.SIGTERM
     assert (tmp_path / "out/reference/checkpoints/step-3").is_dir()
     assert wmtp(*how, "--resume").exit_code == 0
+
+
+def test_a_hang_up_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _signalled_twice():

@@ -1,9 +1,11 @@
 """Files that are there as a whole or not at all, what they hold, and why one cannot be written."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -11,6 +13,17 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp"
+FREE = "free some space"
+# What to do instead of `FREE`, where it is something else that stands in the way.
+_REMEDIES = {
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f)",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EROFS: "make it writable",
+    errno.EISDIR: "move it away",
+    errno.ENOTDIR: "move away what is there",
+    errno.EEXIST: "move away what is there",
+}
 
 
 class FileError(RuntimeError):
@@ -34,11 +47,12 @@ def writing(path: Path, remedy: str, size: int | None = None) -> Iterator[None]:
     except FileError:
         raise
     except OSError as error:
-        raise FileError(_cannot_write(path, error.strerror or str(error), size, remedy)) from error
+        raise FileError(_cannot_write(path, error, size, remedy)) from error
     except Exception as error:
         if not _is_of_a_writer(error):
             raise
-        raise FileError(_cannot_write(path, "it broke off", size, remedy)) from error
+        reason = _reason(error, path, size)
+        raise FileError(_cannot_write(path, reason, size, remedy)) from error
 
 
 def check_writable(file: Path | None, remedy: str) -> None:
@@ -64,19 +78,41 @@ def _is_of_a_writer(error: Exception) -> bool:
     return isinstance(error, SafetensorError) or any(word in str(error) for word in words)
 
 
-def _cannot_write(path: Path, why: str, size: int | None, remedy: str) -> str:
-    parts = [] if size is None else [f"{size:,} bytes wanted"]
+def _reason(error: Exception, path: Path, size: int | None) -> OSError:
+    """The system's, which safetensors tells by its number and torch not at all."""
+    said = re.search(r"code: (\d+)|os error (\d+)", str(error))
+    if said:
+        return _os_error(int(said[1] or said[2]))
+    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY and any(each.stat().st_size >= limit for each in files):
+        return _os_error(errno.EFBIG)
+    free = _free_bytes(path)
+    if free is not None and free < (size or 1):
+        return _os_error(errno.ENOSPC)
+    return OSError(re.sub(r"\[enforce fail[^]]*\][ .]*", "", str(error).split("\n")[0]))
+
+
+def _os_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def _free_bytes(path: Path) -> int | None:
     existing = next((each for each in (path, *path.parents) if each.is_dir()), None)
     with contextlib.suppress(OSError):
         if existing is not None:
-            parts.append(f"{shutil.disk_usage(existing).free:,} bytes free there")
+            return shutil.disk_usage(existing).free
+    return None
+
+
+def _cannot_write(path: Path, error: OSError, size: int | None, remedy: str) -> str:
+    parts = [] if size is None else [f"{size:,} bytes wanted"]
+    free = _free_bytes(path)
+    parts += [] if free is None else [f"{free:,} bytes free there"]
     bytes_said = f" ({', '.join(parts)})" if parts else ""
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY:
-        remedy = (
-            f"no file may have more than {limit:,} bytes here (ulimit -f): raise that, or {remedy}"
-        )
-    return f"cannot write {shown(path)}: {why}{bytes_said}: {remedy}"
+    fitting = remedy.replace(FREE, _REMEDIES.get(error.errno or 0, FREE))
+    why = error.strerror or str(error)
+    return f"cannot write {shown(path)}: {why}{bytes_said}: {fitting}"
 
 
 def shown(path: Path | str) -> str:
@@ -86,19 +122,56 @@ def shown(path: Path | str) -> str:
 
 def digest_of(file: Path) -> str:
     """SHA-256, in hexadecimal."""
+    _check_regular(file)
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> Any:
+    """What it holds.
+
+    Raises:
+        OSError: it is not there, or no regular file.
+        ValueError: it is no JSON in UTF-8.
+    """
+    _check_regular(file)
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def _check_regular(file: Path) -> None:
+    """A pipe would be waited for."""
+    if file.exists() and not file.is_file():
+        raise OSError(errno.EINVAL, "no regular file", str(file))
 
 
 def write_text(file: Path, text: str) -> None:
     """Replace `file` by `text`, at once or not at all."""
     temporary = file.with_name(file.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)  # it may be no regular file
     with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
     sync_path(file.parent)
+
+
+def remove(path: Path) -> None:
+    """A folder with all that is in it, or a file; or nothing, where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def discard(path: Path) -> None:
+    """Remove it at once: a kill inside must not leave half a folder under its name."""
+    doomed = path.with_name(f"{path.name}.old{TEMPORARY}")
+    remove(doomed)
+    remove(path.rename(doomed))
 
 
 def json_by_line(value: dict[str, Any]) -> str:

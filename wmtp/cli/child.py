@@ -5,7 +5,7 @@ import subprocess
 import sys
 from types import FrameType
 
-from wmtp.cli.stopping import SIGNALS
+from wmtp.cli.stopping import taken
 
 
 def run_child(arguments: list[str]) -> int:
@@ -17,7 +17,7 @@ def run_child(arguments: list[str]) -> int:
         def hand_on(number: int, _frame: FrameType | None) -> None:
             child.send_signal(number)
 
-        before = {each: signal.signal(each, hand_on) for each in SIGNALS}
+        before = {each: signal.signal(each, hand_on) for each in taken()}
         try:
             status = child.wait()
         finally:

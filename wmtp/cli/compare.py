@@ -15,14 +15,16 @@ from wmtp.cli.console import console, errors_shown
 from wmtp.cli.stopping import STATUSES, own_command
 from wmtp.cli.train import run_identity, run_name
 from wmtp.data.prepare import DEFAULT_VOCABULARY
-from wmtp.files import write_text, writing
+from wmtp.files import FREE, write_text, writing
 from wmtp.registry import trainer_registry
-from wmtp.trainers import ConfigError, RunFolder, find_trainer
+from wmtp.trainers import ConfigError, RunError, RunFolder, find_trainer
 from wmtp.trainers.evaluation import Evaluation
 from wmtp.trainers.reference_model import find_reference
+from wmtp.trainers.run_folder import METRICS
 from wmtp.trainers.settings import parse_settings, setting_names
 
 EVALUATIONS = 4  # in training, unless --eval-every says otherwise
+AGAIN = f"{FREE}, and repeat the command: nothing is trained again"
 NEXT_TOKEN = "next-token"  # plain training of one head, rho1-wmtp's reference
 
 
@@ -73,7 +75,7 @@ def compare(
             if folder.result_of(run_identity(asked, prepared)) is None:
                 options_of_run = {**shared, **given, "ref": references[name], "out": folder.path}
                 _train(name, tiny, sets[name], options_of_run)
-        runs = {name: folder.read_metrics() for name, folder in folders.items()}
+        runs = {name: _curve(folder) for name, folder in folders.items()}
         results = {name: folder.result() for name, folder in folders.items()}
         results |= _next_token(folder for name, folder in folders.items() if not references[name])
         console.print(_table(results))
@@ -115,6 +117,22 @@ def _evaluations(tiny: bool, config: Path | None, given: dict[str, Any]) -> dict
     return {} if said else {"eval_every": max(1, asked.steps // EVALUATIONS)}
 
 
+def _curve(folder: RunFolder) -> list[dict[str, Any]]:
+    """The records of a finished run.
+
+    Raises:
+        RunError: some are lost.
+    """
+    records = folder.read_metrics()
+    steps = [record["step"] for record in records if {"stage", "loss", "ce_head_0"} <= set(record)]
+    if not steps or steps != list(range(1, len(records) + 1)):
+        raise RunError(
+            f"{folder.path / METRICS} is damaged: restore it, or delete "
+            f"{folder.path / 'result.json'} and repeat the command: no step is trained again"
+        )
+    return records
+
+
 def _next_token(folders: Iterable[RunFolder]) -> dict[str, Any]:
     """The result of the first reference model that was trained here."""
     results = (RunFolder(folder.path / "reference").result() for folder in folders)
@@ -141,9 +159,9 @@ def _write(results: dict[str, Any], runs: dict[str, Any], out: Path) -> None:
     from wmtp.cli.plot import plot_comparison
 
     numbers, picture = out / "compare.json", out / "compare.png"
-    with writing(numbers, "free some space, and repeat the command: nothing is trained again"):
+    with writing(numbers, AGAIN):
         write_text(numbers, json.dumps(results, indent=2) + "\n")
-    with writing(picture, "free some space, and repeat the command: nothing is trained again"):
+    with writing(picture, AGAIN):
         plot_comparison(runs, results, picture)
     console.print(f"curves in {picture}, numbers in {numbers}", highlight=False)
 

@@ -16,8 +16,7 @@ from rich.progress import (
 
 from wmtp.data import DataError
 from wmtp.files import FileError
-from wmtp.trainers import ConfigError, NonFiniteError, RunError
-from wmtp.trainers.step import WeightsError
+from wmtp.trainers import ConfigError, NonFiniteError, RunError, WeightsError
 
 console = Console()
 LINES_WITHOUT_TERMINAL = 10

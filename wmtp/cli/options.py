@@ -128,6 +128,8 @@ def prepare(
     prepared = prepare_data(corpus, vocab_size=vocab_size, tokenizer_file=tokenizer)
     for skipped in corpus.skipped:
         say(f"without {skipped}")
+    for note in prepared.notes:
+        say(note)
     learned = prepared.train.vocab_size
     if tokenizer is None and learned < vocab_size:
         say(f"a vocabulary of {vocab_size:,} was asked for, the text has tokens for {learned:,}")
@@ -146,7 +148,7 @@ def read_config(file: Path | None) -> dict[str, Any]:
         found = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {file}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--config {file} is not TOML: {error}") from error
     known = [each.name for each in adjustable()]
     for name in found:

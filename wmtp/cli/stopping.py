@@ -1,5 +1,7 @@
-"""SIGTERM, SIGINT and SIGHUP, which a closed connection sends: finish the step, save, say how to go
-on. The second one stops at once."""
+"""SIGTERM, SIGINT, SIGHUP: finish the step, save, say how to go on. A second one stops at once.
+
+A SIGHUP that is ignored, as under nohup, stays so.
+"""
 
 import contextlib
 import os
@@ -30,7 +32,7 @@ class StopAsked:
     def handle(self, number: int, _frame: FrameType | None) -> None:
         """Take the first signal; the next one finds its default."""
         self.signal = number
-        for each in SIGNALS:
+        for each in taken():
             signal.signal(each, signal.SIG_DFL)
         name = signal.Signals(number).name
         say(f"{name}: finishing the step and saving; once more stops at once")
@@ -41,7 +43,7 @@ def stopping() -> Iterator[StopAsked]:
     """Take the signals while the block runs. Where they stop it, print the command that goes on and
     leave with the status that a shell expects, 128 + the signal's number."""
     asked = StopAsked()
-    before = {each: signal.signal(each, asked.handle) for each in SIGNALS}
+    before = {each: signal.signal(each, asked.handle) for each in taken()}
     try:
         yield asked
     except StoppedError as stopped:
@@ -50,6 +52,12 @@ def stopping() -> Iterator[StopAsked]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def taken() -> list[signal.Signals]:
+    """Those of the signals that this process is to get."""
+    hung_up = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN
+    return [each for each in SIGNALS if each != signal.SIGHUP or hung_up]
 
 
 def own_command(*more: str) -> str:

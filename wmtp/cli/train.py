@@ -109,13 +109,14 @@ def train_run(
         ConfigError, DataError, FileError, RunError, NonFiniteError: what the user can mend.
         StoppedError: `stop_asked` said so.
     """
-    if resume and (done := folder.result_of(run_identity(config, data))):
-        return done  # where nothing can be written either
+    identity = run_identity(config, data)
+    if resume and (finished := folder.result_of(identity)) is not None:
+        return finished  # which takes no lock: the folder may be read-only
     is_main = PartialState().is_main_process
     with folder.locked() if is_main else contextlib.nullcontext():
         with PartialState().main_process_first():
             if is_main:
-                folder.open(run_identity(config, data), resume=resume)
+                folder.open(identity, resume=resume)
                 folder.write_settings(asdict(config))
         return folder.result() or _train_locked(config, data, folder, stop_asked)
 
@@ -160,6 +161,7 @@ def _reference(
         console.print(f"using the reference model in {reference_folder.path}", highlight=False)
     small = replace(config, algo="mtp-baseline", settings={}, horizon=1)
     train_run(small, data, reference_folder, resume=True, stop_asked=stop_asked)
+    reference_folder.check_final()
     return load_reference(reference_folder.path, data.tokenizer, config.seq_len)
 
 

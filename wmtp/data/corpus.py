@@ -67,6 +67,11 @@ class Corpus(NamedTuple):
     files: tuple[TextFile, ...]
     skipped: tuple[str, ...] = ()
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return shown(self.files[0].path if len(self.files) == 1 else self.root)
+
     def digests(self) -> dict[str, str]:
         """Of each file and how it is read, by its name."""
         return {file.name: file.digest + " by line" * file.has_lines for file in self.files}
@@ -74,15 +79,6 @@ class Corpus(NamedTuple):
     def fingerprint(self) -> str:
         """Changes when a file is added or removed, or its content changes."""
         return hashlib.sha256("\n".join(sorted(self.digests().values())).encode()).hexdigest()
-
-    def check_text(self) -> None:
-        """Raises:
-        DataError: no document has any.
-        """
-        if not any(document.text.strip() for document in _documents_of(list(self.files))):
-            some = f"{shown(self.files[0].path)}"
-            more = f" and {len(self.files) - 1:,} more files are" if len(self.files) > 1 else " is"
-            raise DataError(f"{some}{more} empty: pass files with text in them")
 
     def split(self) -> tuple[Iterator[Document], Iterator[Document]]:
         """Training documents and validation documents.
@@ -112,12 +108,7 @@ def find_corpus(path: Path | None = None, *, skip_unreadable: bool = False) -> C
     if path is None:
         path, suffixes = Path(sysconfig.get_path("stdlib")), frozenset({".py"})
     else:
-        try:
-            path, suffixes = path.resolve(), TEXT_SUFFIXES
-        except (OSError, RuntimeError) as error:  # a link to itself
-            raise DataError(
-                f"cannot read {shown(path)} ({error}): pass a text file or a folder of them"
-            ) from error
+        path, suffixes = _resolved(path), TEXT_SUFFIXES
     unreadable: list[str] = []
     if path.is_file():
         root, found = path.parent, [path]
@@ -127,9 +118,6 @@ def find_corpus(path: Path | None = None, *, skip_unreadable: bool = False) -> C
         raise DataError(f"no file or folder {shown(path)}: pass a text file or a folder of them")
     files = []
     for file in found:
-        if file.exists() and not file.is_file():  # a pipe, which would be waited for
-            unreadable.append(f"{shown(file)} (no regular file)")
-            continue
         try:
             files.append(TextFile(file, file.relative_to(root).as_posix(), digest_of(file)))
         except OSError as error:
@@ -144,6 +132,13 @@ def find_corpus(path: Path | None = None, *, skip_unreadable: bool = False) -> C
         looked = " ".join(sorted(suffixes))
         raise DataError(f"no text file under {shown(path)}: looked for {looked}")
     return Corpus(root, tuple(files), tuple(unreadable))
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself is a RuntimeError before 3.13
+        raise DataError(f"cannot read {shown(path)} ({error}): pass a file or a folder") from error
 
 
 def read_documents(file: TextFile) -> Iterator[Document]:

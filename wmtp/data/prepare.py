@@ -1,15 +1,16 @@
 """Tokenise a corpus once and keep the result: flat files of token ids, read through memory maps.
 
 The cache is $WMTP_CACHE, or ~/.cache/wmtp. An entry is written under a temporary name and renamed
-when it is whole, so a killed run leaves nothing that a later one would believe.
+when it is whole, so a killed run leaves nothing that a later one would believe; its digests tell of
+what was changed since, and it is made again.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from wmtp.data.tokenizer import (
     vocabulary_size,
 )
 from wmtp.digests import what_is_wrong, write_digests
-from wmtp.files import TEMPORARY, digest_of, writing
+from wmtp.files import FREE, TEMPORARY, digest_of, discard, shown, writing
 
 FORMAT = "3"  # a part of every key: raise it when the files below change
 DEFAULT_VOCABULARY = 8192
@@ -42,12 +43,14 @@ class PreparedData(NamedTuple):
         tokenizer: as used.
         identity: the digests of the text files by their names, and of the tokenizer; what the
             batches follow from.
+        notes: what was not as it should be, and was mended.
     """
 
     train: TokenDataset
     validation: TokenDataset
     tokenizer: Tokenizer
     identity: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def cache_folder() -> Path:
@@ -69,43 +72,39 @@ def prepare_data(
         DataError: text or tokenizer unusable, or rewards on some documents and not on others.
         FileError: the cache cannot be written.
     """
-    corpus.check_text()
-    cache = cache_folder()
-    tokenizer_file = tokenizer_file or _trained_tokenizer(corpus, vocab_size, cache)
+    cache, notes = cache_folder(), []
+    if tokenizer_file is None:
+        name = f"tokenizer-{_key('bpe', corpus.fingerprint(), str(vocab_size))}"
+        tokenizer_file = cache / name / "tokenizer.json"
+        notes += _make(tokenizer_file.parent, lambda place: _train(corpus, vocab_size, place))
     tokenizer = load_tokenizer(tokenizer_file)
-    key = _key("tokens", corpus.fingerprint(), tokenizer.to_str())
-    folder = cache / f"tokens-{key}"
-    if folder.is_dir() and (wrong := what_is_wrong(folder)):
-        print(f"{folder} is damaged ({wrong}): tokenising anew", file=sys.stderr)
-        shutil.rmtree(folder)
-    if not folder.is_dir():
-        _build(folder, lambda temporary: _tokenize(corpus, tokenizer, temporary))
+    folder = cache / f"tokens-{_key('tokens', corpus.fingerprint(), tokenizer.to_str())}"
+    notes += _make(folder, lambda place: _tokenize(corpus, tokenizer, place))
     train, validation = (TokenDataset(folder / name) for name in ("train", "validation"))
     identity = {
         "data": corpus.digests(),
         "tokenizer": {tokenizer_file.name: digest_of(tokenizer_file)},
         "vocab_size": train.vocab_size,
     }
-    return PreparedData(train, validation, tokenizer, identity)
+    return PreparedData(train, validation, tokenizer, identity, tuple(notes))
 
 
-def _trained_tokenizer(corpus: Corpus, vocab_size: int, cache: Path) -> Path:
-    folder = cache / f"tokenizer-{_key('bpe', corpus.fingerprint(), str(vocab_size))}"
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        training, _ = corpus.split()
-        tokenizer = train_tokenizer((document.text for document in training), vocab_size)
-        _build(folder, lambda temporary: tokenizer.save(str(temporary / file.name)))
-    return file
+def _train(corpus: Corpus, vocab_size: int, folder: Path) -> None:
+    training, _ = corpus.split()
+    tokenizer = train_tokenizer((document.text for document in training), vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
     rewards = Rewards()
     for name, documents in zip(("train", "validation"), corpus.split(), strict=True):
         (folder / name).mkdir()
-        _write_tokens(documents, tokenizer, folder / name, rewards)
+        filled = _write_tokens(documents, tokenizer, folder / name, rewards)
+        if name == "train" and not filled:
+            raise DataError(
+                f"the training text of {corpus.place} is empty, or only white space: pass more text"
+            )
     rewards.check(len(corpus.files))
-    write_digests(folder)
 
 
 class Rewards:
@@ -136,14 +135,20 @@ class Rewards:
 
 def _write_tokens(
     documents: Iterable[Document], tokenizer: Tokenizer, folder: Path, rewards: Rewards
-) -> None:
-    """Token ids of all documents one after another, each closed by the end of text."""
+) -> bool:
+    """Token ids of all documents one after another, each closed by the end of text.
+
+    Returns:
+        Whether any of them has a character that is not white space.
+    """
+    filled = False
     end_id, vocab_size = end_of_text_id(tokenizer), vocabulary_size(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     ends, values = [0], []
     with open(folder / "tokens.bin", "wb") as file:
         for some in _batched(documents, DOCUMENTS_AT_ONCE):
             texts = [document.text for document in some]
+            filled = filled or any(map(str.strip, texts))
             for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False):
                 ids = np.array([*encoding.ids, end_id], dtype=dtype)
                 file.write(ids.tobytes())
@@ -156,21 +161,38 @@ def _write_tokens(
         np.save(folder / "rewards.npy", np.array(values, dtype=np.float32))
     meta = {"dtype": dtype.name, "end_id": end_id, "vocab_size": vocab_size}
     (folder / "meta.json").write_text(json.dumps(meta))
+    return filled
+
+
+def _make(folder: Path, write: Callable[[Path], object]) -> list[str]:
+    """Have `write` fill a folder of the cache, unless it is there as it was written.
+
+    Returns:
+        What was wrong with it.
+    """
+    wrong = what_is_wrong(folder) if folder.is_dir() else None
+    with writing(folder, f"{FREE}, or set WMTP_CACHE to another folder"):
+        if wrong is not None:
+            with contextlib.suppress(FileNotFoundError):  # another process has found it, too
+                discard(folder)
+        if not folder.is_dir():
+            _build(folder, write)
+    return [] if wrong is None else [f"{shown(folder)} is damaged ({wrong}): it was made again"]
 
 
 def _build(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder, and give it its name when it is whole."""
-    with writing(folder, "free some space, or set WMTP_CACHE to another folder"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        prefix = f"{folder.name}."
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=folder.parent))
-        try:
-            write(temporary)
-            # Another process may have been faster: its entry has the same content.
-            if not folder.is_dir():
-                temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f"{folder.name}."
+    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=TEMPORARY, dir=folder.parent))
+    try:
+        write(temporary)
+        write_digests(temporary)
+        # Another process may have been faster: its entry has the same content.
+        if not folder.is_dir():
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _key(*parts: str) -> str:

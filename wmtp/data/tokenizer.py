@@ -10,18 +10,19 @@ from wmtp.data.corpus import DataError
 # Stands between documents, so that the model sees where one ends.
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+LARGEST_VOCABULARY = 2**31 - 1
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn `vocab_size` tokens (256 bytes, the end of text, and merges) from the texts.
 
     Raises:
-        DataError: vocab_size below 257.
+        DataError: vocab_size below 257, or beyond what ids can be.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
+    if not SMALLEST_VOCABULARY <= vocab_size <= LARGEST_VOCABULARY:
         raise DataError(
-            f"vocab_size must be at least {SMALLEST_VOCABULARY} (every byte and the end of text), "
-            f"got {vocab_size}"
+            f"vocab_size must be at least {SMALLEST_VOCABULARY} (every byte and the end of text) "
+            f"and at most {LARGEST_VOCABULARY}, got {vocab_size}"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

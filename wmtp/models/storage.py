@@ -16,16 +16,20 @@ MODEL_TYPE = "wmtp-mtp-transformer"
 
 
 def save_model_folder(
-    model: MTPTransformer, tokenizer: Tokenizer, folder: Path, value_head: ValueHead | None = None
+    model: MTPTransformer,
+    tokenizer: Tokenizer,
+    folder: Path,
+    value_head: ValueHead | None = None,
+    run: str = "",
 ) -> None:
-    """Write the files into `folder`, which exists."""
+    """Write the files into `folder`, which exists; `run` is the digest of whose model it is."""
     save_model(model, str(folder / "model.safetensors"))  # knows tied weights
     config = {"model_type": MODEL_TYPE, **asdict(model.config)}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save(str(folder / "tokenizer.json"))
     if value_head is not None:
         save_model(value_head, str(folder / "value_head.safetensors"))
-    write_digests(folder)
+    write_digests(folder, run=run)
 
 
 def is_model_folder(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.critic import CriticWmtpTrainer
 from wmtp.trainers.errors import RunError
 from wmtp.trainers.find import find_trainer
+from wmtp.trainers.hook import WeightsError
 from wmtp.trainers.rho1 import Rho1WmtpTrainer
 from wmtp.trainers.run_folder import RunFolder
 from wmtp.trainers.step import NonFiniteError
@@ -20,5 +21,6 @@ __all__ = [
     "RunError",
     "RunFolder",
     "TrainConfig",
+    "WeightsError",
     "find_trainer",
 ]

@@ -8,6 +8,7 @@ as one that was never stopped.
 
 import abc
 import contextlib
+import json
 import shutil
 import sys
 import time
@@ -22,13 +23,14 @@ from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
 from wmtp.files import FileError, writing
-from wmtp.labels import IGNORE_INDEX, has_target
+from wmtp.labels import has_target
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.models.storage import save_model_folder
 from wmtp.reference import MTPLoss, weights_of
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
+from wmtp.trainers.hook import checked_weighting, own_code, what_weighs_nothing
 from wmtp.trainers.losses import denominator, training_loss
 from wmtp.trainers.optimizer import build_optimizer, multiply_gradients, state_bytes
 from wmtp.trainers.processes import Processes
@@ -41,14 +43,10 @@ from wmtp.trainers.step import (
     VALUE_WARMUP,
     NonFiniteError,
     Part,
-    as_weighting,
-    blamed_on,
     check_finite,
     micro_batches,
-    refused_by_loss,
     what_cancels,
     what_is_masked,
-    what_weighs_nothing,
 )
 from wmtp.weightings import Uniform, Weighting
 
@@ -182,10 +180,12 @@ class BaseWmtpTrainer(abc.ABC):
             for complaint in complaints:
                 self.accelerator.print(f"{complaint}: going on from {path}", file=sys.stderr)
             self.accelerator.load_state(str(path))
-            progress = self.folder.checkpoints.read_progress(self.step)
+            progress = json.loads((path / "progress.json").read_text())
             self.evaluation_at_start = progress["evaluation_at_start"]
         if self.accelerator.is_main_process:
-            self.folder.cut_metrics_back(self.step)
+            lost = self.folder.cut_metrics_back(checkpoint)
+            if lost is not None and checkpoint is not None:
+                print(f"{lost}: going on from {checkpoint[1]}, which has them", file=sys.stderr)
 
     # ---- the loop ----
 
@@ -247,6 +247,7 @@ class BaseWmtpTrainer(abc.ABC):
 
         Raises:
             NonFiniteError: a number of the record is NaN or infinite; nothing was updated.
+            WeightsError: `compute_head_weights` returned what is no weighting.
         """
         stage = self.stage
         parts = micro_batches(batch, self.config.grad_accum)
@@ -272,7 +273,8 @@ class BaseWmtpTrainer(abc.ABC):
             **self.processes.means(measured),
             "lr": self._lr(),
         }
-        self.processes.note(what_is_masked(record) or what_weighs_nothing(record, weights))
+        self.processes.note(what_is_masked(record))
+        self.processes.note(what_weighs_nothing(record, self.config.algo))
         try:
             check_finite(record, batch["sequence_ids"])
         except NonFiniteError:
@@ -290,15 +292,10 @@ class BaseWmtpTrainer(abc.ABC):
         with sync, torch.set_grad_enabled(stage == TRAIN):
             with self.autocast():
                 output = self.model(part["input_ids"])
-            with blamed_on(self.config.algo, self.step + 1):
-                found = self.compute_head_weights(part, output)
-            undivided = 1.0 if self.in_parts else None
-            with refused_by_loss(self.config.algo, self.step + 1):
-                weighting = as_weighting(found, type(self).__name__)
-                labels = (part["target_ids"], self.config.horizon, IGNORE_INDEX)
-                weighting = weighting.resolved(*labels)
-                loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
+            weighting = self._weighting(part, output)
             self.processes.note(what_cancels(weighting, self.config))
+            undivided = 1.0 if self.in_parts else None
+            loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
             if stage == TRAIN:
                 self.accelerator.backward(loss)
         ce_per_head = ce_per_head.detach()
@@ -307,6 +304,18 @@ class BaseWmtpTrainer(abc.ABC):
         divisor = denominator(weighting, weights, valid, self.config.reduction)
         hidden_states = output.hidden_states.detach()
         return Part(hidden_states, ce_per_head, weights, loss.detach(), divisor)
+
+    def _weighting(self, batch: Batch, output: MTPOutput) -> Weighting:
+        algo, step = self.config.algo, self.step + 1
+        with own_code(algo, step):
+            returned = self.compute_head_weights(batch, output)
+        return checked_weighting(
+            returned,
+            type(self).__name__,
+            output.head_hidden_states,
+            batch["target_ids"],
+            f"step {step}, {algo}",
+        )
 
     def _whole_loss(self, parts: list[Part]) -> Tensor:
         """The step's loss; its gradients are divided as it is."""
@@ -409,21 +418,21 @@ class BaseWmtpTrainer(abc.ABC):
         accelerator.save_state(str(path))
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            state = {"evaluation_at_start": self.evaluation_at_start}
-            folder.checkpoints.write_progress(self.step, state)
-            folder.sync_metrics()
-            folder.checkpoints.commit(self.step)
+            progress = {"step": self.step, "evaluation_at_start": self.evaluation_at_start}
+            (path / "progress.json").write_text(json.dumps(progress))
+            folder.commit_checkpoint(self.step)
             self._manage_checkpoints()
 
     def _manage_checkpoints(self) -> None:
         """Keep the newest `keep_last`."""
-        self.folder.checkpoints.drop_old(self.config.keep_last)
+        self.folder.checkpoints.drop_old(self.config.keep_last, self.step)
 
     def _save_final_checkpoint(self) -> None:
         model = self.accelerator.unwrap_model(self.model)
         value_head = self.value_head and self.accelerator.unwrap_model(self.value_head)
+        tokenizer, run = self.data.tokenizer, self.folder.run
         self.folder.write_folder(
-            "final", lambda path: save_model_folder(model, self.data.tokenizer, path, value_head)
+            "final", lambda path: save_model_folder(model, tokenizer, path, value_head, run)
         )
 
     def _finish(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A field says what it is, which values it takes, and so what the command line off
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
@@ -13,13 +14,11 @@ from wmtp.models import MTPConfig
 
 PRECISIONS = ("fp32", "bf16")
 LOSSES = ("linear", "fused", "eager")
+LARGEST_WHOLE = 2**31 - 1
 
 
 class ConfigError(ValueError):
     """A setting cannot be; says what is wanted."""
-
-
-LARGEST = 2**31 - 1  # of a whole number
 
 
 def setting(
@@ -33,7 +32,7 @@ def setting(
 ) -> Any:
     """A field of `TrainConfig`, and the range that `range_of` words."""
     if most is None:
-        most = LARGEST if isinstance(default, int) else math.inf
+        most = LARGEST_WHOLE if isinstance(default, int) else math.inf
     limits = {"least": least, "above": above, "most": most, "one_of": tuple(one_of)}
     return field(default=default, metadata={"about": about, **limits})
 
@@ -53,7 +52,7 @@ class TrainConfig:
         >>> TrainConfig(algo="mtp-baseline", steps=0)
         Traceback (most recent call last):
             ...
-        wmtp.trainers.config.ConfigError: steps must be a whole number, 1 to 2,147,483,647, got 0
+        wmtp.trainers.config.ConfigError: steps must be a whole number from 1 to 2147483647, got 0
     """
 
     algo: str
@@ -146,7 +145,7 @@ def range_of(each: Field[Any]) -> str:
     if limits["one_of"]:
         return f"one of {limits['one_of']}"
     if each.type is int:
-        return f"a whole number, {limits['least']} to {limits['most']:,}"
+        return f"a whole number from {limits['least']} to {limits['most']}"
     if limits["most"] < math.inf:
         return f"between {limits['least']} and {limits['most']}"
     return "positive and finite" if limits["above"] == 0 else "at least 0 and finite"
@@ -156,13 +155,15 @@ def _of_type(value: Any, each: Field[Any]) -> bool:
     if each.type is str:
         return isinstance(value, str)
     wanted = int if each.type is int else int | float
-    return isinstance(value, wanted) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, wanted) and not isinstance(value, bool)
 
 
 def _in_range(value: Any, each: Field[Any]) -> bool:
     limits = each.metadata
     if limits["one_of"]:
         return value in limits["one_of"]
+    if abs(value) > sys.float_info.max:  # infinite, or a whole number that is no float
+        return False
     return limits["above"] < value and limits["least"] <= value <= limits["most"]
 
 

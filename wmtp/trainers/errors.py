@@ -7,3 +7,13 @@ class RunError(RuntimeError):
 
 class StoppedError(RuntimeError):
     """The run was asked to stop, and has saved where it is."""
+
+
+def worded(error: BaseException) -> str:
+    """In one line.
+
+    >>> worded(ValueError("not so\\nfor many reasons"))
+    'ValueError: not so'
+    """
+    said = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__

@@ -72,9 +72,10 @@ def step_statistics(
     """
     heads = weights.shape[2]
     valid = has_target(target_ids, heads)
+    weights = weights.double()  # whose sum is in range
     weight_sum = weights.sum(-1, keepdim=True)
     whole = valid.all(-1, keepdim=True) & (weight_sum != 0)
-    share = torch.where(whole, weights / weight_sum, 0.0)
+    share = torch.where(whole, weights / weight_sum, 0.0).to(ce_per_head.dtype)
     by_head = torch.stack((ce_per_head, valid.to(share.dtype), share)).sum((1, 2))
     over_tokens = torch.stack((whole.sum(), -torch.xlogy(share, share).sum()))
     sums = total(torch.cat((by_head.flatten(), over_tokens)))
@@ -107,6 +108,29 @@ def run_result(
         "tokens_per_s": statistics.median(speeds),
         "peak_memory_bytes": peak_memory_bytes(device),
     }
+
+
+def what_lacks(result: dict[str, Any]) -> str | None:
+    """The first name of a run's result that is not there, or holds something else.
+
+    >>> what_lacks({"start": {"ce_per_head": [1.0], "next_token_accuracy": 0.5}})
+    'end'
+    """
+    for name in ("start", "end"):
+        evaluation = result.get(name)
+        if not isinstance(evaluation, dict):
+            return name
+        by_head = evaluation.get("ce_per_head")
+        if not isinstance(by_head, list) or not by_head or not all(map(_is_number, by_head)):
+            return f"{name}.ce_per_head"
+        if not _is_number(evaluation.get("next_token_accuracy")):
+            return f"{name}.next_token_accuracy"
+    names = ("tokens_per_s", "peak_memory_bytes")
+    return next((name for name in names if not _is_number(result.get(name))), None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

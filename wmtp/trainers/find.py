@@ -7,6 +7,7 @@ import sys
 from wmtp.registry import trainer_registry
 from wmtp.trainers.base import BaseWmtpTrainer
 from wmtp.trainers.config import ConfigError
+from wmtp.trainers.errors import worded
 
 
 def find_trainer(algo: str) -> type[BaseWmtpTrainer]:
@@ -39,15 +40,12 @@ def find_trainer(algo: str) -> type[BaseWmtpTrainer]:
 
 
 def _module(name: str, algo: str) -> object:
-    if not all(part.isidentifier() for part in name.split(".")):
-        raise ConfigError(f"{algo}: {name!r} is no module: pass package.module:Class")
+    if not all(name.split(".")):  # a module's place is not known here
+        raise ConfigError(f"{algo}: {name!r} is no module: package.module:Class is wanted")
     folder = os.getcwd()
     if folder not in sys.path:  # an installed command does not look there
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"{algo}: cannot import {name} ({error})") from error
-    except (Exception, SystemExit) as error:
-        line = f"{type(error).__name__}: {error}".split("\n")[0]
-        raise ConfigError(f"{algo}: importing {name} fails ({line}): mend the module") from error
+    except (Exception, SystemExit) as error:  # whatever the user's code does
+        raise ConfigError(f"{algo}: cannot import {name} ({worded(error)})") from error

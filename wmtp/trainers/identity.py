@@ -1,5 +1,7 @@
 """What a run is: its settings, and its data and reference model by what their files hold."""
 
+import hashlib
+import json
 from collections import Counter
 from typing import Any
 
@@ -27,6 +29,23 @@ def differences(there: dict[str, Any], asked: dict[str, Any]) -> str:
         elif one != other:
             found.append(f"{name}: {_worded(one)} there, {_worded(other)} asked")
     return ", ".join(found)
+
+
+def identity_digest(identity: dict[str, Any]) -> str:
+    """Equal for two runs where `differences` finds nothing.
+
+    >>> one, other = {"steps": 9, "data": {"a.txt": "1"}}, {"data": {"b.txt": "1"}, "steps": 9}
+    >>> identity_digest(one) == identity_digest(other) != identity_digest({"steps": 9})
+    True
+    """
+    nameless = {
+        name: sorted(map(str, value.values()))
+        if name in OF_FILES and isinstance(value, dict)
+        else value
+        for name, value in identity.items()
+        if value is not None
+    }
+    return hashlib.sha256(json.dumps(nameless, sort_keys=True).encode()).hexdigest()
 
 
 def _changes(there: Digests, asked: Digests) -> list[str]:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from wmtp.files import writing
+from wmtp.files import FREE, writing
 from wmtp.trainers.errors import RunError
 
 
@@ -27,7 +27,7 @@ def locked(file: Path) -> Iterator[None]:
         descriptor = _acquired(file)
     owner = {"host": socket.gethostname(), "pid": os.getpid()}
     try:
-        with writing(file, "free some space, or choose another --out"):
+        with writing(file, f"{FREE}, or choose another --out"):
             os.truncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         yield
@@ -38,6 +38,8 @@ def locked(file: Path) -> Iterator[None]:
 
 def _acquired(file: Path) -> int:
     while True:
+        if os.path.lexists(file) and not file.is_file():
+            raise RunError(f"{file} is no regular file: delete it, or choose another --out")
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

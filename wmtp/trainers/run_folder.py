@@ -3,7 +3,7 @@
     DIR/config.json            what the run is; decides whether --resume fits
     DIR/settings.json          all settings, as the last start had them
     DIR/metrics.jsonl          one object a step
-    DIR/checkpoints/step-N     the state after N steps, see checkpoints.py
+    DIR/checkpoints/step-N     the state after N steps and their records, see checkpoints.py
     DIR/lock                   whose it is, while a process is at it
     DIR/final                  the trained model
     DIR/result.json            written last: the run is finished
@@ -12,27 +12,25 @@ Whatever must be whole is written under a name ending in .tmp, synced, and renam
 """
 
 import contextlib
-import itertools
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from wmtp.digests import what_is_wrong
-from wmtp.files import TEMPORARY, digest_of, rename_folder, sync_path, write_text, writing
+from wmtp.digests import read_digests, what_is_wrong
+from wmtp.files import FREE, TEMPORARY, read_json, remove, rename_folder, write_text, writing
 from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.errors import RunError
-from wmtp.trainers.identity import differences
+from wmtp.trainers.evaluation import what_lacks
+from wmtp.trainers.identity import differences, identity_digest
 from wmtp.trainers.lock import locked
 
 LOCK = "lock"
-FILES = ("config.json", "settings.json", "metrics.jsonl", "result.json", "final")
-FREE_SPACE = "free some space, then continue with --resume"
+METRICS = "metrics.jsonl"
+FILES = ("config.json", "settings.json", METRICS, "result.json", "final")
+FREE_SPACE = f"{FREE}, then continue with --resume"
 ELSEWHERE = "choose another --out"
-RECORDED = {"step": int, "stage": str, "loss": float, "tokens_per_s": float}  # of every step
-ENDS = {"start", "end"}  # the evaluations in a result
 
 
 class RunFolder:
@@ -40,12 +38,13 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.checkpoints = Checkpoints(path / "checkpoints", self._digest)
-        self._metrics_path = path / "metrics.jsonl"
+        self.checkpoints = Checkpoints(path / "checkpoints")
+        self._metrics_path = path / METRICS
 
-    def _digest(self) -> str:
-        """Of what the run is; no two runs have the same."""
-        return digest_of(self.path / "config.json")
+    @property
+    def run(self) -> str:
+        """Which one it is; what its checkpoints and its model are known by."""
+        return identity_digest(self._read_json("config.json") or {})
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -108,19 +107,14 @@ class RunFolder:
         """The result of a finished run.
 
         Raises:
-            RunError: it lacks an evaluation, or the trained model is damaged.
+            RunError: it is damaged.
         """
-        result = self._read_json("result.json")
-        final = self.path / "final"
-        if result is not None and final.exists() and (wrong := what_is_wrong(final)):
+        file = self.path / "result.json"
+        result = self._read_json(file.name)
+        if result is not None and (missing := what_lacks(result)):
             raise RunError(
-                f"{final} is damaged ({wrong}): restore it, or delete "
-                f"{self.path / 'result.json'}, and --resume makes it again"
-            )
-        if result is not None and not result.keys() >= ENDS:
-            raise RunError(
-                f"{self.path / 'result.json'} is damaged (it lacks {' and '.join(sorted(ENDS))}): "
-                "delete it, and the run goes on from its last checkpoint"
+                f"{file} has no {missing}: restore it, or delete it and continue with --resume: "
+                "no step is trained again"
             )
         return result
 
@@ -128,6 +122,22 @@ class RunFolder:
         """Finish the run."""
         with writing(self.path / "result.json", FREE_SPACE):
             write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def check_final(self) -> None:
+        """That the trained model is the run's own.
+
+        Raises:
+            RunError: it is another's, or damaged.
+        """
+        final = self.path / "final"
+        wrong = what_is_wrong(final)
+        if wrong is None and read_digests(final).get("run") != self.run:
+            wrong = "it is of another run"
+        if wrong is not None:
+            raise RunError(
+                f"{final} is not as it was written ({wrong}): restore it, or delete "
+                f"{self.path / 'result.json'} to have it written again"
+            )
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one step's line."""
@@ -140,35 +150,54 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """A record a step, in order. A kill may have cut the last line short, and what is no
         record, or a step's that was written again, is passed over: `cut_metrics_back` counts."""
-        if not self._metrics_path.exists():
-            return []
-        if not self._metrics_path.is_file():
-            raise RunError(f"{self._metrics_path} is no file: move it away")
-        lines = self._metrics_path.read_text(encoding="utf-8", errors="replace").split("\n")
-        records = [record for line in lines[:-1] if (record := _record(line))]
-        return sorted({record["step"]: record for record in records}.values(), key=_step)
+        return _records(self._metrics_path)
 
     def newest_whole(self) -> tuple[tuple[int, Path] | None, list[str]]:
         """The checkpoint to go on from; see `Checkpoints.newest_whole`."""
-        there = {record["step"] for record in self.read_metrics()}
-        recorded = next(step for step in itertools.count() if step + 1 not in there)
-        return self.checkpoints.newest_whole(recorded)
+        return self.checkpoints.newest_whole(self.run)
 
-    def cut_metrics_back(self, step: int) -> None:
-        """Forget the metrics after `step`: the resumed run writes them again."""
-        kept = [record for record in self.read_metrics() if record["step"] <= step]
+    def commit_checkpoint(self, step: int) -> None:
+        """Finish the one in progress: with the records of its steps, and as this run's.
+
+        Raises:
+            RunError: a record was lost since it was written.
+        """
+        records = [record for record in self.read_metrics() if record["step"] <= step]
+        lost = set(range(1, step + 1)).difference(record["step"] for record in records)
+        if lost:
+            raise RunError(
+                f"{self._metrics_path} has lost {len(lost)} of {step} records while they were "
+                f"written, the first of step {min(lost)}: go on from the last checkpoint with "
+                "--resume"
+            )
+        write_text(self.checkpoints.in_progress(step) / METRICS, _lines(records))
+        self.checkpoints.commit(step, self.run)
+
+    def cut_metrics_back(self, checkpoint: tuple[int, Path] | None) -> str | None:
+        """Make the metrics those that a checkpoint was saved with, none without one: the resumed
+        run writes those of later steps again.
+
+        Returns:
+            What was wrong with them.
+        """
+        step, place = checkpoint or (0, None)
+        found = {record["step"]: record for record in self.read_metrics()}
+        saved = [] if place is None else _records(place / METRICS)
+        wrong = [record["step"] for record in saved if found.get(record["step"]) != record]
         with writing(self._metrics_path, FREE_SPACE):
-            write_text(self._metrics_path, "".join(json.dumps(record) + "\n" for record in kept))
-
-    def sync_metrics(self) -> None:
-        """Have them reach the disk."""
-        sync_path(self._metrics_path)
+            write_text(self._metrics_path, _lines(saved))
+        if not wrong:
+            return None
+        return (
+            f"{self._metrics_path} has lost or changed {len(wrong)} of {step} records, the first "
+            f"of step {wrong[0]}"
+        )
 
     def write_folder(self, name: str, write: Callable[[Path], object]) -> None:
         """Let `write` fill a folder that appears as DIR/name when it is whole."""
         temporary, final = self.path / (name + TEMPORARY), self.path / name
         for stale in (temporary, final):
-            shutil.rmtree(stale, ignore_errors=True)
+            remove(stale)
         with writing(temporary, FREE_SPACE):
             temporary.mkdir()
             write(temporary)
@@ -178,16 +207,15 @@ class RunFolder:
         """Delete what a killed run did not finish writing, under our own names alone."""
         own = (self.path / (name + TEMPORARY) for name in FILES)
         for leftover in (*own, *self.checkpoints.leftovers()):
-            if os.path.lexists(leftover):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            remove(leftover)
 
     def _read_json(self, name: str) -> dict[str, Any] | None:
         file = self.path / name
-        if not file.is_file():
+        if not os.path.lexists(file):
             return None
         try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            content = read_json(file)
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{file} cannot be read ({error}): restore it, or choose another --out"
             ) from error
@@ -199,7 +227,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise RunError(f"{self.path} is a file: choose another --out")
         # A kill before config.json had its name leaves only the temporary file.
-        own = {"config.json", "settings.json", "metrics.jsonl", "checkpoints", "reference"}
+        own = {"config.json", "settings.json", METRICS, "checkpoints", "reference"}
         if self._read_json("config.json") is None:
             own = set()
         own.add(LOCK)
@@ -212,6 +240,18 @@ class RunFolder:
             )
 
 
+def _records(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    records = [record for line in lines[:-1] if (record := _record(line))]
+    return sorted({record["step"]: record for record in records}.values(), key=_step)
+
+
+def _lines(records: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def _step(record: dict[str, Any]) -> int:
     return record["step"]
 
@@ -220,12 +260,9 @@ def _record(line: str) -> dict[str, Any] | None:
     """What a line of the metrics holds; None where it is damaged."""
     try:
         found = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    whole = isinstance(found, dict) and all(
-        isinstance(found.get(name), kind) for name, kind in RECORDED.items()
-    )
-    return found if whole else None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
 
 def _as_json(value: dict[str, Any]) -> Any:

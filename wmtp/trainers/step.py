@@ -1,8 +1,6 @@
 """What a step is made of: its stage, the parts of its batch, their weights, and finite numbers."""
 
-import contextlib
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -18,10 +16,6 @@ STREAMS = {TRAIN: 0, VALUE_WARMUP: 1}
 
 class NonFiniteError(RuntimeError):
     """A step came out as NaN or infinity; nothing was updated."""
-
-
-class WeightsError(RuntimeError):
-    """An algorithm has returned weights that the loss refuses."""
 
 
 class Part(NamedTuple):
@@ -87,46 +81,6 @@ def what_is_masked(record: dict[str, Any]) -> str | None:
         "a step had no target at all: its loss is 0 and nothing was learned from it; pass text "
         "that is longer than --horizon tokens"
     )
-
-
-def what_weighs_nothing(record: dict[str, Any], weights: Tensor) -> str | None:
-    """Why a step has learned from none of its targets, or records shares of 0, and what to do.
-
-    Args:
-        weights: [B, S, H], of this process.
-    """
-    total = weights.sum()
-    if record["targets"] == 0 or (total > 0 and total.isfinite()):
-        return None
-    found = "all are 0" if total == 0 else "their sum is beyond float32"
-    return (
-        f"the weights of a step cannot be told apart, {found}: what it records of them is 0, and "
-        "it may have learned nothing; return weights near 1"
-    )
-
-
-@contextlib.contextmanager
-def blamed_on(algo: str, step: int) -> Iterator[None]:
-    """Errors of the block are an algorithm's own, and keep their traceback."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"in step {step}, in compute_head_weights of {algo}")
-        raise
-
-
-@contextlib.contextmanager
-def refused_by_loss(algo: str, step: int) -> Iterator[None]:
-    """What the loss says to an algorithm's weights is one line.
-
-    Raises:
-        WeightsError: it refuses them.
-    """
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        message = f"step {step}, compute_head_weights of {algo}: {error}"
-        raise WeightsError(message) from error
 
 
 def check_finite(record: dict[str, Any], sequence_ids: Tensor) -> None:

@@ -108,14 +108,14 @@ def _after_the_metrics(random: Random, out: Path) -> Damage | None:
 
 
 def _of_the_metrics(random: Random, out: Path) -> Damage | None:
-    """In the last line, or anywhere; where each checkpoint needs more, the run cannot go on."""
+    """In the last line, or anywhere: each checkpoint has its own."""
     file = _place(out) / "metrics.jsonl"
     if not file.exists() or not (content := file.read_bytes()):
         return None
     last = content.splitlines(keepends=True)[-1]
     lost = random.randint(1, len(random.choice((last, content))))
     file.write_bytes(content[:-lost])
-    return Damage(f"{lost} bytes less of metrics", refusable=True, before={file: content})
+    return Damage(f"{lost} bytes less of metrics")
 
 
 def _of_a_record(random: Random, out: Path) -> Damage | None:

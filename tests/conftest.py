@@ -57,7 +57,9 @@ def _own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A folder of a few small text files."""
-    import tiny_runs  # here, so that kernel tests run where nothing but torch is installed
+    from support import (
+        tiny_runs,  # here, so that kernel tests run where nothing but torch is installed
+    )
 
     return tiny_runs.write_corpus(tmp_path_factory.mktemp("corpus") / "text")
 

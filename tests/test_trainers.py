@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.tiny_runs import ALGORITHMS, make_trainer, prepare, write_rewarded_corpus
-from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.labels import has_target
+from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.reference import compute_weighted_mtp_loss, weights_of
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, NonFiniteError, TrainConfig

@@ -45,12 +45,12 @@ def test_every_command_explains_itself(command):
 
 
 def test_info_says_what_runs_and_what_is_missing(monkeypatch):
-    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: "no compiler: get one")
+    monkeypatch.setattr("wmtp.backends.cpu.unavailable", lambda: "no compiler: get one")
     output = unwrapped(wmtp("info").output)
     assert "backend cpu not available: no compiler: get one" in output
     assert "backend eager ready" in output
-    monkeypatch.setattr("wmtp.cpu.unavailable", lambda: None)
-    monkeypatch.setattr("wmtp.cpu.instruction_set", lambda: "avx9000")
+    monkeypatch.setattr("wmtp.backends.cpu.unavailable", lambda: None)
+    monkeypatch.setattr("wmtp.backends.cpu.instruction_set", lambda: "avx9000")
     output = unwrapped(wmtp("info").output)
     assert "backend cpu ready" in output
     assert "avx9000" in output

@@ -142,6 +142,15 @@ def _a_copy_that_stays(random: Random, out: Path) -> Damage | None:
     return Damage(f"{kept.name} copied")
 
 
+def _a_copy_under_another_step(random: Random, out: Path) -> Damage | None:
+    steps = _whole(out)
+    if not steps:
+        return None
+    copied = random.choice(steps)
+    shutil.copytree(copied, copied.with_name("step-98"), dirs_exist_ok=True)
+    return Damage(f"{copied.name} copied as step-98")
+
+
 def _an_empty_checkpoint(random: Random, out: Path) -> Damage | None:
     place = _place(out)
     if not (place / "config.json").exists():
@@ -186,7 +195,7 @@ def _place(out: Path) -> Path:
 def _whole(out: Path) -> list[Path]:
     """The whole checkpoints where a process was last, in order."""
     found = RunFolder(_place(out)).checkpoints
-    paths = [found.path / f"step-{step}" for step in found.steps()]
+    paths = [found.path / f"step-{step}" for step in found.steps() if step != 98]
     return [path for path in paths if (path / DIGESTS).is_file() and not what_is_wrong(path)]
 
 
@@ -200,6 +209,7 @@ KINDS = (
     _of_the_metrics,
     _of_a_record,
     _a_copy_that_stays,
+    _a_copy_under_another_step,
     _an_empty_checkpoint,
     _a_lock,
     _leftovers,

@@ -101,7 +101,8 @@ def _happen(strike: Strike, path: str) -> None:
     if strike.kind == "killed inside a write":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-    there = os.path.getsize(path) if path.endswith("metrics.jsonl") else 0
+    grows = strike.part.endswith("metrics.jsonl") and os.path.exists(path)
+    there = os.path.getsize(path) if grows else 0
     resource.setrlimit(resource.RLIMIT_FSIZE, (there + strike.room, resource.RLIM_INFINITY))
 
 

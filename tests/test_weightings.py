@@ -1,6 +1,7 @@
 """Rules as objects: the library's as the short form has them, others' against the fp64 truth."""
 
 import warnings
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -157,6 +158,32 @@ def test_somebody_elses_rule_is_compiled_whole(name):
     torch.testing.assert_close(*(torch.autograd.grad(each, logits) for each in (loss, wanted)))
 
 
+def test_a_class_defined_anew_is_another_rule():
+    """As in a notebook: nothing that is kept of the first stands for the second."""
+    hidden, weight, ids = torch.ones(2, 7, 3, 4), torch.rand(9, 4), torch.randint(9, (2, 7))
+    losses = []
+    for times in (1.0, 2.0):
+
+        @dataclass(frozen=True, eq=False)
+        class Mine(Weighting):
+            def weights(self, ce, valid, times=times):
+                return times * valid.to(ce.dtype)
+
+        rule = Mine()
+        assert type(rule_of(rule.key())) is Mine
+        how = {"weighting": rule, "reduction": "sum"}
+        losses.append(fused_linear_weighted_mtp_loss(hidden, weight, ids, **how).loss)
+    torch.testing.assert_close(losses[1], 2 * losses[0])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Slotted(Weighting):
+    number: float = 1.0
+
+    def weights(self, ce, valid):
+        return self.number * valid.to(ce.dtype)
+
+
 class Bare(Weighting):
     def weights(self, ce, valid):
         return valid.to(ce.dtype)
@@ -167,6 +194,7 @@ class Bare(Weighting):
     [
         ({"weighting": torch.ones(2, 7, 3)}, "got Tensor: pass weights .* as head_weights"),
         ({"weighting": Bare()}, "Bare must be a dataclass"),
+        ({"weighting": Slotted()}, "Slotted must be a dataclass"),
         ({"weighting": Excess()}, "nothing to compare with: pass ref_ce or ref_logits"),
         ({"weighting": Uniform(), "head_weights": torch.ones(2, 7, 3)}, "exclude each other"),
         ({"weighting": Critic(torch.zeros(2, 6))}, r"values must be \[B, S\] = \(2, 7\)"),

@@ -43,10 +43,12 @@ def chosen_weighting(
             f"weighting must be a rule of wmtp.weightings, got {type(weighting).__name__}: pass "
             "weights [B, S, H] as head_weights"
         )
-    if "__dataclass_fields__" not in vars(type(weighting)):
+    fields = vars(type(weighting)).get("__dataclass_fields__")
+    if fields is None or fields.keys() != vars(weighting).keys():
         raise TypeError(
             f"{type(weighting).__name__} must be a dataclass, so that its fields are known, got a "
-            "plain class: decorate it with @dataclasses.dataclass(frozen=True, eq=False)"
+            "plain class or one with slots: decorate it with "
+            "@dataclasses.dataclass(frozen=True, eq=False)"
         )
     return weighting
 

@@ -50,6 +50,7 @@ class Weighting:
     known: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[bool] = False
+    _name: ClassVar[str]  # among the operators
 
     def weights(self, ce: Tensor, valid: Tensor) -> Tensor:
         """The weights, by plain torch operations.
@@ -87,11 +88,14 @@ class Weighting:
     def key(self) -> str:
         """What the operators know it by: its class, and those of its fields that choose a twin."""
         fields = {name: value for name, value in vars(self).items() if type(value) in (str, bool)}
-        return f"{type(self).__module__}.{type(self).__qualname__} {fields}"
+        return f"{self._name} {fields}"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        _CLASSES[f"{cls.__module__}.{cls.__qualname__}"] = cls
+        name = f"{cls.__module__}.{cls.__qualname__}"
+        while name in _CLASSES:  # defined anew, as in a notebook: another rule
+            name += "'"
+        cls._name, _CLASSES[name] = name, cls
 
 
 _CLASSES: dict[str, type[Weighting]] = {}

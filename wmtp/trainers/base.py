@@ -8,12 +8,8 @@ as one that was never stopped.
 
 import abc
 import contextlib
-import json
-import shutil
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,20 +18,19 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
-from wmtp.files import FileError, writing
 from wmtp.labels import has_target
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
-from wmtp.models.storage import save_model_folder
 from wmtp.reference import MTPLoss, weights_of
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
 from wmtp.trainers.hook import checked_weighting, own_code, what_weighs_nothing
+from wmtp.trainers.kept_state import KeptState
 from wmtp.trainers.losses import denominator, training_loss
-from wmtp.trainers.optimizer import build_optimizer, multiply_gradients, state_bytes
+from wmtp.trainers.optimizer import build_optimizer, multiply_gradients
 from wmtp.trainers.processes import Processes
 from wmtp.trainers.reference_model import Reference, prepare_reference
-from wmtp.trainers.run_folder import FREE_SPACE, RunFolder
+from wmtp.trainers.run_folder import RunFolder
 from wmtp.trainers.settings import check_settings
 from wmtp.trainers.step import (
     STREAMS,
@@ -51,7 +46,7 @@ from wmtp.trainers.step import (
 from wmtp.weightings import Uniform, Weighting
 
 
-class BaseWmtpTrainer(abc.ABC):
+class BaseWmtpTrainer(KeptState, abc.ABC):
     """Trains an `MTPTransformer`; an algorithm is what it says in `compute_head_weights`.
 
     Attributes:
@@ -169,23 +164,6 @@ class BaseWmtpTrainer(abc.ABC):
         if self.reference is not None:
             self.reference = prepare_reference(self.reference, self.accelerator.device, config.loss)
         self._resume()
-
-    def _resume(self) -> None:
-        if self.accelerator.is_main_process:
-            self.folder.remove_leftovers()
-        self.accelerator.wait_for_everyone()
-        checkpoint, complaints = self.folder.newest_whole()
-        if checkpoint is not None:
-            self.step, path = checkpoint
-            for complaint in complaints:
-                self.accelerator.print(f"{complaint}: going on from {path}", file=sys.stderr)
-            self.accelerator.load_state(str(path))
-            progress = json.loads((path / "progress.json").read_text())
-            self.evaluation_at_start = progress["evaluation_at_start"]
-        if self.accelerator.is_main_process:
-            lost = self.folder.cut_metrics_back(checkpoint)
-            if lost is not None and checkpoint is not None:
-                print(f"{lost}: going on from {checkpoint[1]}, which has them", file=sys.stderr)
 
     # ---- the loop ----
 
@@ -399,41 +377,6 @@ class BaseWmtpTrainer(abc.ABC):
         model = self.accelerator.unwrap_model(self.model)
         with self.autocast():
             return evaluate(model, batches, self.accelerator.device)
-
-    def _save_checkpoint(self) -> None:
-        path = self.folder.checkpoints.in_progress(self.step)
-        try:
-            size = state_bytes(self.optimizer, self.model, self.value_head)
-            with writing(path, FREE_SPACE, size):
-                self._write_checkpoint(path)
-        except FileError:
-            shutil.rmtree(path, ignore_errors=True)
-            raise
-
-    def _write_checkpoint(self, path: Path) -> None:
-        accelerator, folder = self.accelerator, self.folder
-        if accelerator.is_main_process:
-            folder.checkpoints.begin(self.step)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(path))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            progress = {"step": self.step, "evaluation_at_start": self.evaluation_at_start}
-            (path / "progress.json").write_text(json.dumps(progress))
-            folder.commit_checkpoint(self.step)
-            self._manage_checkpoints()
-
-    def _manage_checkpoints(self) -> None:
-        """Keep the newest `keep_last`."""
-        self.folder.checkpoints.drop_old(self.config.keep_last, self.step)
-
-    def _save_final_checkpoint(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        value_head = self.value_head and self.accelerator.unwrap_model(self.value_head)
-        tokenizer, run = self.data.tokenizer, self.folder.run
-        self.folder.write_folder(
-            "final", lambda path: save_model_folder(model, tokenizer, path, value_head, run)
-        )
 
     def _finish(self) -> dict[str, Any]:
         ends = {"start": self.evaluation_at_start, "end": self._evaluated or self._evaluate()}

@@ -118,6 +118,13 @@ def test_a_killed_command_resumes_to_the_same_numbers(corpus, tmp_path):
     assert wmtp(*arguments(tmp_path / "whole")).exit_code == 0
     assert read_metrics(out) == read_metrics(tmp_path / "whole")
     assert len(read_metrics(out)) == 32
+    settings = json.loads((out / "settings.json").read_text())
+    assert (settings["save_every"], settings["algo"]) == (5, "critic-wmtp")
+    weights = out / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    again = wmtp(*arguments(out), "--resume")
+    assert again.exit_code == 1
+    assert "model.safetensors has changed since it was written" in " ".join(again.output.split())
 
 
 @pytest.mark.parametrize("missing", ["typer", "accelerate"])

@@ -266,3 +266,15 @@ def test_killed_at_any_step_and_resumed_ends_the_same_to_the_last_digit(algo, co
         weights = [(run / "final" / "model.safetensors").read_bytes() for run in (whole, killed)]
         assert weights[0] == weights[1]
         assert not list(killed.glob("*.tmp"))
+
+
+def test_other_peoples_files_are_left_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    theirs = [tmp_path / "notes.tmp", folder.checkpoints.path / "step-mine.tmp"]
+    ours = [tmp_path / "result.json.tmp", folder.checkpoints.path / "step-6.tmp"]
+    ours.append(folder.checkpoints.path / "step-6.old.tmp")
+    for path in (*theirs, *ours):
+        path.mkdir(parents=True)
+    folder.remove_leftovers()
+    assert all(path.exists() for path in theirs)
+    assert not any(path.exists() for path in ours)

@@ -111,6 +111,7 @@ def train_run(
     """
     identity = run_identity(config, data)
     if resume and (finished := folder.result_of(identity)) is not None:
+        folder.check_final()
         return finished  # which takes no lock: the folder may be read-only
     is_main = PartialState().is_main_process
     with folder.locked() if is_main else contextlib.nullcontext():

@@ -61,12 +61,8 @@ def test_compare_trains_all_alike_once(corpus, tmp_path, children):
     whole = metrics.read_text()
     for damaged in (whole.replace('"stage"', '"scene"', 1), '{"step": 3}\n', ""):
         metrics.write_text(damaged)
-        refused = wmtp(*arguments)
-        assert refused.exit_code == 1
-        assert "metrics.jsonl is damaged: restore it, or delete" in unwrapped(refused.output)
-    (tmp_path / "runs/mtp-baseline/result.json").unlink()  # as it says
-    assert wmtp(*arguments).exit_code == 0
-    assert metrics.read_text() == whole
+        assert wmtp(*arguments).exit_code == 0
+        assert metrics.read_text() == whole
     assert wmtp(*arguments, "--steps", 7).exit_code == 1
 
 

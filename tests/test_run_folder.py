@@ -131,6 +131,36 @@ def test_another_runs_model_is_not_taken_for_the_reference(corpus, tmp_path):
     assert (final / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.parametrize("of", [".", "reference"])
+@pytest.mark.parametrize(
+    "damage", [lambda text: text + b"\xff\xfe\n", lambda text: text[:-9], lambda text: b"", None]
+)
+def test_the_metrics_of_a_finished_run_are_restored(of, damage, corpus, tmp_path, capsys):
+    def train():
+        config = TrainConfig(algo="rho1-wmtp", **{**tiny_runs.SMALL, "steps": 1})
+        train_run(config, tiny_runs.prepare(corpus), RunFolder(tmp_path), resume=True)
+
+    train()
+    metrics, result = tmp_path / of / METRICS, tmp_path / "result.json"
+    whole, ended = metrics.read_bytes(), result.read_bytes()
+
+    def spoil():
+        metrics.unlink() if damage is None else metrics.write_bytes(damage(whole))
+        if of == "reference":
+            result.unlink(missing_ok=True)
+
+    spoil()
+    train()
+    assert metrics.read_bytes() == whole
+    assert f"{METRICS} is not as the run ended with it: restored from" in capsys.readouterr().err
+    if of == ".":
+        assert result.read_bytes() == ended
+    shutil.rmtree(tmp_path / of / "checkpoints")
+    spoil()
+    with pytest.raises(RunError, match=r"metrics\.jsonl is not as .*: restore it, or delete"):
+        train()
+
+
 def test_metrics_that_are_a_folder_are_named(tmp_path):
     folder = finished(tmp_path, 2)
     (tmp_path / METRICS).unlink()

@@ -47,6 +47,38 @@ def test_somebody_elses_rule_is_right_everywhere(target, name, dtype, reduction)
     assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
 
 
+SPOILED = (0, 1, 0)  # a pair that counts
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.filterwarnings("ignore:.*has no twin")
+def test_a_logit_that_is_not_finite_surfaces_in_the_loss(target, name, value):
+    backend, device = target
+    ids = torch.randint(33, SHAPE[:2], device=device)
+    logits = torch.randn(SHAPE, device=device)
+    logits[SPOILED][(ids[0, 2] + 1) % 33] = value
+    for reduction in REDUCTIONS:
+        how = {"weighting": RULES[name], "reduction": reduction, "backend": backend}
+        leaf = logits.clone().requires_grad_()
+        found = fused_weighted_mtp_loss(leaf, ids, **how)
+        # "likely" makes the weight of a pair of infinite cross entropy 0, which counts for nothing.
+        counts = not (name == "likely" and value == float("inf"))
+        assert found.loss.isfinite() != counts
+        assert not found.ce_per_head[SPOILED].isfinite()
+        (gradient,) = torch.autograd.grad(found.loss, leaf)
+        assert gradient[SPOILED].isnan().any() == counts
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_and_so_does_one_of_the_hidden_states(name):
+    hidden, weight, ids = torch.randn(*SHAPE[:3], 5), torch.randn(11, 5), torch.randint(11, (2, 7))
+    hidden[SPOILED][2] = float("nan")
+    for reduction in REDUCTIONS:
+        how = {"weighting": RULES[name], "reduction": reduction}
+        assert fused_linear_weighted_mtp_loss(hidden, weight, ids, **how).loss.isnan()
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", RULES)
 def test_and_in_the_linear_loss(name, reduction):

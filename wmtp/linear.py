@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks, reference
-from wmtp.arguments import check_call, chosen_weighting, in_one_pass, local_call, loss_inputs
+from wmtp.arguments import (
+    check_call,
+    chosen_weighting,
+    in_one_pass,
+    local_call,
+    loss_inputs,
+)
 from wmtp.backends import choose_backend
 from wmtp.labels import has_target
 from wmtp.ops.linear import linear_loss
@@ -17,7 +23,7 @@ from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 from wmtp.sharded import gathered, local_parts
 from wmtp.transforms import refuse_transforms
-from wmtp.weightings import Given, Uniform, Weighting
+from wmtp.weightings import Uniform, Weighting
 from wmtp.weightings.base import as_tensor
 
 
@@ -159,8 +165,7 @@ def fused_linear_weighted_mtp_loss(
     if not in_one_pass(rule, reduction, normalizer, dtype):
         with torch.no_grad():
             ce = call(Uniform(), "sum", [False] * 3).ce
-        valid = has_target(target_ids, hidden.shape[2], ignore_index)
-        rule = Given(reference.weights_of(rule, ce, valid))
+        rule = reference.formed(rule, ce, target_ids, ignore_index)
     return MTPLoss(*call(rule, reduction, _wanted(hidden, weight, bias))[:3])
 
 

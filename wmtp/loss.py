@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from wmtp import checks, reference
-from wmtp.arguments import check_call, chosen_weighting, in_one_pass, local_call, loss_inputs
+from wmtp.arguments import (
+    check_call,
+    chosen_weighting,
+    in_one_pass,
+    local_call,
+    loss_inputs,
+)
 from wmtp.backends import choose_backend, fuses
 from wmtp.inplace import check_inplace
 from wmtp.kinds import check_flag
-from wmtp.labels import has_target
 from wmtp.layout import one_tensor
 from wmtp.ops.loss import weighted_loss
 from wmtp.records import Inputs, Settings
@@ -18,7 +23,7 @@ from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
 from wmtp.sharded import local_parts
 from wmtp.transforms import refuse_transforms
-from wmtp.weightings import Excess, Given, Uniform, Weighting
+from wmtp.weightings import Excess, Uniform, Weighting
 from wmtp.weightings.base import as_tensor
 
 
@@ -158,8 +163,7 @@ def fused_weighted_mtp_loss(
         ce = mtp_cross_entropy(
             _detached(logits), target_ids, ignore_index=ignore_index, backend=backend
         )
-        valid = has_target(target_ids, seen.shape[2], ignore_index)
-        rule = Given(reference.weights_of(rule, ce, valid).detach())
+        rule = reference.formed(rule, ce, target_ids, ignore_index)
         key = rule.key()
     check_inplace(inplace, heads)
     inputs = Inputs(

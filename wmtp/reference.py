@@ -137,6 +137,18 @@ def weights_of(rule: Weighting, ce: Tensor, valid: Tensor) -> Tensor:
     return rule.weights(ce.detach(), valid, **needs)
 
 
+@torch.no_grad()
+def formed(rule: Weighting, ce: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Given:
+    """A rule's weights of cross entropies [B, S, H] that another pass made, for the pass to come.
+
+    NaN and inf of the logits reach the loss by their cross entropies; the weights that follow from
+    these would be refused as if the caller had given them, and are 1.
+    """
+    weights = weights_of(rule, ce, has_target(target_ids, ce.shape[2], ignore_index))
+    spoiled = ~ce.isfinite().all(-1, keepdim=True) & ~weights.isfinite()
+    return Given(weights.masked_fill(spoiled, 1.0))
+
+
 def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
     """ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target_ids[b, t + k + 1]].
 

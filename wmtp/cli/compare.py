@@ -13,14 +13,13 @@ from wmtp.cli import options
 from wmtp.cli.child import run_child
 from wmtp.cli.console import console, errors_shown
 from wmtp.cli.stopping import STATUSES, own_command
-from wmtp.cli.train import run_identity, run_name
+from wmtp.cli.train import check_finished, run_identity, run_name
 from wmtp.data.prepare import DEFAULT_VOCABULARY
 from wmtp.files import FREE, write_text, writing
 from wmtp.registry import trainer_registry
-from wmtp.trainers import ConfigError, RunError, RunFolder, find_trainer
+from wmtp.trainers import ConfigError, RunFolder, find_trainer
 from wmtp.trainers.evaluation import Evaluation
 from wmtp.trainers.reference_model import find_reference
-from wmtp.trainers.run_folder import METRICS
 from wmtp.trainers.settings import parse_settings, setting_names
 
 EVALUATIONS = 4  # in training, unless --eval-every says otherwise
@@ -75,7 +74,8 @@ def compare(
             if folder.result_of(run_identity(asked, prepared)) is None:
                 options_of_run = {**shared, **given, "ref": references[name], "out": folder.path}
                 _train(name, tiny, sets[name], options_of_run)
-        runs = {name: _curve(folder) for name, folder in folders.items()}
+            check_finished(folder)
+        runs = {name: folder.read_metrics() for name, folder in folders.items()}
         results = {name: folder.result() for name, folder in folders.items()}
         results |= _next_token(folder for name, folder in folders.items() if not references[name])
         console.print(_table(results))
@@ -115,22 +115,6 @@ def _evaluations(tiny: bool, config: Path | None, given: dict[str, Any]) -> dict
     asked = options.make_config("mtp-baseline", tiny=tiny, config_file=config, **given)
     said = "eval_every" in given or "eval_every" in options.read_config(config)
     return {} if said else {"eval_every": max(1, asked.steps // EVALUATIONS)}
-
-
-def _curve(folder: RunFolder) -> list[dict[str, Any]]:
-    """The records of a finished run.
-
-    Raises:
-        RunError: some are lost.
-    """
-    records = folder.read_metrics()
-    steps = [record["step"] for record in records if {"stage", "loss", "ce_head_0"} <= set(record)]
-    if not steps or steps != list(range(1, len(records) + 1)):
-        raise RunError(
-            f"{folder.path / METRICS} is damaged: restore it, or delete "
-            f"{folder.path / 'result.json'} and repeat the command: no step is trained again"
-        )
-    return records
 
 
 def _next_token(folders: Iterable[RunFolder]) -> dict[str, Any]:

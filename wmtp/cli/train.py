@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -109,11 +110,10 @@ def train_run(
         ConfigError, DataError, FileError, RunError, NonFiniteError: what the user can mend.
         StoppedError: `stop_asked` said so.
     """
-    identity = run_identity(config, data)
+    identity, is_main = run_identity(config, data), PartialState().is_main_process
     if resume and (finished := folder.result_of(identity)) is not None:
-        folder.check_final()
+        check_finished(folder, restore=is_main)
         return finished  # which takes no lock: the folder may be read-only
-    is_main = PartialState().is_main_process
     with folder.locked() if is_main else contextlib.nullcontext():
         with PartialState().main_process_first():
             if is_main:
@@ -132,6 +132,17 @@ def _train_locked(
     trainer.setup()
     with progress(folder.path.name, trainer.total_steps, trainer.step) as show:
         return trainer.run(show, stop_asked)
+
+
+def check_finished(folder: RunFolder, *, restore: bool = True) -> None:
+    """Of a finished run, the model and, with `restore`, the metrics, which a checkpoint has, too.
+
+    Raises:
+        RunError: they are not as the run ended with them.
+    """
+    folder.check_final()
+    if restore and (restored := folder.restore_metrics()) is not None:
+        print(restored, file=sys.stderr)
 
 
 def run_name(algo: str) -> str:
@@ -162,7 +173,6 @@ def _reference(
         console.print(f"using the reference model in {reference_folder.path}", highlight=False)
     small = replace(config, algo="mtp-baseline", settings={}, horizon=1)
     train_run(small, data, reference_folder, resume=True, stop_asked=stop_asked)
-    reference_folder.check_final()
     return load_reference(reference_folder.path, data.tokenizer, config.seq_len)
 
 

@@ -386,6 +386,6 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         )
         if self.accelerator.is_main_process:
             self._save_final_checkpoint()
-            self.folder.write_result(result)
+            self.folder.write_result(result, self.step)
         self.accelerator.wait_for_everyone()
         return result

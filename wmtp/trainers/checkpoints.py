@@ -37,9 +37,9 @@ class Checkpoints:
         """
         complaints: list[str] = []
         for step in reversed(self.steps()):
-            wrong = _what_is_wrong(self._named(step), step, run)
+            wrong = _what_is_wrong(self.named(step), step, run)
             if wrong is None:
-                return (step, self._named(step)), complaints
+                return (step, self.named(step)), complaints
             complaints.append(wrong)
         if complaints:
             raise RunError(
@@ -66,7 +66,7 @@ class Checkpoints:
     def commit(self, step: int, run: str = "") -> None:
         """Write the digests of `in_progress`, whose it is, and give it its name, in place of what
         has it."""
-        temporary, final = self.in_progress(step), self._named(step)
+        temporary, final = self.in_progress(step), self.named(step)
         write_digests(temporary, run=run, step=step)
         if os.path.lexists(final):
             discard(final)
@@ -76,14 +76,13 @@ class Checkpoints:
         """All but the last `keep_last` that are finished, of those up to a step: a later one is
         none that the run has gone on from, and must not outlast those."""
         finished = [
-            step
-            for step in self.steps()
-            if step <= upto and (self._named(step) / DIGESTS).is_file()
+            step for step in self.steps() if step <= upto and (self.named(step) / DIGESTS).is_file()
         ]
         for step in finished[:-keep_last]:
-            discard(self._named(step))
+            discard(self.named(step))
 
-    def _named(self, step: int) -> Path:
+    def named(self, step: int) -> Path:
+        """Where the one after `step` is."""
         return self.path / f"step-{step}"
 
 

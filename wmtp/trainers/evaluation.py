@@ -125,8 +125,10 @@ def what_lacks(result: dict[str, Any]) -> str | None:
             return f"{name}.ce_per_head"
         if not _is_number(evaluation.get("next_token_accuracy")):
             return f"{name}.next_token_accuracy"
-    names = ("tokens_per_s", "peak_memory_bytes")
-    return next((name for name in names if not _is_number(result.get(name))), None)
+    for name in ("tokens_per_s", "peak_memory_bytes"):
+        if not _is_number(result.get(name)):
+            return name
+    return None if isinstance(result.get("metrics"), str) else "metrics"
 
 
 def _is_number(value: Any) -> bool:

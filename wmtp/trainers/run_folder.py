@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from wmtp.digests import read_digests, what_is_wrong
-from wmtp.files import FREE, TEMPORARY, read_json, remove, rename_folder, write_text, writing
+from wmtp.files import (
+    FREE,
+    TEMPORARY,
+    digest_of,
+    read_json,
+    remove,
+    rename_folder,
+    write_text,
+    writing,
+)
 from wmtp.trainers.checkpoints import Checkpoints
 from wmtp.trainers.errors import RunError
 from wmtp.trainers.evaluation import what_lacks
@@ -118,8 +127,11 @@ class RunFolder:
             )
         return result
 
-    def write_result(self, result: dict[str, Any]) -> None:
-        """Finish the run."""
+    def write_result(self, result: dict[str, Any], steps: int) -> None:
+        """Finish the run, whose metrics become those that its last checkpoint was saved with; the
+        result gets their digest."""
+        self.cut_metrics_back((steps, self.checkpoints.named(steps)))
+        result["metrics"] = digest_of(self._metrics_path)
         with writing(self.path / "result.json", FREE_SPACE):
             write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
@@ -138,6 +150,29 @@ class RunFolder:
                 f"{final} is not as it was written ({wrong}): restore it, or delete "
                 f"{self.path / 'result.json'} to have it written again"
             )
+
+    def restore_metrics(self) -> str | None:
+        """Make a finished run's metrics those that it ended with, from a checkpoint that has them.
+
+        Returns:
+            What was wrong with them, and what has them.
+
+        Raises:
+            RunError: there is no such checkpoint.
+        """
+        digest = (self.result() or {}).get("metrics")
+        if self._metrics_path.is_file() and digest_of(self._metrics_path) == digest:
+            return None
+        wrong = f"{self._metrics_path} is not as the run ended with it"
+        for copy in self.checkpoints.path.glob(f"step-*/{METRICS}"):
+            if digest_of(copy) == digest:
+                with writing(self._metrics_path, FREE_SPACE):
+                    write_text(self._metrics_path, copy.read_text(encoding="utf-8"))
+                return f"{wrong}: restored from {copy.parent}"
+        raise RunError(
+            f"{wrong}: restore it, or delete {self.path / 'result.json'} and continue with "
+            "--resume: from the last checkpoint, or from the start without one"
+        )
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Add one step's line."""

@@ -9,7 +9,7 @@ of Triton's launcher (backends/nvidia/driver.c of 3.9), through the CUDA driver 
 
     parameters    those of the kernel that are no constexprs, in order; then two pointers to scratch
                   memory (global, profile), null where the metadata give it a size of 0, as here.
-                  The PTX shows both: register_kernel has 22 parameters, and 24 once compiled
+                  The PTX shows both: register_kernel has 28 parameters, and 30 once compiled
     grid          programs x num_ctas, 1, 1: Triton counts clusters, the driver blocks
     attributes    the cluster's size, and that clusters spread over the SMs; 16 blocks a cluster,
                   more than every card must schedule, need a permission of the function's

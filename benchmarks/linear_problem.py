@@ -129,4 +129,4 @@ def plan_of(shape: Shape, dim: int, dtype: torch.dtype, chunk_bytes: int | None 
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     hidden, weight = empty((*shape[:3], dim)), empty((shape[3], dim))
     widest = torch.promote_types(dtype, torch.float32)
-    return Linear(hidden, weight, None, dtype, widest, chunk_bytes, "auto")
+    return Linear(hidden, weight, None, dtype, widest, chunk_bytes, "auto", max(shape[1] - 1, 0))

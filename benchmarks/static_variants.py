@@ -151,6 +151,7 @@ def _loss_variant(
     constants = modules["tiers"].constants(launch, heads, rows, rule is not None)
     constants |= {"H": heads, "RULE": rule, "COMPARES": rule is not None, "IN_PHASE": True}
     constants |= {"LISTED": False, "GRAD_LISTED": False, "BLOCK": launch.block}
+    constants |= {"MULTIPLIED": False, "BY_HEAD": False}
     name, kernel = "register", modules["register_kernel"].register_kernel
     if launch.tier != "online":
         constants["SUMS_TO_ONE"] = rule is not None
@@ -169,15 +170,18 @@ def _further(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
         yield from _split(modules, variant)
     if not (gradient and of_four):
         return
+    online = variant.launch.tier == "online"
     more: dict[str, dict[str, Any]] = {
         "listed": {"LISTED": True, "GRAD_LISTED": True},
         "out of phase": {"IN_PHASE": False},
         "signed": {"RULE": SIGNED},
+        "by head": {"BY_HEAD": True},
+        "multiplied": {"MULTIPLIED": True} | ({} if online else {"SUMS_TO_ONE": False}),
     }
     if "shared" in variant.name:
         del more["listed"]
     if constants["RULE"] is None:
-        del more["signed"]
+        del more["signed"], more["multiplied"]
     for name, changed in more.items():
         yield variant._replace(name=f"{variant.name} {name}", constants=constants | changed)
 
@@ -228,11 +232,18 @@ def _small_variants(modules: dict[str, Any], machine: Any, heads: int) -> Iterat
     tokens: dict[str, Any] = {"H": heads, "TOKENS": weights.tokens_a_step(heads)}
     kernel = weights.weights_kernel
     for kind in ("ONES", "GIVEN", "LATER"):
-        of_kind: dict[str, Any] = {"WEIGHTS": getattr(weights, kind).value, **tokens}
-        for reduction, code in weights.REDUCTIONS.items():
-            name = f"weights {kind.lower()} {reduction}"
-            yield Variant(name, "fp32", 0, kernel, of_kind | {"REDUCTION": code.value}, alone)
-        yield Variant(f"finish {kind.lower()}", "fp32", 0, weights.finish_kernel, of_kind, alone)
+        for by_head in (False, True):
+            of_kind: dict[str, Any] = {"WEIGHTS": getattr(weights, kind).value, **tokens}
+            of_kind["BY_HEAD"] = by_head
+            suffix = " by head" * by_head
+            for reduction, code in weights.REDUCTIONS.items():
+                if by_head and reduction != "sum":
+                    continue
+                name, constants = f"weights {kind.lower()} {reduction}{suffix}", dict(of_kind)
+                constants["REDUCTION"] = code.value
+                yield Variant(name, "fp32", 0, kernel, constants, alone)
+            name = f"finish {kind.lower()}{suffix}"
+            yield Variant(name, "fp32", 0, weights.finish_kernel, of_kind, alone)
     scale = modules["scale_kernel"].scale_kernel
     for dtype, itemsize in ITEMSIZE.items():
         block = {"BLOCK": modules["scale_kernel"].BLOCK_BYTES // itemsize}

@@ -155,7 +155,7 @@ def _forced(tier: str) -> Iterator[None]:
 def measure_chunk(tier: str, gradient: bool, vocabulary: int) -> Moved:
     """What the linear op's kernel does with a chunk of bf16 logits."""
     logits = torch.randn(24, vocabulary).bfloat16()
-    target_ids = torch.randint(vocabulary, (25,))
+    target_ids = torch.randint(vocabulary, (24,))
     row_scalar = torch.rand(24) if gradient else None
     traffic = Traffic(logits=logits)
     with _forced(tier), traffic.counted():

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 
-from wmtp import backends, fused_weighted_mtp_loss
+from wmtp import fused_weighted_mtp_loss, once
 from wmtp.backends import choose_backend
 
 LOGITS, IDS = torch.randn(1, 6, 2, 11), torch.randint(11, (1, 6))
@@ -34,7 +34,7 @@ def test_triton_refuses_float64():
 @pytest.fixture
 def no_cpu_kernel(monkeypatch):
     monkeypatch.setattr("wmtp.backends.cpu.unavailable", lambda: "not built: install a compiler")
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(once, "_said", set())
 
 
 @pytest.mark.usefixtures("no_cpu_kernel")

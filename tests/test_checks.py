@@ -32,9 +32,9 @@ BAD_CALLS = {
     "targets not integer": (dict(target_ids=IDS.float()), TypeError, "integers, got torch.float32"),
     "bool targets": (dict(target_ids=IDS.bool()), TypeError, "integers, got torch.bool"),
     "shifted targets": (
-        dict(target_ids=IDS[..., None].expand(2, 8, 4)),
+        dict(target_ids=IDS[..., None].expand(2, 8, 5)),
         ValueError,
-        r"target_ids must be \[B, S\] = \(2, 8\), got \(2, 8, 4\): pass unshifted ids",
+        r"target_ids must be \[B, S, H\] = \(2, 8, 4\), got \(2, 8, 5\): a target for each",
     ),
     "targets of another length": (dict(target_ids=IDS[:, 1:]), ValueError, r"got \(2, 7\)"),
     "weights of another shape": (
@@ -47,7 +47,7 @@ BAD_CALLS = {
     "ref_ce of length S": (
         dict(ref_ce=torch.zeros(2, 8)),
         ValueError,
-        r"ref_ce must be \[B, S-1\] = \(2, 7\), got \(2, 8\)",
+        r"ref_ce must be \[B, T-1\] = \(2, 7\), got \(2, 8\)",
     ),
     "integer ref_ce": (dict(ref_ce=REF_CE.long()), TypeError, "ref_ce must be floating point"),
     "ref_logits of rank 4": (dict(ref_logits=LOGITS), ValueError, r"ref_logits must be \[B, S, V"),
@@ -73,10 +73,14 @@ BAD_CALLS = {
     "unknown reduction": (
         dict(reduction="mean"),
         ValueError,
-        "reduction must be one of 'token_mean', 'weight_mean', 'sum', got 'mean'",
+        "reduction must be one of 'token_mean', 'weight_mean', .*'head_mean', 'sum', got 'mean'",
     ),
     "normalizer 0": (dict(normalizer=0), ValueError, "normalizer must be .*> 0, got 0"),
-    "normalizer of rank 1": (dict(normalizer=torch.ones(2)), ValueError, "normalizer .*0-d"),
+    "normalizer of rank 1": (
+        dict(normalizer=torch.ones(2)),
+        ValueError,
+        r"normalizer \[H\] goes with",
+    ),
     "another horizon": (
         dict(horizon=3),
         ValueError,
@@ -138,12 +142,12 @@ def test_any_integer_target_dtype(dtype, backend):
         (
             lambda: next_token_cross_entropy(LOGITS[:, :, 0], IDS + 11),
             IndexError,
-            r"target_ids\[0, 1\] is 11, outside \[0, 11\)",
+            r"target_ids asks head 0 at \[0, 0\] for 11, outside \[0, 11\)",
         ),
         (
             lambda: excess_head_weights(WEIGHTS, WEIGHTS[..., 0], IDS),
             ValueError,
-            r"ref_ce must be \[B, S-1\] = \(2, 7\)",
+            r"ref_ce must be \[B, T-1\] = \(2, 7\)",
         ),
         (
             lambda: excess_head_weights(WEIGHTS[0], REF_CE, IDS),
@@ -161,7 +165,11 @@ def test_any_integer_target_dtype(dtype, backend):
         (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 0), ValueError, "horizon must be .* >= 1"),
         (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 4, 1.5), ValueError, "discount must be in"),
         (lambda: td_head_weights(WEIGHTS[..., 0], IDS, 4, 0.9, -1), ValueError, "temperature"),
-        (lambda: td_head_weights(WEIGHTS[..., 0], IDS[:1], 4), ValueError, "unshifted ids"),
+        (
+            lambda: td_head_weights(WEIGHTS[..., 0], IDS[:1], 4),
+            ValueError,
+            r"target_ids must be \[B, T >= S\]",
+        ),
     ],
 )
 def test_bad_arguments_of_the_other_functions(call, error, message):
@@ -216,14 +224,14 @@ BAD_LINEAR_CALLS = {
     "half a byte": (dict(chunk_bytes=0.5), ValueError, "chunk_bytes must be .*got 0.5"),
     "chunk_bytes=True": (dict(chunk_bytes=True), ValueError, "chunk_bytes must be .*got True"),
     "shifted targets": (
-        dict(target_ids=IDS[..., None].expand(2, 8, 4)),
+        dict(target_ids=IDS[..., None].expand(2, 8, 5)),
         ValueError,
-        r"target_ids must be \[B, S\] = \(2, 8\), got \(2, 8, 4\)",
+        r"target_ids must be \[B, S, H\] = \(2, 8, \d\), got \(2, 8, 5\)",
     ),
     "a target outside": (
         dict(target_ids=IDS + 11),
         IndexError,
-        r"target_ids\[0, 1\] is 11, outside \[0, 11\)",
+        r"target_ids asks head 0 at \[0, 0\] for 11, outside \[0, 11\)",
     ),
     "unknown backend": (dict(backend="cuda"), ValueError, "backend must be one of"),
 }
@@ -248,7 +256,7 @@ BAD_LINEAR_LOSSES = {
         ValueError,
         "head_weights and ref_ce exclude each other",
     ),
-    "ref_ce of length S": (dict(ref_ce=torch.zeros(2, 8)), ValueError, r"ref_ce must be \[B, S-1"),
+    "ref_ce of length S": (dict(ref_ce=torch.zeros(2, 8)), ValueError, r"ref_ce must be \[B, T-1"),
     "temperature 0": (dict(temperature=0), ValueError, "temperature must be"),
     "unknown excess": (dict(excess="relu"), ValueError, "excess must be one of"),
     "unknown reduction": (dict(reduction="mean"), ValueError, "reduction must be one of"),

@@ -251,12 +251,12 @@ def test_target_outside_the_vocabulary(bad):
     target_ids[0, 0] = bad  # nobody predicts it
     row_scalar = cpu_loss(logits, target_ids).row_scalar
     target_ids[1, 3] = target_ids[1, 5] = bad
-    message = rf"target_ids\[1, 3\] is {bad}, outside \[0, 100\)"
+    message = rf"target_ids asks head \d at \[1, \d\] for {bad}, outside \[0, 100\)"
     for call in (
         partial(cpu_loss, logits, target_ids),
         partial(cpu_loss, logits, target_ids, gradient="inplace"),
         partial(cpu_gradient, logits, target_ids, row_scalar),
-        partial(cpu.next_token_ce, logits[:, :, 0], target_ids, IGNORE_INDEX),
+        partial(cpu.next_token_ce, logits[:, :, 0], target_ids[:, 1:], IGNORE_INDEX),
     ):
         with pytest.raises(IndexError, match=message):
             call()
@@ -293,5 +293,5 @@ def test_empty_and_short(B, S):
         assert not any(map(torch.count_nonzero, (*out[:7], out.grad)))
     grad = cpu_gradient(case.logits, case.target_ids, out.row_scalar)
     torch.testing.assert_close(grad, out.grad)
-    ref_ce = cpu.next_token_ce(case.logits[:, :, 0], case.target_ids, IGNORE_INDEX)
+    ref_ce = cpu.next_token_ce(case.logits[:, :, 0], case.target_ids[:, 1:], IGNORE_INDEX)[:, :-1]
     assert ref_ce.shape == (B, max(S - 1, 0))

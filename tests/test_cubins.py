@@ -22,6 +22,8 @@ def cubin(folder, number, symbol="register_kernel", **constants):
         "GRAD_LISTED": False,
         "IN_PHASE": True,
         "CLUSTER": False,
+        "MULTIPLIED": False,
+        "BY_HEAD": False,
         "SUMS_TO_ONE": False,
         "BLOCK": 1024,
         **constants,

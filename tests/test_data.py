@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from support.tiny_runs import VOCABULARY, prepare, write_corpus, write_rewarded_corpus
 from wmtp.data import DataError, Document, find_corpus, prepare_data
+from wmtp.data.batches import Rows
 from wmtp.data.tokenizer import END_OF_TEXT, train_tokenizer
 from wmtp.trainers.identity import differences
 
@@ -182,7 +183,7 @@ def test_a_written_out_marker_is_text(tmp_path):
     data = prepare(tmp_path)
     end = data.tokenizer.token_to_id(END_OF_TEXT)
     for half in (data.train, data.validation):
-        ids = half.batch(0, batch_size=1, seq_len=len(half), seed=0)["input_ids"][0].tolist()
+        ids = half.batch(0, batch_size=1, rows=Rows(len(half)), seed=0)["input_ids"][0].tolist()
         assert ids.index(end) == len(ids) - 1
         assert END_OF_TEXT in data.tokenizer.decode(ids[:-1])
 
@@ -195,7 +196,7 @@ def test_a_tokenizer_whose_ids_have_holes(corpus, tmp_path):
     tokenizer.save(str(file))
     train = prepare_data(find_corpus(corpus), tokenizer_file=file).train
     assert train.vocab_size == 100_000
-    ids = train.batch(0, batch_size=1, seq_len=len(train), seed=0)["input_ids"]
+    ids = train.batch(0, batch_size=1, rows=Rows(len(train)), seed=0)["input_ids"]
     assert set(ids.unique().tolist()) == {0, 3, 7, 70_000, 99_999}
 
 
@@ -212,7 +213,7 @@ def test_tokens_on_disk_are_the_documents_with_an_end_each(corpus):
     end = data.tokenizer.token_to_id(END_OF_TEXT)
     (document,) = find_corpus(corpus).split()[1]
     count = len(data.validation)
-    ids = data.validation.batch(0, batch_size=1, seq_len=count, seed=0)["input_ids"][0].tolist()
+    ids = data.validation.batch(0, batch_size=1, rows=Rows(count), seed=0)["input_ids"][0].tolist()
     assert ids == [*data.tokenizer.encode(document.text).ids, end]
     file = next(corpus.parent.glob("cache/tokens-*/validation/tokens.bin"))
     assert file.stat().st_size == 2 * count
@@ -275,7 +276,7 @@ def test_unusable_tokenizers(corpus, tmp_path):
 def test_batches_are_a_function_of_seed_stream_and_step(corpus, step, seed, stream):
     def draw(**change):
         place = {"step": step, "seed": seed, "stream": stream, **change}
-        return prepare(corpus).train.batch(batch_size=4, seq_len=8, **place)
+        return prepare(corpus).train.batch(batch_size=4, rows=Rows(8), **place)
 
     batch = draw()
     assert batch["input_ids"].dtype == torch.int64
@@ -294,7 +295,7 @@ def test_every_token_is_seen_once_an_epoch_in_an_order_of_its_own(rewarded, tmp_
     write = write_rewarded_corpus if rewarded else write_corpus
     train = prepare(write(tmp_path / "text")).train
     rows = len(train.rewards) if rewarded else -(-len(train) // 16)
-    how = {"batch_size": 3, "seq_len": 16, "seed": 5}
+    how = {"batch_size": 3, "rows": Rows(16), "seed": 5}
     batches = [train.batch(step, **how) for step in range(2 * rows)]  # six epochs
     drawn = torch.cat([batch["sequence_ids"] for batch in batches]).view(6, rows)
     for epoch in drawn:
@@ -308,7 +309,7 @@ def test_every_token_is_seen_once_an_epoch_in_an_order_of_its_own(rewarded, tmp_
 def test_rewarded_rows_are_documents_cut_or_padded(tmp_path):
     data = prepare(write_rewarded_corpus(tmp_path / "text"))
     for seq_len in (4, 40):
-        batch = data.train.batch(0, batch_size=16, seq_len=seq_len, seed=0)
+        batch = data.train.batch(0, batch_size=16, rows=Rows(seq_len), seed=0)
         assert batch["input_ids"].shape == batch["target_ids"].shape == (16, seq_len)
         padded = batch["target_ids"] == -100
         assert torch.equal(batch["input_ids"][~padded], batch["target_ids"][~padded])
@@ -323,23 +324,23 @@ def test_rewarded_rows_are_documents_cut_or_padded(tmp_path):
 
 def test_evaluation_covers_the_file_evenly_and_repeatably(corpus):
     data = prepare(corpus).train
-    batches = data.evaluation_batches(3, batch_size=2, seq_len=8)
+    batches = data.evaluation_batches(3, batch_size=2, rows=Rows(8))
     starts = torch.cat([batch["sequence_ids"] for batch in batches]).tolist()
     assert starts[0] == 0
     assert starts[-1] == (len(data) - 1) // 8
     assert len(starts) == 6
-    again = data.evaluation_batches(3, batch_size=2, seq_len=8)
+    again = data.evaluation_batches(3, batch_size=2, rows=Rows(8))
     assert all(
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True)
     )
-    few = data.evaluation_batches(100, batch_size=2, seq_len=len(data))
+    few = data.evaluation_batches(100, batch_size=2, rows=Rows(len(data)))
     assert [len(batch["input_ids"]) for batch in few] == [1]
 
 
 def test_too_little_text(corpus):
     data = prepare(corpus).validation
     with pytest.raises(DataError, match=r"fewer than one sequence of 5000.*--seq-len"):
-        data.batch(0, batch_size=1, seq_len=5000, seed=0)
+        data.batch(0, batch_size=1, rows=Rows(5000), seed=0)
 
 
 @pytest.mark.parametrize("content", [b"{oops", b'{"model": 3}', b"\xff\xfe", b"[]"])

@@ -1,18 +1,57 @@
-"""The code in the documents runs."""
-
-import re
-from pathlib import Path
+"""Where documents begin, as other libraries say it."""
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[1]
+from wmtp import (
+    documents_from_cu_seqlens,
+    documents_from_position_ids,
+    fused_weighted_mtp_loss,
+)
 
 
-@pytest.mark.filterwarnings("ignore:Likely has no twin")
-def test_a_rule_of_your_own_as_contributing_has_it():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    assert len(code.splitlines()) <= 25
-    names = {"__name__": "of_a_document"}
-    exec(code, names)
-    # Five tokens, all as likely: three pairs of log 5 nats, each of weight 1/5.
-    assert names["loss"].item() == pytest.approx(3 * 1.6094 / 5, rel=1e-4)
+def test_positions_that_begin_anew():
+    positions = torch.tensor([[0, 1, 2, 0, 1], [5, 6, 0, 0, 1]])
+    assert documents_from_position_ids(positions).tolist() == [[0, 0, 0, 1, 1], [0, 0, 1, 2, 2]]
+    assert documents_from_position_ids(torch.zeros(2, 0, dtype=torch.int32)).shape == (2, 0)
+
+
+def test_sums_of_lengths():
+    cu_seqlens = torch.tensor([0, 2, 2, 5], dtype=torch.int32)  # the second is empty
+    assert documents_from_cu_seqlens(cu_seqlens).tolist() == [[0, 0, 2, 2, 2]]
+    assert documents_from_cu_seqlens(cu_seqlens, 7).tolist() == [[0, 0, 2, 2, 2, 3, 3]]
+
+
+def test_both_say_the_same_and_cut_the_same_pairs():
+    lengths = [16, 16]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    by_positions = documents_from_position_ids(positions)
+    by_sums = documents_from_cu_seqlens(torch.tensor([0, 16, 32]))
+    assert torch.equal(by_positions, by_sums)
+    logits, ids = torch.randn(1, 32, 4, 9), torch.randint(9, (1, 32))
+    packed = fused_weighted_mtp_loss(logits, ids, document_ids=by_sums)
+    apart = fused_weighted_mtp_loss(logits.view(2, 16, 4, 9), ids.view(2, 16))
+    assert torch.equal(packed.ce_per_head.view(2, 16, 4), apart.ce_per_head)
+    torch.testing.assert_close(packed.loss, apart.loss)
+    across = (fused_weighted_mtp_loss(logits, ids).ce_per_head != 0) & (packed.ce_per_head == 0)
+    assert across.sum() == 10  # 1 + 2 + 3 + 4 pairs predict across the border
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (torch.zeros(3).long(), ValueError, r"position_ids must be \[B, T\], got \(3,\)"),
+        (torch.zeros(1, 3), TypeError, "position_ids must hold integers"),
+    ],
+)
+def test_bad_positions(bad, error, message):
+    with pytest.raises(error, match=message):
+        documents_from_position_ids(bad)
+
+
+@pytest.mark.parametrize(
+    ("bad", "length"), [([1, 3], None), ([0, 3, 2], None), ([0, 3], 2), ([[0, 3]], None)]
+)
+def test_bad_sums(bad, length):
+    with pytest.raises(ValueError, match="cu_seqlens must"):
+        documents_from_cu_seqlens(torch.tensor(bad), length)

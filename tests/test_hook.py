@@ -7,7 +7,8 @@ import torch
 
 from support.tiny_runs import make_trainer
 from wmtp.data import Batch
-from wmtp.trainers import WeightsError
+from wmtp.data.batches import Rows
+from wmtp.trainers import TrainConfig, WeightsError
 from wmtp.trainers.hook import what_weighs_nothing
 from wmtp.weightings import Excess, Given
 
@@ -63,9 +64,9 @@ def test_what_is_no_weighting_is_named_with_step_and_algorithm(
 @pytest.mark.parametrize(
     ("excess", "message"),
     [
-        (Excess(torch.zeros(2, 16)), r"ref_ce must be \[B, S-1\]"),
-        (Excess(torch.zeros(2, 15), temperature=0), "temperature must be a finite number > 0"),
-        (Excess(torch.zeros(2, 15), excess="both"), "excess must be one of"),
+        (Excess(torch.zeros(2, 16)), r"ref_ce must be \[B, T-1\]"),
+        (Excess(torch.zeros(2, 18), temperature=0), "temperature must be a finite number > 0"),
+        (Excess(torch.zeros(2, 18), excess="both"), "excess must be one of"),
         (Excess(None), "Excess has nothing to compare with"),
     ],
 )
@@ -77,6 +78,7 @@ def test_an_excess_that_does_not_fit_is_named(excess, message, data, tmp_path, m
 def test_weights_where_there_is_no_target_may_be_anything(data, tmp_path, monkeypatch):
     weights = torch.ones(SHAPE)
     weights[:, -1] = float("nan")
+    monkeypatch.setattr(TrainConfig, "rows", property(lambda config: Rows(config.seq_len)))
     assert step_with(weights, data, tmp_path, monkeypatch)["loss"] > 0
 
 

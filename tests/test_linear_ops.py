@@ -5,6 +5,7 @@ import torch
 from test_linear import SOME, gradients, make_case
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from support.agreement import operator_call
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.arguments import loss_inputs
 from wmtp.records import LinearInputs, LinearSettings, flat
@@ -21,7 +22,7 @@ def arguments_of(leaves, options, dtype, wanted=(True, True, True), chunk_bytes=
         rule = Excess(ref_ce)
     inputs = LinearInputs(
         **dict(zip(("hidden", "weight", "bias"), leaves, strict=True)),
-        **loss_inputs(rule, options["target_ids"], None, torch.float32),
+        **loss_inputs(operator_call(leaves[0], options["target_ids"], rule), torch.float32),
     )
     settings = LinearSettings(
         rule=rule.key(),

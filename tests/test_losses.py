@@ -16,6 +16,7 @@ from support.tiny_runs import (
     train_in_processes,
 )
 from wmtp.backends import cpu
+from wmtp.data.batches import Rows
 from wmtp.ops import chunks
 from wmtp.trainers import TrainConfig, losses, reference_model
 from wmtp.trainers.config import LOSSES
@@ -75,7 +76,7 @@ def test_linear_never_holds_the_logits(algo, loss, data, tmp_path):
 
 def test_evaluation_holds_the_logits_of_one_head(data):
     model = small_model(data.train.vocab_size, horizon=3)
-    batches = data.validation.evaluation_batches(2, batch_size=2, seq_len=16)
+    batches = data.validation.evaluation_batches(2, batch_size=2, rows=Rows(16))
     largest = largest_allocation(lambda: evaluate(model, batches, torch.device("cpu")))
     assert largest == LOGITS_BYTES
 

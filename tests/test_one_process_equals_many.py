@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from support.tiny_runs import ALGORITHMS, differences, read_metrics, train_in_processes
+from wmtp.data.batches import Rows
 
 STEPS, BATCH = 20, 8
 
@@ -65,7 +66,7 @@ def test_some_process_had_no_target(padded_corpus):
 
     data = prepare(padded_corpus).train
     batches = [
-        data.batch(step, batch_size=4, seq_len=SMALL["seq_len"], seed=0) for step in range(STEPS)
+        data.batch(step, batch_size=4, rows=Rows(SMALL["seq_len"]), seed=0) for step in range(STEPS)
     ]
     targets = torch.stack([(batch["target_ids"][:, 1:] != -100).any(1) for batch in batches])
     assert not (targets[:, ::2].any(1) & targets[:, 1::2].any(1)).all()

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from support.agreement import make_case
+from support.agreement import make_case, operator_call
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.arguments import loss_inputs
 from wmtp.backends import cpu
@@ -26,8 +26,9 @@ def loss_arguments(weighting, backend, shape=(2, 4, 2, 9), reduction="token_mean
     rule = Uniform() if weights is None else Given(weights)
     if ref_ce is not None:
         rule = Excess(ref_ce)
-    inputs = loss_inputs(rule, case.target_ids, normalizer, torch.float32)
-    settings = {"reduction": reduction, "ignore_index": -100, "backend": backend}
+    call = operator_call(case.logits, case.target_ids, rule, reduction, normalizer)
+    inputs = loss_inputs(call, torch.float32)
+    settings = {"reduction": call.terms.reduction, "ignore_index": -100, "backend": backend}
     return Inputs(logits=[case.logits], **inputs), Settings(rule=rule.key(), **settings)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from support.tiny_runs import largest_allocation, make_trainer, small_model
 from wmtp import next_token_cross_entropy
+from wmtp.data.batches import Rows
 from wmtp.data.tokenizer import train_tokenizer
 from wmtp.ops import chunks
 from wmtp.registry import trainer_registry
@@ -74,7 +75,7 @@ def save_gpt2(data, folder, **changes):
 def test_a_hugging_face_folder_as_reference(data, tmp_path):
     fits = save_gpt2(data, tmp_path / "fits")
     model = load_reference(fits, data.tokenizer, 32)
-    ids = data.train.batch(0, batch_size=2, seq_len=16, seed=0)["input_ids"]
+    ids = data.train.batch(0, batch_size=2, rows=Rows(16), seed=0)["input_ids"]
     assert reference_ce(model, ids, ids).shape == (2, 15)
     for folder, seq_len, message in (
         (save_gpt2(data, tmp_path / "small", vocab_size=100), 16, r"knows 100 tokens.*--tokenizer"),

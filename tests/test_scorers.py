@@ -66,8 +66,8 @@ def test_settings_that_cannot_be(config, message):
 
 
 def test_shapes_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"ref_ce must be \[B, S-1\]"):
-        Rho1ExcessScorer().run({"base_ce": torch.zeros(1, 4, 2), "ref_ce": torch.zeros(1, 4)})
+    with pytest.raises(ValueError, match=r"ref_ce must be \[B, T-1\] = \(1, 3\), got \(1, 2\)"):
+        Rho1ExcessScorer().run({"base_ce": torch.zeros(1, 4, 2), "ref_ce": torch.zeros(1, 2)})
 
 
 @pytest.mark.parametrize("excess", ["abs", "signed"])

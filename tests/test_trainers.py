@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support.tiny_runs import ALGORITHMS, make_trainer, prepare, write_rewarded_corpus
-from wmtp.labels import has_target
+from wmtp.data.batches import Rows
+from wmtp.labels import Targets
 from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.reference import compute_weighted_mtp_loss, weights_of
 from wmtp.registry import trainer_registry
@@ -79,18 +80,23 @@ def test_gae_is_the_backward_recursion(seed, length, gamma, gae_lambda):
 
 def test_mask_ends_at_the_last_counted_token():
     target_ids = torch.tensor([[-100, 5, -100, 6, -100], [1, 2, 3, 4, 5], [-100] * 5])
-    assert token_mask(target_ids).int().tolist() == [[1, 1, 1, 1, 0], [1] * 5, [0] * 5]
+    assert token_mask(Targets(target_ids, 5, 2)).int().tolist() == [
+        [1, 1, 1, 1, 0],
+        [1] * 5,
+        [0] * 5,
+    ]
 
 
 def test_a_sequence_reward_sits_on_its_last_token():
     mask = torch.tensor([[True, True, False], [True, True, True]])
-    rewards = token_rewards(torch.zeros(2, 3, 2), mask, torch.tensor([5.0, -1.0]))
+    rewards = token_rewards(torch.zeros(2, 3, 2), mask, mask, torch.tensor([5.0, -1.0]))
     assert rewards.tolist() == [[0, 5, 0], [0, 0, -1]]
 
 
 def test_without_rewards_they_are_the_models_own_whitened_loss():
     ce = torch.tensor([[[1.0, 9.0], [3.0, 9.0], [0.0, 9.0]]])
-    rewards = token_rewards(ce, torch.ones(1, 3, dtype=torch.bool), None)
+    predicts = torch.tensor([[True, True, False]])
+    rewards = token_rewards(ce, torch.ones(1, 3, dtype=torch.bool), predicts, None)
     torch.testing.assert_close(rewards, torch.tensor([[1.0, -1.0, 0.0]]))
 
 
@@ -141,7 +147,7 @@ def test_impossible_settings(settings, message):
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
     trainer = make_trainer(algo, data, tmp_path, value_warmup_steps=0)
-    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    batch = data.train.batch(0, batch_size=2, rows=Rows(16), seed=0)
     with torch.no_grad():
         output = trainer.model(batch["input_ids"])
         weighting = trainer.compute_head_weights(batch, output)
@@ -149,8 +155,7 @@ def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
         expected = compute_weighted_mtp_loss(
             logits, batch["target_ids"], horizon=3, weighting=weighting
         )
-        valid = has_target(batch["target_ids"], 3)
-        weights = weights_of(weighting, expected.ce_per_head, valid)
+        weights = weights_of(weighting, expected.ce_per_head, trainer.targets(batch))
     again = compute_weighted_mtp_loss(logits, batch["target_ids"], weights, 3)
     record = trainer.train_step(batch)
     assert record["step"] == trainer.step == 1
@@ -167,7 +172,7 @@ def test_the_warm_up_trains_the_value_head_alone(data, tmp_path):
     model = [parameter.clone() for parameter in trainer.model.parameters()]
     head = [parameter.clone() for parameter in trainer.value_head.parameters()]
     for step in range(3):
-        batch = data.train.batch(step, batch_size=2, seq_len=16, seed=0, stream=1)
+        batch = data.train.batch(step, batch_size=2, rows=Rows(16), seed=0, stream=1)
         record = trainer.train_step(batch)
         assert record["stage"] == "value_warmup"
         assert record["loss"] == record["value_loss"]
@@ -183,7 +188,7 @@ def test_the_warm_up_trains_the_value_head_alone(data, tmp_path):
 
 def test_the_value_loss_never_reaches_the_model(data, tmp_path):
     trainer = make_trainer("critic-wmtp", data, tmp_path)
-    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    batch = data.train.batch(0, batch_size=2, rows=Rows(16), seed=0)
     output = trainer.model(batch["input_ids"])
     loss = trainer.value_loss(batch, output.hidden_states.detach(), torch.rand(2, 16, 3))
     loss.backward()
@@ -220,7 +225,7 @@ def test_rewards_reach_the_critic(tmp_path):
 @pytest.mark.parametrize("poison", ["weights", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(poison, data, tmp_path):
     trainer = make_trainer("mtp-baseline", data, tmp_path)
-    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    batch = data.train.batch(0, batch_size=2, rows=Rows(16), seed=0)
     if poison == "weights":
         with torch.no_grad():
             trainer.model.norm.weight[0] = float("nan")
@@ -240,7 +245,7 @@ def test_a_step_that_is_not_finite_changes_nothing(poison, data, tmp_path):
 
 def test_bf16_keeps_the_weights_in_fp32(data, tmp_path):
     trainer = make_trainer("rho1-wmtp", data, tmp_path, precision="bf16")
-    batch = data.train.batch(0, batch_size=2, seq_len=16, seed=0)
+    batch = data.train.batch(0, batch_size=2, rows=Rows(16), seed=0)
     assert math.isfinite(trainer.train_step(batch)["loss"])
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
@@ -251,7 +256,7 @@ def test_bf16_keeps_the_weights_in_fp32(data, tmp_path):
 def test_statistics_of_a_step():
     ce = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 0.0]]])
     weights = torch.tensor([[[3.0, 1.0], [2.0, 0.0], [0.0, 0.0]]])  # only token 0 has both
-    ids = torch.tensor([[1, 2, 3]])
+    ids = Targets(torch.tensor([[1, 2, 3]]), 3, 2)
     numbers = step_statistics(ce, weights, ids, lambda sums: sums)
     assert numbers["ce_head_0"] == 2.0
     assert numbers["ce_head_1"] == 2.0
@@ -267,7 +272,7 @@ def test_evaluation_is_the_mean_over_all_tokens(data):
     torch.manual_seed(0)
     shape = MTPConfig(data.train.vocab_size, 2, dim=16, trunk_layers=1, attention_heads=2)
     model = MTPTransformer(shape)
-    batches = data.validation.evaluation_batches(3, batch_size=2, seq_len=16)
+    batches = data.validation.evaluation_batches(3, batch_size=2, rows=Rows(16))
     measured = evaluate(model, batches, torch.device("cpu"))
     ids = torch.cat([batch["target_ids"] for batch in batches])
     log_probabilities = model.unembed(model(ids.clamp(min=0)).head_hidden_states).log_softmax(-1)

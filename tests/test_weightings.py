@@ -9,8 +9,9 @@ import torch
 
 from support.agreement import assert_agrees, assert_identical, loss_and_gradients, make_case
 from support.outside_rules import RULES, Likely
-from wmtp import backends, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, kernels
+from wmtp import backends, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, kernels, once
 from wmtp.checks import REDUCTIONS
+from wmtp.labels import Targets
 from wmtp.reference import compute_weighted_mtp_loss, weights_of
 from wmtp.weightings import Critic, Excess, Given, Uniform, Weighting
 from wmtp.weightings.base import rule_of
@@ -21,7 +22,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _said_before(monkeypatch):
-    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(once, "_said", set())
 
 
 def reads(monkeypatch, backend):
@@ -153,7 +154,8 @@ def test_a_key_finds_the_rule_again(rule):
 @pytest.mark.parametrize("name", RULES)
 def test_weights_are_constants(name):
     ce = torch.rand(2, 7, 3, requires_grad=True)
-    assert not weights_of(RULES[name], ce, ce > 0.2).requires_grad
+    targets = Targets(torch.zeros(*ce.shape[:2], dtype=torch.long), *ce.shape[1:])
+    assert not weights_of(RULES[name], ce, targets).requires_grad
 
 
 def test_a_number_that_changes_compiles_nothing():

@@ -1,12 +1,16 @@
 """The arguments of a loss: which weighting they name, and whether they fit together."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wmtp import checks
 from wmtp.kinds import check_choice, check_same_device
+from wmtp.labels import Targets
+from wmtp.once import warn_once
+from wmtp.reduction import Terms, may_be_negative, terms_of
 from wmtp.sharded import local_parts
 from wmtp.weightings import Excess, Given, Uniform, Weighting
 from wmtp.weightings.base import as_tensor
@@ -53,64 +57,122 @@ def chosen_weighting(
     return weighting
 
 
+class Call(NamedTuple):
+    """A loss's arguments, as checked: what goes with the scores."""
+
+    targets: Targets
+    rule: Weighting
+    terms: Terms
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights do, over the pairs of each token: a mask or a prior ends it."""
+        return self.rule.sums_to_one and self.terms.factor is None
+
+    def resolved(self) -> "Call":
+        """With the rule that the operators take; what multiplies known weights is in them."""
+        rule, terms = self.rule.resolved(self.targets), self.terms
+        if terms.factor is None or not rule.known:
+            return self._replace(rule=rule)
+        weights = vars(rule).get("head_weights", terms.factor)
+        if weights is not terms.factor:
+            weights = weights.to(terms.factor.dtype) * terms.factor
+        return self.formed(Given(weights))
+
+    def formed(self, weights: Given) -> "Call":
+        """With the weights that the rule has come to, all else in them."""
+        return self._replace(rule=weights, terms=self.terms._replace(factor=None))
+
+
 def local_call(
-    name: str, scores: Any, target_ids: Any, normalizer: Any, rule: Weighting
-) -> tuple[Any, Any, Any, Weighting]:
+    name: str, scores: Any, rule: Weighting, **others: Any
+) -> tuple[Any, Weighting, dict[str, Any]]:
     """The same, of DTensors this process's part; see `sharded.local_parts`."""
     fields = vars(rule)
-    values = local_parts(name, scores, target_ids=target_ids, normalizer=normalizer, **fields)
-    if values[0] is not scores:
-        rule = rule.with_fields(**dict(zip(fields, values[3:], strict=True)))
-    return *values[:3], rule
+    values = local_parts(name, scores, **others, **fields)
+    if values[0] is scores:
+        return scores, rule, others
+    found = dict(zip(others, values[1:], strict=False))
+    rule = rule.with_fields(**dict(zip(fields, values[1 + len(others) :], strict=True)))
+    return values[0], rule, found
 
 
-def check_call(
+def checked_call(
     name: str,
     scores: Tensor,
-    target_ids: Tensor,
+    target_ids: Tensor | Sequence[Tensor],
     rule: Weighting,
+    dtype: torch.dtype,
     *,
-    reduction: str,
+    reduction: str | None,
     normalizer: Tensor | float | None,
-    ignore_index: int,
     horizon: int | None,
-) -> None:
+    head_prior: Tensor | None,
+    **of_targets: Any,
+) -> Call:
     """What goes with logits [B, S, H, V] or hidden states [B, S, H, D], `name`, checked before:
-    all that can be known without reading a tensor's values."""
-    checks.check_target_ids(target_ids, name, scores)
-    checks.check_horizon(horizon, scores.shape[2])
-    rule.check(name, scores)
-    check_choice("reduction", reduction, checks.REDUCTIONS)
-    checks.check_normalizer(normalizer)
-    checks.check_ignore_index(ignore_index)
-    check_same_device(name, scores, target_ids=target_ids, normalizer=normalizer, **vars(rule))
+    all that can be known without reading a tensor's values.
+
+    Args:
+        dtype: that the loss is accumulated in.
+        of_targets: see `checks.targets_of`.
+    """
+    heads = scores.shape[2]
+    targets = checks.targets_of(name, scores, heads, target_ids, **of_targets)
+    checks.check_horizon(horizon, heads)
+    rule.check(name, scores, targets)
+    if reduction is not None:
+        check_choice("reduction", reduction, checks.REDUCTIONS)
+    named, reduction = reduction, reduction or rule.reduction
+    checks.check_normalizer(normalizer, reduction, heads)
+    checks.check_head_prior(head_prior, heads)
+    others = {"normalizer": normalizer, "head_prior": head_prior, **vars(rule)}
+    check_same_device(name, scores, **others)
+    targets = rule.narrowed(targets)
+    terms = terms_of(reduction, as_tensor(normalizer), head_prior, targets, dtype)
+    _warn_of_what_cancels(named, rule, targets)
+    return Call(targets, rule, terms)
 
 
-def in_one_pass(
-    rule: Weighting, reduction: str, normalizer: Tensor | float | None, dtype: torch.dtype
-) -> bool:
+def _warn_of_what_cancels(reduction: str | None, rule: Weighting, targets: Targets) -> None:
+    if reduction != "token_mean":
+        return
+    how = "token_mean divides by the weights of each token, so that"
+    if targets.heads == 1 and rule.scope == "row" and not isinstance(rule, Uniform):
+        warn_once(f"{how} with one head {type(rule).__name__} cancels: name another reduction")
+    if targets.has_factor:
+        warn_once(f"{how} what a float mask says of a position cancels: name another reduction")
+
+
+def in_one_pass(call: Call, dtype: torch.dtype) -> bool:
     """Whether a gradient can be written before all weights are there: what divides the loss, and
     in float16 how large a gradient may become, does not depend on them."""
+    rule, terms = call.rule, call.terms
     if rule.known:
         return True
-    if dtype == torch.float16 and not rule.at_most_one:
+    if dtype == torch.float16 and not (rule.at_most_one and terms.factor is None):
         return False
-    divided_by_weights = reduction == "token_mean" or normalizer is None
-    return rule.sums_to_one or reduction == "sum" or not divided_by_weights
+    divided_by_weights = not may_be_negative(terms.reduction, terms.normalizer is not None)
+    return call.sums_to_one or not divided_by_weights
 
 
-def loss_inputs(
-    rule: Weighting, target_ids: Tensor, normalizer: Tensor | float | None, dtype: torch.dtype
-) -> dict[str, Any]:
+def loss_inputs(call: Call, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of `records.LossInputs`, for an operator that accumulates in `dtype`."""
-    given = vars(rule).get
+    targets, terms = call.targets, call.terms
+    given = vars(call.rule).get
     weights, ref_ce, ref_logits = given("head_weights"), given("ref_ce"), given("ref_logits")
+    if weights is None:
+        weights = terms.factor
+    shape = (targets.ids.shape[0], targets.length, targets.heads)
+    if ref_ce is not None:
+        ref_ce = targets.reference_for_operators(ref_ce.detach().to(dtype))
     return {
-        "target_ids": target_ids.long().contiguous(),
-        "head_weights": None if weights is None else weights.to(dtype).contiguous(),
-        "ref_ce": None if ref_ce is None else ref_ce.detach().to(dtype).contiguous(),
-        "numbers": _numbers(rule),
-        "normalizer": as_tensor(normalizer),
+        "target_ids": targets.for_operators(),
+        "head_weights": None if weights is None else weights.to(dtype).expand(shape).contiguous(),
+        "head_scale": terms.head_scale,
+        "ref_ce": ref_ce,
+        "numbers": _numbers(call.rule),
+        "normalizer": terms.normalizer,
         "teacher": None if ref_logits is None else ref_logits.detach(),
     }
 

@@ -1,6 +1,7 @@
 """What the public functions demand of their arguments: that each is right and fits the others."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from wmtp.inplace import check_not_overwritten
 from wmtp.kinds import (
     FLOAT_DTYPES,
+    check_flag,
+    check_float_or_whole,
     check_float_tensor,
     check_integers,
     check_number,
@@ -17,31 +20,41 @@ from wmtp.kinds import (
     check_whole,
     is_readable,
     is_real,
+    is_whole,
     shape_message,
     shown,
 )
+from wmtp.labels import IGNORE_INDEX, Targets
 
-REDUCTIONS = ("token_mean", "weight_mean", "sum")
+REDUCTIONS = ("token_mean", "weight_mean", "pair_mean", "head_mean", "sum")
 EXCESSES = ("abs", "signed")
 
 
-def check_targets_of(name: str, scores: Tensor, target_ids: Tensor, ignore_index: int) -> None:
-    """What goes with [B, S, ...] where no weights do."""
-    check_target_ids(target_ids, name, scores)
-    check_ignore_index(ignore_index)
-    check_same_device(name, scores, target_ids=target_ids)
-
-
-def check_ref_ce(ref_ce: Tensor, batch: int, length: int) -> None:
-    shape = (batch, max(length - 1, 0))
+def check_ref_ce(ref_ce: Tensor, targets: Targets) -> None:
+    """What a reference says of the targets."""
+    batch, tokens = targets.ids.shape[:2]
+    shape: tuple[int, ...] = (batch, max(tokens - 1, 0))
+    axes = "[B, T-1]"
     remedy = "position t is the reference's loss on target_ids[t + 1]"
-    check_float_tensor("ref_ce", ref_ce, "[B, S-1]", shape, remedy)
+    if targets.own:
+        axes, shape = "[B, S, H]", tuple(targets.ids.shape)
+        remedy = "each head's, as the labels are"
+    elif targets.shifted:
+        axes, shape, remedy = "[B, T]", (batch, tokens), "the reference's loss on target_ids[t]"
+    check_float_tensor("ref_ce", ref_ce, axes, shape, remedy)
 
 
-def check_ref_logits(ref_logits: Tensor, name: str, scores: Tensor) -> None:
+def check_ref_logits(ref_logits: Tensor, name: str, scores: Tensor, targets: Targets) -> None:
     check_logits("ref_logits", ref_logits, "[B, S, V]")
     shape = (*scores.shape[:2], ref_logits.shape[2])
     check_shape("ref_logits", ref_logits, "[B, S, V]", shape, f"same batch as the {name}")
+    most = targets.length + (not targets.shifted)
+    if targets.own or targets.ids.shape[1] > most:
+        found = "each head's own" if targets.own else f"{targets.ids.shape[1]} a row"
+        raise ValueError(
+            f"ref_logits need labels that end with the next token's, [B, T <= {most}], got "
+            f"{found}: pass ref_ce, which is about every target"
+        )
 
 
 def check_logits(name: str, logits: Tensor, axes: str) -> None:
@@ -129,18 +142,194 @@ def check_chunk_bytes(chunk_bytes: int | None) -> None:
         check_whole("chunk_bytes", chunk_bytes, 1, remedy)
 
 
-def check_target_ids(target_ids: Tensor, name: str, scores: Tensor) -> None:
-    """The targets of `name`, [B, S, ...]."""
-    check_integers("target_ids", target_ids, "[B, S]")
-    shape, found = tuple(scores.shape[:2]), tuple(target_ids.shape)
-    if found == shape:
+def targets_of(
+    name: str,
+    scores: Tensor,
+    heads: int,
+    target_ids: Tensor | Sequence[Tensor],
+    *,
+    ignore_index: int = IGNORE_INDEX,
+    shifted: bool = False,
+    offsets: Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
+) -> Targets:
+    """What `heads` heads of the scores are asked for, as checked."""
+    ids: Any = target_ids
+    if is_listed(target_ids):
+        ids = _stacked_labels(target_ids, heads)
+    check_tensor("target_ids", ids, "[B, T]")
+    targets = Targets(
+        ids=ids,
+        length=scores.shape[1],
+        heads=heads,
+        ignore_index=ignore_index,
+        shifted=shifted,
+        offsets=offsets if offsets is None or not is_listed(offsets) else tuple(offsets),
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
+    )
+    check_targets(name, scores, targets)
+    return targets
+
+
+def is_listed(value: object) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _stacked_labels(labels: Sequence[Tensor], heads: int) -> Tensor:
+    for of_head in labels:
+        check_integers("each head's target_ids", of_head, "[B, S]")
+    if len(labels) != heads or len({of_head.shape for of_head in labels}) != 1:
+        found = [tuple(of_head.shape) for of_head in labels]
+        raise ValueError(
+            f"target_ids must be H = {heads} tensors [B, S], got {found}: pass one for each head"
+        )
+    return torch.stack([of_head.long() for of_head in labels], -1)
+
+
+def check_targets(name: str, scores: Tensor, targets: Targets) -> None:
+    """The targets of `name`, [B, S, H, ...] or, of one head alone, [B, S, ...]."""
+    check_flag("shifted", targets.shifted)
+    check_integers("target_ids", targets.ids, "[B, T]")
+    check_ignore_index(targets.ignore_index)
+    if targets.own:
+        _check_own_labels(name, scores, targets)
+    else:
+        _check_target_ids(name, scores, targets)
+    _check_offsets(targets)
+    _check_document_ids(targets)
+    _check_masks(name, scores, targets)
+    check_same_device(
+        name,
+        scores,
+        target_ids=targets.ids,
+        document_ids=targets.document_ids,
+        target_mask=targets.target_mask,
+        position_mask=targets.position_mask,
+    )
+
+
+def check_no_weights(targets: Targets) -> None:
+    if targets.has_factor:
+        raise TypeError(
+            "masks must be of bools or integers here, got floats, which multiply weights: pass "
+            "mask != 0"
+        )
+
+
+def check_next_tokens(targets: Targets) -> None:
+    """Of one head's logits [B, S, V]."""
+    check_no_weights(targets)
+    most = targets.length + (not targets.shifted)
+    if targets.own or targets.ids.shape[1] > most:
+        axes = "[B, S]" if targets.shifted else "[B, T], T = S or S + 1"
+        remedy = f"the logits have {targets.length} positions"
+        raise ValueError(shape_message("target_ids", axes, None, targets.ids, remedy))
+
+
+def _check_own_labels(name: str, scores: Tensor, targets: Targets) -> None:
+    shape = (*scores.shape[:2], targets.heads)
+    remedy = f"a target for each position and head of {name}, or ids [B, T]"
+    check_shape("target_ids", targets.ids, "[B, S, H]", shape, remedy)
+    others = {
+        "shifted": targets.shifted or None,
+        "offsets": targets.offsets,
+        "document_ids": targets.document_ids,
+        "target_mask": targets.target_mask,
+    }
+    for other, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{other} goes with target_ids [B, T], got each head's own, [B, S, H]: put "
+                "ignore_index where a pair does not count, or pass position_mask [B, S, H]"
+            )
+
+
+def _check_target_ids(name: str, scores: Tensor, targets: Targets) -> None:
+    (batch, length), found = scores.shape[:2], tuple(targets.ids.shape)
+    turned = scores.dim() == 4 and found == (batch, scores.shape[2]) != (batch, length)
+    if len(found) == 2 and found[0] == batch and found[1] >= length and not turned:
         return
-    remedy = f"pass unshifted ids, one for each position of {name}"
-    if scores.dim() == 4 and found == (scores.shape[0], scores.shape[2]):
+    remedy = f"pass ids, at least one for each position of {name}, or labels [B, S, H]"
+    if turned:
         remedy = f"{name} seems to be [B, H, S, ...], pass {name}.transpose(1, 2)"
-    elif found == shape[::-1]:
+    elif found == (length, batch):
         remedy = f"{name} seems to be [S, B, ...], pass {name}.transpose(0, 1)"
-    raise ValueError(shape_message("target_ids", "[B, S]", shape, target_ids, remedy))
+    axes = f"[B, T >= S] = ({batch}, >= {length})"
+    raise ValueError(shape_message("target_ids", axes, None, targets.ids, remedy))
+
+
+def _check_offsets(targets: Targets) -> None:
+    offsets: Any = targets.offsets
+    if offsets is None:
+        return
+    if not isinstance(offsets, tuple):
+        raise TypeError(
+            f"offsets must be a list of H = {targets.heads} whole numbers, got {shown(offsets)}: "
+            "head k at t predicts the token at t + offsets[k]"
+        )
+    if len(offsets) != targets.heads or not all(is_whole(each) and each >= 1 for each in offsets):
+        raise ValueError(
+            f"offsets must be H = {targets.heads} whole numbers >= 1, got {offsets}: head k at t "
+            "predicts the token at t + offsets[k]"
+        )
+
+
+def _check_document_ids(targets: Targets) -> None:
+    documents = targets.document_ids
+    if documents is None:
+        return
+    check_integers("document_ids", documents, "[B, T]")
+    batch, tokens = targets.ids.shape
+    if tuple(documents.shape) == (batch, tokens + 1) and targets.shifted:
+        return
+    remedy = "the document of each token, as target_ids has them"
+    remedy += ", or of the T + 1 that they were cut from" * targets.shifted
+    check_shape("document_ids", documents, "[B, T]", (batch, tokens), remedy)
+
+
+def _check_masks(name: str, scores: Tensor, targets: Targets) -> None:
+    if targets.target_mask is not None:
+        shape, remedy = tuple(targets.ids.shape), "one entry for each of target_ids"
+        _check_mask("target_mask", targets.target_mask, "[B, T]", shape, remedy)
+    mask = targets.position_mask
+    if mask is not None:
+        axes, shape = "[B, S]", tuple(scores.shape[:2])
+        if isinstance(mask, Tensor) and mask.dim() == 3:
+            axes, shape = "[B, S, H]", (*shape, targets.heads)
+        _check_mask("position_mask", mask, axes, shape, f"one entry for each position of {name}")
+
+
+def _check_mask(name: str, mask: Tensor, axes: str, shape: tuple[int, ...], remedy: str) -> None:
+    check_tensor(name, mask, axes)
+    check_shape(name, mask, axes, shape, remedy)
+    if mask.is_complex():
+        raise TypeError(f"{name} must hold bools, integers or floats, got {mask.dtype}: {remedy}")
+    if mask.is_floating_point() and is_readable(mask):
+        bad = ~((mask >= 0) & mask.isfinite())
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"{name}{place} is {float(mask[tuple(place)])}: entries must be finite and >= 0; "
+                "set it to 0 to leave the pair out"
+            )
+
+
+def check_head_prior(head_prior: Tensor | None, heads: int) -> None:
+    if head_prior is None:
+        return
+    remedy = "what each head's weights are multiplied by, a constant"
+    check_float_tensor("head_prior", head_prior, "[H]", (heads,), remedy)
+    if head_prior.requires_grad:
+        raise ValueError("head_prior must be a constant, got one that requires grad: detach it")
+    if is_readable(head_prior) and not bool(((head_prior >= 0) & head_prior.isfinite()).all()):
+        raise ValueError(
+            f"head_prior must be finite and >= 0, got {head_prior.tolist()}: set it to 0 to leave "
+            "a head out"
+        )
 
 
 def check_ignore_index(ignore_index: int) -> None:
@@ -182,23 +371,37 @@ def check_one_weighting(**weightings: object) -> None:
         )
 
 
-def check_normalizer(normalizer: Tensor | float | None) -> None:
+def check_normalizer(normalizer: Tensor | float | None, reduction: str, heads: int) -> None:
     remedy = (
         "it replaces the denominator, e.g. the number of valid tokens over all accumulated batches"
     )
-    if normalizer is not None:
+    if isinstance(normalizer, Tensor) and normalizer.dim() == 1:
+        if reduction != "head_mean":
+            raise ValueError(
+                f"normalizer [H] goes with reduction='head_mean', got {reduction!r}: pass one "
+                "number, which divides the whole loss"
+            )
+        check_float_or_whole("normalizer", normalizer, "[H]")
+        check_shape("normalizer", normalizer, "[H]", (heads,), "what divides each head's sum")
+    elif normalizer is not None:
         check_number("normalizer", normalizer, remedy)
 
 
-def target_error(position: str, target: int, vocabulary: int, ignore_index: int) -> IndexError:
+def target_error(
+    pair: tuple[int, int, int], target: int, vocabulary: int, ignore_index: int
+) -> IndexError:
+    """Of the pair (b, t, k)."""
+    b, t, k = pair
     return IndexError(
-        f"target_ids{position} is {target}, outside [0, {vocabulary}) and not "
+        f"target_ids asks head {k} at [{b}, {t}] for {target}, outside [0, {vocabulary}) and not "
         f"ignore_index = {ignore_index}: check that tokenizer and logits share one vocabulary"
     )
 
 
-def weight_error(position: str, weight: float) -> ValueError:
+def weight_error(position: str, weight: float, *, negative: bool) -> ValueError:
+    """`negative`: whether it might be."""
+    wanted = "finite" if negative else "finite and >= 0, for their sum divides the loss"
     return ValueError(
-        f"head_weights{position} is {weight}: weights must be finite and >= 0; "
+        f"head_weights{position} is {weight}: weights must be {wanted}; "
         f"set it to 0 to leave that head out"
     )

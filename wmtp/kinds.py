@@ -127,6 +127,12 @@ def check_number(name: str, value: Tensor | float, remedy: str) -> None:
         raise ValueError(f"{name} must be a finite number > 0, got {shown(value)}: {remedy}")
 
 
+def check_float_or_whole(name: str, value: Tensor, axes: str) -> None:
+    check_tensor(name, value, axes)
+    if not (value.is_floating_point() or value.dtype in INTEGER_DTYPES):
+        raise TypeError(f"{name} must hold numbers, got {value.dtype}: pass {name}.float()")
+
+
 def shown(value: Any) -> str:
     """A number or a word as it is; of anything else, which may be large, its type."""
     plain = value is None or isinstance(value, (*_REAL, str))

@@ -1,36 +1,30 @@
 """The public losses on hidden states: the logits exist a chunk at a time."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks, reference
-from wmtp.arguments import (
-    check_call,
-    chosen_weighting,
-    in_one_pass,
-    local_call,
-    loss_inputs,
-)
+from wmtp.arguments import checked_call, chosen_weighting, in_one_pass, local_call, loss_inputs
 from wmtp.backends import choose_backend
-from wmtp.labels import has_target
 from wmtp.ops.linear import linear_loss
-from wmtp.ops.loss import gradients_ahead
-from wmtp.records import LinearInputs, LinearOutputs, LinearSettings
+from wmtp.ops.loss import gradients_ahead, reference_resolved
+from wmtp.records import LinearInputs, LinearSettings
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
-from wmtp.sharded import gathered, local_parts
+from wmtp.sharded import gathered
 from wmtp.transforms import refuse_transforms
 from wmtp.weightings import Uniform, Weighting
-from wmtp.weightings.base import as_tensor
 
 
 def fused_linear_weighted_mtp_loss(
     hidden: Tensor | Sequence[Tensor],
     lm_head_weight: Tensor,
-    target_ids: Tensor,
+    target_ids: Tensor | Sequence[Tensor],
     head_weights: Tensor | None = None,
     *,
     weighting: Weighting | None = None,
@@ -39,9 +33,15 @@ def fused_linear_weighted_mtp_loss(
     lm_head_bias: Tensor | None = None,
     temperature: Tensor | float = 0.7,
     excess: str = "abs",
-    reduction: str = "token_mean",
-    normalizer: Tensor | float | None = None,
+    head_prior: Tensor | None = None,
+    shifted: bool = False,
+    offsets: Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str | None = None,
+    normalizer: Tensor | float | None = None,
     horizon: int | None = None,
     chunk_bytes: int | None = None,
     grad_accum_dtype: torch.dtype | None = None,
@@ -71,8 +71,9 @@ def fused_linear_weighted_mtp_loss(
         lm_head_weight: [V, D] of the same dtype, or anything floating under autocast, whose dtype
             the products then have. May be the embedding's (tied), or a DTensor, FSDP's for one: it
             is gathered once a call, and its gradient averaged over the processes.
-        target_ids, head_weights, weighting, ref_ce, ref_logits, temperature, excess, reduction,
-            normalizer, ignore_index, horizon: as in `fused_weighted_mtp_loss`.
+        target_ids, head_weights, weighting, ref_ce, ref_logits, temperature, excess, head_prior,
+            shifted, offsets, document_ids, target_mask, position_mask, ignore_index, reduction,
+            normalizer, horizon: as in `fused_weighted_mtp_loss`.
         lm_head_bias: [V], likewise.
         chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
             one token is computed at a time. A weight that autocast converts is copied besides, once
@@ -111,62 +112,68 @@ def fused_linear_weighted_mtp_loss(
         temperature=temperature,
         excess=excess,
     )
-    hidden, target_ids, normalizer, rule = local_call(
-        "hidden", hidden, target_ids, normalizer, rule
+    hidden, rule, others = local_call(
+        "hidden",
+        hidden,
+        rule,
+        target_ids=target_ids,
+        normalizer=normalizer,
+        head_prior=head_prior,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
     )
     if isinstance(hidden, Sequence) and not isinstance(hidden, str):
         checks.check_heads("hidden", hidden, "[B, S, D]")
         hidden = torch.stack(tuple(hidden), 2)
     dtype = _check_product(hidden, "[B, S, H, D]", lm_head_weight, lm_head_bias, chunk_bytes)
-    check_call(
+    acc = accumulation_dtype(hidden)
+    call = checked_call(
         "hidden",
         hidden,
-        target_ids,
-        rule,
+        rule=rule,
+        dtype=acc,
         reduction=reduction,
-        normalizer=normalizer,
-        ignore_index=ignore_index,
         horizon=horizon,
+        ignore_index=ignore_index,
+        shifted=shifted,
+        offsets=offsets,
+        **others,
     )
     checks.check_accum_dtype(grad_accum_dtype, lm_head_weight.dtype)
-    chosen, ignore_index = choose_backend(backend, hidden.device.type, dtype), int(ignore_index)
+    chosen = choose_backend(backend, hidden.device.type, dtype)
     weight = gathered(lm_head_weight)
     bias = None if lm_head_bias is None else gathered(lm_head_bias)
     if chosen == "eager":
         # Where there is no target, not even NaN may reach the weight's gradient.
-        valid = has_target(target_ids, hidden.shape[2], ignore_index)
+        valid = call.targets.valid()
         logits = F.linear(hidden.masked_fill(~valid[..., None], 0.0), weight, bias)
-        how = (as_tensor(normalizer), reduction, ignore_index)
-        return reference.loss_of_logits(logits, target_ids, rule, *how)
+        return reference.loss_of_logits(logits, call)
     refuse_transforms(hidden, weight, bias, *vars(rule).values())
-    rule = rule.resolved(target_ids, hidden.shape[2], ignore_index)
-    acc = accumulation_dtype(hidden)
-
-    def call(rule: Weighting, reduction: str, wanted: list[bool]) -> LinearOutputs:
-        inputs = LinearInputs(
-            hidden=hidden,
-            weight=weight,
-            bias=bias,
-            **loss_inputs(rule, target_ids, normalizer, acc),
-        )
-        settings = LinearSettings(
-            rule=rule.key(),
-            reduction=reduction,
-            ignore_index=ignore_index,
-            backend=chosen,
-            dtype=dtype,
-            accum_dtype=grad_accum_dtype or _widest(weight),
-            chunk_bytes=chunk_bytes,
-            wanted=wanted,
-            ahead=gradients_ahead(),
-        )
-        return linear_loss(inputs, settings)
-
-    if not in_one_pass(rule, reduction, normalizer, dtype):
+    product = (hidden, weight, bias)
+    settings = LinearSettings(
+        rule=Uniform().key(),
+        reduction="sum",
+        ignore_index=call.targets.ignore_index,
+        backend=chosen,
+        dtype=dtype,
+        accum_dtype=grad_accum_dtype or _widest(weight),
+        chunk_bytes=chunk_bytes,
+        wanted=[False] * 3,
+    )
+    call = reference_resolved(call.resolved(), chosen)
+    if not in_one_pass(call, dtype):
         with torch.no_grad():
-            ce = call(Uniform(), "sum", [False] * 3).ce
-        rule = reference.formed(rule, ce, target_ids, ignore_index)
-    return MTPLoss(*call(rule, reduction, _wanted(hidden, weight, bias))[:3])
+            ce = linear_loss(_inputs(product, target_ids=call.targets.for_operators()), settings).ce
+        call = call.formed(reference.formed(call.rule, ce, call))
+    settings = replace(
+        settings,
+        rule=call.rule.key(),
+        reduction=call.terms.reduction,
+        wanted=_wanted(*product),
+        ahead=gradients_ahead(),
+    )
+    return MTPLoss(*linear_loss(_inputs(product, **loss_inputs(call, acc)), settings)[:3])
 
 
 def linear_next_token_cross_entropy(
@@ -175,6 +182,10 @@ def linear_next_token_cross_entropy(
     target_ids: Tensor,
     *,
     lm_head_bias: Tensor | None = None,
+    shifted: bool = False,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
     ignore_index: int = -100,
     chunk_bytes: int | None = None,
     backend: str = "auto",
@@ -187,11 +198,12 @@ def linear_next_token_cross_entropy(
         hidden: [B, S, D] float32, bfloat16 or float16 (float64 on the CPU), any strides; DTensors
             as in `fused_weighted_mtp_loss`.
         lm_head_weight, lm_head_bias, chunk_bytes, backend: as in `fused_linear_weighted_mtp_loss`.
-        target_ids: [B, S] integer, unshifted.
-        ignore_index: a target of this id has no cross entropy, and its logits are not computed.
+        target_ids, shifted, document_ids, target_mask, position_mask, ignore_index: as in
+            `next_token_cross_entropy`. The logits of positions that do not count are not computed.
 
     Returns:
-        [B, S - 1] float32 (float64 for float64 hidden states), nats, 0 where there is no target.
+        [B, T - 1], with `shifted` [B, T], float32 (float64 for float64 hidden states), nats, 0
+        where a position does not count.
 
     Raises:
         As `fused_linear_weighted_mtp_loss`.
@@ -201,30 +213,44 @@ def linear_next_token_cross_entropy(
         >>> linear_next_token_cross_entropy(hidden, lm_head_weight, torch.tensor([[0, 1, 2]]))
         tensor([[1.6094, 1.6094]])
     """
-    hidden, target_ids = local_parts("hidden", hidden, target_ids=target_ids)
+    hidden, _, others = local_call(
+        "hidden",
+        hidden,
+        Uniform(),
+        target_ids=target_ids,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
+    )
     dtype = _check_product(hidden, "[B, S, D]", lm_head_weight, lm_head_bias, chunk_bytes)
-    checks.check_targets_of("hidden", hidden, target_ids, ignore_index)
+    others |= {"shifted": shifted, "ignore_index": ignore_index}
+    targets = checks.targets_of("hidden", hidden, 1, **others)
+    checks.check_next_tokens(targets)
     chosen = choose_backend(backend, hidden.device.type, dtype)
     with torch.no_grad():
         weight = gathered(lm_head_weight)
         bias = None if lm_head_bias is None else gathered(lm_head_bias)
         if chosen == "eager":
-            logits = F.linear(hidden, weight, bias)
-            return reference.next_token_ce(logits, target_ids, int(ignore_index))
-        inputs = LinearInputs(
-            hidden=hidden[:, :, None], weight=weight, bias=bias, target_ids=target_ids.long()
-        )
+            logits = F.linear(hidden, weight, bias)[:, :, None]
+            return reference.cross_entropies(logits, targets)[:, : targets.about(), 0]
         settings = LinearSettings(
             rule=Uniform().key(),
             reduction="sum",
-            ignore_index=int(ignore_index),
+            ignore_index=targets.ignore_index,
             backend=chosen,
             dtype=dtype,
             accum_dtype=_widest(weight),
             chunk_bytes=chunk_bytes,
             wanted=[False] * 3,
         )
-        return linear_loss(inputs, settings).ce[:, : max(hidden.shape[1] - 1, 0), 0]
+        product = (hidden[:, :, None], weight, bias)
+        inputs = _inputs(product, target_ids=targets.for_operators())
+        return linear_loss(inputs, settings).ce[:, : targets.about(), 0]
+
+
+def _inputs(product: tuple[Tensor, Tensor, Tensor | None], **of_loss: Any) -> LinearInputs:
+    hidden, weight, bias = product
+    return LinearInputs(hidden=hidden, weight=weight, bias=bias, **of_loss)
 
 
 def _check_product(

@@ -2,34 +2,26 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from wmtp import checks, reference
-from wmtp.arguments import (
-    check_call,
-    chosen_weighting,
-    in_one_pass,
-    local_call,
-    loss_inputs,
-)
+from wmtp.arguments import checked_call, chosen_weighting, in_one_pass, local_call, loss_inputs
 from wmtp.backends import choose_backend, fuses
 from wmtp.inplace import check_inplace
 from wmtp.kinds import check_flag
+from wmtp.labels import Targets
 from wmtp.layout import one_tensor
-from wmtp.ops.loss import weighted_loss
+from wmtp.ops.loss import reference_ce, reference_resolved, weighted_loss
 from wmtp.records import Inputs, Settings
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss
-from wmtp.sharded import local_parts
 from wmtp.transforms import refuse_transforms
 from wmtp.weightings import Excess, Uniform, Weighting
-from wmtp.weightings.base import as_tensor
 
 
 def fused_weighted_mtp_loss(
     logits: Tensor | Sequence[Tensor],
-    target_ids: Tensor,
+    target_ids: Tensor | Sequence[Tensor],
     head_weights: Tensor | None = None,
     *,
     weighting: Weighting | None = None,
@@ -37,9 +29,15 @@ def fused_weighted_mtp_loss(
     ref_logits: Tensor | None = None,
     temperature: Tensor | float = 0.7,
     excess: str = "abs",
-    reduction: str = "token_mean",
-    normalizer: Tensor | float | None = None,
+    head_prior: Tensor | None = None,
+    shifted: bool = False,
+    offsets: Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
     ignore_index: int = -100,
+    reduction: str | None = None,
+    normalizer: Tensor | float | None = None,
     horizon: int | None = None,
     inplace: bool = False,
     backend: str = "auto",
@@ -47,17 +45,20 @@ def fused_weighted_mtp_loss(
     """The weighted multi-token-prediction loss, fused: one read of the logits, no probabilities.
 
     Head k at position t predicts `target_ids[b, t + k + 1]` (Gloeckle et al. 2024,
-    arXiv 2404.19737, eq. 2); (t, k) is valid when that token exists and is not `ignore_index`:
+    arXiv 2404.19737, eq. 2). The pair (t, k) counts when that token exists, is not `ignore_index`,
+    is of the same document, and no mask takes it out:
 
-        ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target]        0 if invalid
+        ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target]    0 if not counted
         w[b, t, k]  = 1                                                   neither argument given
                     | head_weights[b, t, k]                               head_weights
-                    | softmax over valid k of |ce - ref_ce[b, t + k]| / temperature     ref_*
+                    | softmax over the counted k of |ce - ref_ce[b, t + k]| / temperature   ref_*
                     | the rule's                                                        weighting
-                                                                                     0 if invalid
+                                              times float masks and head_prior;  0 if not counted
         token_mean:  mean over tokens with sum_k w > 1e-8 of  sum_k w ce / sum_k w
         weight_mean: sum w ce / sum w              sum:  sum w ce
-
+        pair_mean:   sum w ce / n                  n: the sum of float masks over counted pairs, or
+        head_mean:   sum_k prior_k sum_bt w ce / n_k     their number; prior is 1 / H by default
+                                                          and no part of w
         dloss/dlogits[b, t, k, :] = c[b, t, k] (softmax - onehot)
 
     Excess and value weights are constants: no gradient flows through them. A `head_weights` that
@@ -73,21 +74,40 @@ def fused_weighted_mtp_loss(
             is taken, and of what goes with it: DTensors placed alike, or plain tensors of that
             part. The loss is this part's own: divide it by a `normalizer` of all processes.
             Nothing follows the end of a part of the sequence. Gradients are DTensors again.
-        target_ids: [B, S] integer, the *unshifted* token ids.
-        head_weights: [B, S, H] float, finite and >= 0 (checked on the CPU, where there is a
-            target; on a GPU the check would cost a sync and is not made).
+        target_ids: [B, T] integer, T >= S, the *unshifted* token ids (T = S + 1 gives the last
+            position its next token); or each head's own labels, [B, S, H] or a list of H [B, S].
+        head_weights: [B, S, H] or [H] float, finite and >= 0 (checked on the CPU, where there is a
+            target; on a GPU the check would cost a sync and is not made). Negative ones are allowed
+            where no sum of weights divides: "sum", "pair_mean", "head_mean", or "weight_mean" with
+            a normalizer.
         weighting: a rule of `wmtp.weightings`, or of your own, instead of `head_weights` and
             `ref_*`, which name the rules Given and Excess in short.
         ref_logits: [B, S, V'] float, a reference model's next-token logits; read once.
-        ref_ce: [B, S - 1] float, nats, a reference model's cross entropy: position t predicting
-            `target_ids[t + 1]`, as `next_token_cross_entropy` returns it.
+        ref_ce: float, nats, a reference model's cross entropy, indexed by the token it is about, as
+            `next_token_cross_entropy` returns it: [B, T - 1], position t about
+            `target_ids[t + 1]`; of shifted labels [B, T]; of each head's own [B, S, H].
         temperature: > 0, nats, a number or a 0-d tensor; only with `ref_*`.
         excess: "abs" for |ce - ref_ce|, "signed" for ce - ref_ce (Rho-1, Lin et al. 2024,
             arXiv 2404.07965, eq. 3); only with `ref_*`.
-        reduction: "token_mean", "weight_mean" or "sum".
-        normalizer: a number > 0 or a 0-d tensor (not checked) that replaces the denominator, for
-            gradient accumulation and data-parallel runs.
+        head_prior: [H] float, >= 0, multiplies each head's weights; with "head_mean" each head's
+            mean, instead of 1 / H.
+        shifted: `target_ids[b, t]` is head 0's target at t already, as Hugging Face, torchtitan and
+            Megatron shift labels: head k predicts `target_ids[b, t + k]`.
+        offsets: H integers >= 1 instead of 1 .. H: head k predicts `target_ids[t + offsets[k]]`.
+        document_ids: [B, T] integer, of the token at each input position: no pair crosses from one
+            document to another. Shifted labels: head 0 is never cut, or, with [B, T + 1] of the
+            tokens that the batch was cut from, as all others.
+        target_mask: [B, T], indexed as target_ids, so it moves with the heads (Megatron's
+            loss_mask).
+        position_mask: [B, S] or [B, S, H], of the positions that predict (left padding).
+            Where a mask is 0 or False the pair does not count. Other values of a float mask, >= 0,
+            multiply the pair's weight.
         ignore_index: a target of this id is no target.
+        reduction: "token_mean", "weight_mean", "pair_mean", "head_mean" or "sum"; None: the
+            weighting's own, "token_mean" unless its docstring says otherwise.
+        normalizer: a number > 0 or a 0-d tensor (not checked) that replaces the denominator, for
+            gradient accumulation and data-parallel runs, see `loss_denominator`; with "head_mean"
+            also [H] (a head whose entry is 0 adds nothing).
         horizon: when given, must equal H.
         inplace: lets the loss write the gradient over the logits, whose values are then gone.
             Another loss of ours from them raises, a second backward, and a backward that saved
@@ -134,55 +154,66 @@ def fused_weighted_mtp_loss(
         temperature=temperature,
         excess=excess,
     )
-    logits, target_ids, normalizer, rule = local_call(
-        "logits", logits, target_ids, normalizer, rule
+    logits, rule, others = local_call(
+        "logits",
+        logits,
+        rule,
+        target_ids=target_ids,
+        normalizer=normalizer,
+        head_prior=head_prior,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
     )
     heads, seen = _as_heads(logits)
     checks.check_logits("logits", seen, "[B, S, H, V]")
-    check_call(
+    dtype = accumulation_dtype(seen)
+    call = checked_call(
         "logits",
         seen,
-        target_ids,
-        rule,
+        rule=rule,
+        dtype=dtype,
         reduction=reduction,
-        normalizer=normalizer,
-        ignore_index=ignore_index,
         horizon=horizon,
+        ignore_index=ignore_index,
+        shifted=shifted,
+        offsets=offsets,
+        **others,
     )
     check_flag("inplace", inplace)
-    chosen, ignore_index = choose_backend(backend, seen.device.type, seen.dtype), int(ignore_index)
+    chosen = choose_backend(backend, seen.device.type, seen.dtype)
     if chosen == "eager":
-        how = (as_tensor(normalizer), reduction, ignore_index)
-        return reference.loss_of_logits(one_tensor(heads), target_ids, rule, *how)
+        return reference.loss_of_logits(one_tensor(heads), call)
     refuse_transforms(*heads, *vars(rule).values())
-    rule = rule.resolved(target_ids, seen.shape[2], ignore_index)
     if isinstance(rule, Excess) and rule.ref_logits is not None:
         choose_backend(backend, seen.device.type, rule.ref_logits.dtype)
-    key = rule.key()
-    if not (fuses(chosen, key) and in_one_pass(rule, reduction, normalizer, seen.dtype)):
-        ce = mtp_cross_entropy(
-            _detached(logits), target_ids, ignore_index=ignore_index, backend=backend
-        )
-        rule = reference.formed(rule, ce, target_ids, ignore_index)
-        key = rule.key()
+    call = reference_resolved(call.resolved(), backend)
+    key = call.rule.key()
+    if not (fuses(chosen, key) and in_one_pass(call, seen.dtype)):
+        ce = _cross_entropies([head.detach() for head in heads], call.targets, chosen)
+        rule = reference.formed(call.rule, ce, call)
+        call, key = call.formed(rule), rule.key()
     check_inplace(inplace, heads)
-    inputs = Inputs(
-        logits=heads, **loss_inputs(rule, target_ids, normalizer, accumulation_dtype(seen))
-    )
     settings = Settings(
         rule=key,
-        reduction=reduction,
-        ignore_index=ignore_index,
+        reduction=call.terms.reduction,
+        ignore_index=call.targets.ignore_index,
         backend=chosen,
         gradient="inplace" if inplace else "new",
     )
+    inputs = Inputs(logits=heads, **loss_inputs(call, dtype))
     return MTPLoss(*weighted_loss(inputs, settings)[:3])
 
 
 def mtp_cross_entropy(
     logits: Tensor | Sequence[Tensor],
-    target_ids: Tensor,
+    target_ids: Tensor | Sequence[Tensor],
     *,
+    shifted: bool = False,
+    offsets: Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> Tensor:
@@ -195,15 +226,15 @@ def mtp_cross_entropy(
     Args:
         logits: [B, S, H, V] float32, bfloat16 or float16 (float64 on the CPU), or a list of H
             [B, S, V]; DTensors as in `fused_weighted_mtp_loss`.
-        target_ids: [B, S] integer, unshifted.
-        ignore_index: a target of this id has no cross entropy.
+        target_ids, ignore_index, shifted, offsets, document_ids, target_mask, position_mask: which
+            pairs count, as in `fused_weighted_mtp_loss`; masks of bools or integers alone.
         backend: "auto", "cpu", "triton" or "eager".
 
     Returns:
-        [B, S, H] float32 (float64 for float64 logits), nats, 0 where there is no target.
+        [B, S, H] float32 (float64 for float64 logits), nats, 0 where a pair does not count.
 
     Raises:
-        As `fused_weighted_mtp_loss`.
+        As `fused_weighted_mtp_loss`; TypeError also for float masks, which multiply weights.
 
         >>> import torch
         >>> ce = mtp_cross_entropy(torch.zeros(1, 3, 2, 5), torch.tensor([[0, 1, 2]]))
@@ -212,15 +243,31 @@ def mtp_cross_entropy(
                 [1.6094, 0.0000],
                 [0.0000, 0.0000]])
     """
-    logits, target_ids = local_parts("logits", logits, target_ids=target_ids)
+    logits, _, others = local_call(
+        "logits",
+        logits,
+        Uniform(),
+        target_ids=target_ids,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
+    )
     heads, seen = _as_heads(logits)
-    chosen = _checked_backend(seen, "[B, S, H, V]", target_ids, ignore_index, backend)
+    checks.check_logits("logits", seen, "[B, S, H, V]")
+    others |= {"shifted": shifted, "offsets": offsets, "ignore_index": ignore_index}
+    targets = checks.targets_of("logits", seen, seen.shape[2], **others)
+    checks.check_no_weights(targets)
+    chosen = choose_backend(backend, seen.device.type, seen.dtype)
     if chosen == "eager":
-        return reference.cross_entropy_per_head(one_tensor(heads), target_ids, int(ignore_index))
+        return reference.cross_entropies(one_tensor(heads), targets)
     refuse_transforms(*heads)
-    inputs = Inputs(logits=heads, target_ids=target_ids.long().contiguous())
+    return _cross_entropies(heads, targets, chosen)
+
+
+def _cross_entropies(heads: list[Tensor], targets: Targets, backend: str) -> Tensor:
+    inputs = Inputs(logits=heads, target_ids=targets.for_operators())
     settings = Settings(
-        rule=Uniform().key(), reduction="sum", ignore_index=int(ignore_index), backend=chosen
+        rule=Uniform().key(), reduction="sum", ignore_index=targets.ignore_index, backend=backend
     )
     return weighted_loss(inputs, settings).ce
 
@@ -229,6 +276,10 @@ def next_token_cross_entropy(
     logits: Tensor,
     target_ids: Tensor,
     *,
+    shifted: bool = False,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
     ignore_index: int = -100,
     backend: str = "auto",
 ) -> Tensor:
@@ -239,12 +290,14 @@ def next_token_cross_entropy(
     Args:
         logits: [B, S, V] float32, bfloat16 or float16 (float64 on the CPU); DTensors as in
             `fused_weighted_mtp_loss`.
-        target_ids: [B, S] integer, unshifted.
-        ignore_index: a target of this id has no cross entropy.
+        target_ids: [B, T] integer, unshifted, T = S or S + 1; with `shifted` T = S.
+        ignore_index, shifted, document_ids, target_mask, position_mask: which positions count, as
+            in `fused_weighted_mtp_loss`; masks of bools or integers alone.
         backend: "auto", "cpu", "triton" or "eager".
 
     Returns:
-        [B, S - 1] float32 (float64 for float64 logits), nats, 0 where there is no target.
+        [B, T - 1], with `shifted` [B, T], float32 (float64 for float64 logits), nats, 0 where a
+        position does not count: indexed by the token it is about, as `ref_ce` is everywhere.
 
     Raises:
         As `fused_weighted_mtp_loss`.
@@ -253,12 +306,24 @@ def next_token_cross_entropy(
         >>> next_token_cross_entropy(torch.zeros(1, 3, 5), torch.tensor([[0, 1, 2]]))
         tensor([[1.6094, 1.6094]])
     """
-    logits, target_ids = local_parts("logits", logits, target_ids=target_ids)
-    chosen = _checked_backend(logits, "[B, S, V]", target_ids, ignore_index, backend)
+    logits, _, others = local_call(
+        "logits",
+        logits,
+        Uniform(),
+        target_ids=target_ids,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
+    )
+    checks.check_logits("logits", logits, "[B, S, V]")
+    others |= {"shifted": shifted, "ignore_index": ignore_index}
+    targets = checks.targets_of("logits", logits, 1, **others)
+    checks.check_next_tokens(targets)
+    chosen = choose_backend(backend, logits.device.type, logits.dtype)
     if chosen == "eager":
-        return reference.next_token_ce(logits, target_ids, int(ignore_index))
-    how = (int(ignore_index), chosen)
-    return torch.ops.wmtp.next_token_ce(logits.detach(), target_ids.long().contiguous(), *how)
+        ce = reference.cross_entropies(logits.detach()[:, :, None], targets)[:, :, 0]
+        return ce[:, : targets.about()]
+    return reference_ce(logits, targets, chosen)
 
 
 def _as_heads(logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -267,15 +332,3 @@ def _as_heads(logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
         return [logits], logits
     checks.check_heads("logits", logits, "[B, S, V]")
     return list(logits), logits[0][:, :, None].expand(-1, -1, len(logits), -1)
-
-
-def _detached(logits: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-    return logits.detach() if isinstance(logits, Tensor) else [head.detach() for head in logits]
-
-
-def _checked_backend(
-    logits: Tensor, axes: str, target_ids: Tensor, ignore_index: int, backend: str
-) -> str:
-    checks.check_logits("logits", logits, axes)
-    checks.check_targets_of("logits", logits, target_ids, ignore_index)
-    return choose_backend(backend, logits.device.type, logits.dtype)

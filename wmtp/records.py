@@ -17,12 +17,17 @@ R = TypeVar("R")
 class LossInputs:
     """The tensors that both losses have."""
 
-    target_ids: Tensor  # [B, S] int64, contiguous, unshifted
-    head_weights: Tensor | None = None  # [B, S, H] acc, contiguous: those of the rule Given
-    ref_ce: Tensor | None = None  # [B, S - 1] acc, contiguous, nats: what the rule compares with
+    # int64, last stride 1: [B, L], head k at t predicts [b, t + k], or [B, S, H], each head's own
+    target_ids: Tensor
+    # [B, S, H] acc, contiguous: those of the rule Given; another's are multiplied by them
+    head_weights: Tensor | None = None
+    head_scale: Tensor | None = None  # [H] acc: multiplies a head's weights, once summed up
+    # acc, last stride 1, nats, what the rule compares with: [B, L], at t + k, or [B, S, H]
+    ref_ce: Tensor | None = None
     numbers: Tensor | None = None  # [n], the rule's
     normalizer: Tensor | None = None  # [], replaces the denominator
-    teacher: Tensor | None = None  # [B, S, V'] logits of another model, which ref_ce is made of
+    # [B, S, V'] logits of another model, which ref_ce is made of; target_ids are [B, L <= S]
+    teacher: Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,7 +35,7 @@ class LossSettings:
     """The plain values that both losses have."""
 
     rule: str  # `Weighting.key`
-    reduction: str  # of `checks.REDUCTIONS`
+    reduction: str  # of `reduction.Terms`
     ignore_index: int  # a target of this id is no target
     backend: str  # of `backends.BACKENDS`
 
@@ -57,10 +62,10 @@ class Outputs(NamedTuple):
     """What the loss on logits leaves."""
 
     loss: Tensor  # []                      sum row_scalar ce
-    valid_mask: Tensor  # [B, S] bool       sum_k w > 1e-8
+    valid_mask: Tensor  # [B, S] bool       sum_k |w| > 1e-8
     ce: Tensor  # [B, S, H] acc             0 without a target, and so the rows' statistics
     token_loss: Tensor  # [B, S] acc        sum_k w ce, over sum_k w for token_mean
-    weight_sum: Tensor  # [B, S] acc        sum_k w
+    weight_sum: Tensor  # [B, S] acc        sum_k |w|
     row_scalar: Tensor  # [B, S, H] acc     dloss / dce
     row_max: Tensor  # [B, S, H] acc        max x, and
     log_sum: Tensor  # [B, S, H] acc        log sum exp(x - max): added up they would lose digits
@@ -74,7 +79,7 @@ class RowInputs:
     """The tensors of a gradient row by row, grad = row_scalar (softmax - onehot)."""
 
     logits: Tensor  # [B, S, H, V]
-    target_ids: Tensor  # [B, S] int64, contiguous, unshifted
+    target_ids: Tensor  # as in LossInputs
     row_max: Tensor  # [B, S, H] acc, contiguous, and the next two
     log_sum: Tensor
     row_scalar: Tensor  # of any sign

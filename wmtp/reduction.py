@@ -3,12 +3,71 @@
 B batch, S sequence, H heads. Part of the definition in `wmtp.reference`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from wmtp.exact_zero import product
+from wmtp.labels import Targets
 
 MIN_WEIGHT_SUM = 1e-8
+
+
+class Terms(NamedTuple):
+    """How a loss is made of its weights and cross entropies; three reductions are left of five.
+
+    pair_mean is "sum" over a normalizer, head_mean "sum" with a scale for each head.
+    """
+
+    reduction: str  # "token_mean", "weight_mean" or "sum"
+    normalizer: Tensor | None = None  # [], replaces the denominator
+    head_scale: Tensor | None = None  # [H], multiplies what a head adds to the loss
+    factor: Tensor | None = None  # broadcast to [B, S, H], multiplies the rule's weights
+
+
+def terms_of(
+    reduction: str,
+    normalizer: Tensor | None,
+    head_prior: Tensor | None,
+    targets: Targets,
+    dtype: torch.dtype,
+) -> Terms:
+    """Of arguments as checked.
+
+    Args:
+        normalizer: [], or [H] with head_mean, or None.
+        head_prior: [H], or None.
+        dtype: that the loss is accumulated in.
+    """
+    factor = targets.factor(dtype)
+    if head_prior is not None:
+        head_prior = head_prior.detach().to(dtype)
+    if reduction == "head_mean":
+        if normalizer is None:
+            normalizer = pairs_of_heads(targets)
+        prior = 1 / targets.heads if head_prior is None else head_prior
+        divisor = normalizer.to(targets.ids.device, torch.float64)
+        scale = torch.where(divisor == 0, 0.0, prior / torch.where(divisor == 0, 1.0, divisor))
+        return Terms("sum", None, scale.to(dtype).expand(targets.heads).contiguous(), factor)
+    if head_prior is not None:
+        factor = head_prior if factor is None else factor * head_prior
+    if reduction == "pair_mean":
+        counted = pairs_of_heads(targets).sum() if normalizer is None else normalizer
+        return Terms("sum", counted, None, factor)
+    return Terms(reduction, normalizer, None, factor)
+
+
+def pairs_of_heads(targets: Targets) -> Tensor:
+    """[H] float64: how many pairs of each head count, those with a float mask by its value."""
+    valid, factor = targets.valid(), targets.factor(torch.float64)
+    counted = valid.double() if factor is None else torch.where(valid, factor, 0.0)
+    return counted.sum((0, 1))
+
+
+def may_be_negative(reduction: str, has_normalizer: bool) -> bool:
+    """Whether weights may: where no sum of them divides. Of the reductions in `Terms`."""
+    return reduction == "sum" or (reduction == "weight_mean" and has_normalizer)
 
 
 def accumulation_dtype(logits: Tensor) -> torch.dtype:
@@ -17,28 +76,29 @@ def accumulation_dtype(logits: Tensor) -> torch.dtype:
 
 
 def counted_tokens(weight_sum: Tensor) -> Tensor:
-    """[B, S] bool: sum_k w > 1e-8, and NaN counts."""
+    """[B, S] bool: sum_k |w| > 1e-8, and NaN counts."""
     return ~(weight_sum <= MIN_WEIGHT_SUM)
 
 
-def to_row_scalar(weights: Tensor, reduction: str, normalizer: Tensor | None) -> Tensor:
+def to_row_scalar(weights: Tensor, terms: Terms) -> Tensor:
     """[B, S, H], d loss / d ce of loss = sum row_scalar ce: a weight's share of its token's, or of
     all, or itself; over the denominator. A weight of 0 has a row scalar of 0, whatever divides it,
     so that an empty batch has a loss and gradients of 0.
 
     Args:
-        weights: [B, S, H], 0 where there is no valid target.
-        normalizer: [], replaces the denominator, or None.
+        weights: [B, S, H], 0 where a pair does not count.
+        terms: whose factor the weights have already.
     """
-    if reduction == "token_mean":
+    normalizer = terms.normalizer
+    if terms.reduction == "token_mean":
         counted = counted_tokens(weights.sum(-1))
         row_scalar = torch.where(counted[..., None], _shares(weights, (-1,)), 0.0)
         if normalizer is None:
             return row_scalar / counted.sum().clamp(min=1)
-    elif reduction == "weight_mean" and normalizer is None:
+    elif terms.reduction == "weight_mean" and normalizer is None:
         return _shares(weights, (0, 1, 2))
     else:
-        row_scalar = weights
+        row_scalar = weights if terms.head_scale is None else product(weights, terms.head_scale)
     return row_scalar if normalizer is None else _divided(row_scalar, normalizer)
 
 
@@ -53,13 +113,12 @@ def _divided(row_scalar: Tensor, normalizer: Tensor) -> Tensor:
     return row_scalar / torch.where((row_scalar == 0) & (divisor == 0), 1.0, divisor) / rest
 
 
-def to_token_scalar(
-    valid: Tensor, dtype: torch.dtype, reduction: str, normalizer: Tensor | None
-) -> Tensor:
-    """[B, S, 1], d loss / d token_loss of weights that sum to 1 over the valid heads of each token,
-    as excess weights do: it follows from `valid` [B, S, H], even where a weight comes out as NaN.
+def to_token_scalar(valid: Tensor, dtype: torch.dtype, terms: Terms) -> Tensor:
+    """[B, S, 1], or by head [B, S, H]: d loss / d token_loss of weights that sum to 1 over the
+    valid heads of each token, as excess weights do: it follows from `valid` [B, S, H], even where a
+    weight comes out as NaN.
     """
-    return to_row_scalar(valid.any(-1, keepdim=True).to(dtype), reduction, normalizer)
+    return to_row_scalar(valid.any(-1, keepdim=True).to(dtype), terms)
 
 
 def _shares(weights: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -6,20 +6,26 @@ it is what `backend="eager"` runs. In fp64 it is the oracle of the tests.
     B batch, S sequence, H heads (the horizon), V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wmtp import checks
-from wmtp.arguments import check_call, chosen_weighting
+from wmtp.arguments import Call, checked_call, chosen_weighting
 from wmtp.exact_zero import log_sum_exp, product
 from wmtp.kinds import is_readable
-from wmtp.labels import has_target, shift_to_heads
-from wmtp.reduction import accumulation_dtype, counted_tokens, to_row_scalar, to_token_scalar
+from wmtp.labels import Targets
+from wmtp.reduction import (
+    Terms,
+    accumulation_dtype,
+    counted_tokens,
+    may_be_negative,
+    to_row_scalar,
+    to_token_scalar,
+)
 from wmtp.weightings import Excess, Given, Weighting
-from wmtp.weightings.base import as_tensor
-from wmtp.weightings.excess import align_ref_ce
 
 
 class MTPLoss(NamedTuple):
@@ -39,7 +45,7 @@ class MTPLoss(NamedTuple):
 
 def compute_weighted_mtp_loss(
     logits: Tensor,
-    target_ids: Tensor,
+    target_ids: Tensor | Sequence[Tensor],
     head_weights: Tensor | None = None,
     horizon: int = 4,
     ignore_index: int = -100,
@@ -49,7 +55,13 @@ def compute_weighted_mtp_loss(
     ref_logits: Tensor | None = None,
     temperature: Tensor | float = 0.7,
     excess: str = "abs",
-    reduction: str = "token_mean",
+    head_prior: Tensor | None = None,
+    shifted: bool = False,
+    offsets: Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
+    reduction: str | None = None,
     normalizer: Tensor | float | None = None,
 ) -> MTPLoss:
     """The weighted multi-token-prediction loss, in eager torch.
@@ -74,103 +86,110 @@ def compute_weighted_mtp_loss(
         excess=excess,
     )
     checks.check_logits("logits", logits, "[B, S, H, V]")
-    check_call(
+    call = checked_call(
         "logits",
         logits,
         target_ids,
         rule,
+        accumulation_dtype(logits),
         reduction=reduction,
         normalizer=normalizer,
-        ignore_index=ignore_index,
         horizon=horizon,
+        head_prior=head_prior,
+        ignore_index=ignore_index,
+        shifted=shifted,
+        offsets=offsets,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
     )
-    ignore_index = int(ignore_index)
-    return loss_of_logits(logits, target_ids, rule, as_tensor(normalizer), reduction, ignore_index)
+    return loss_of_logits(logits, call)
 
 
-def loss_of_logits(
-    logits: Tensor,
-    target_ids: Tensor,
-    rule: Weighting,
-    normalizer: Tensor | None,
-    reduction: str,
-    ignore_index: int,
-) -> MTPLoss:
+def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
     """`compute_weighted_mtp_loss` of arguments as checked."""
-    ce = cross_entropy_per_head(logits, target_ids, ignore_index)
-    rule = rule.resolved(target_ids, ce.shape[2], ignore_index)
+    rule, targets, terms = call.rule, call.targets, call.terms
+    ce = cross_entropies(logits, targets)
+    rule = rule.resolved(targets)
     if isinstance(rule, Given):
-        valid = has_target(target_ids, ce.shape[2], ignore_index)
-        raise_on_bad_weight(rule.head_weights, valid)
+        negative = may_be_negative(terms.reduction, terms.normalizer is not None)
+        raise_on_bad_weight(rule.head_weights, targets.valid(), negative)
     elif isinstance(rule, Excess) and rule.ref_logits is not None:
-        ref_ce = next_token_ce(rule.ref_logits, target_ids, ignore_index)
-        rule = rule.with_fields(ref_ce=ref_ce, ref_logits=None)
-    return loss_of_cross_entropies(ce, target_ids, rule, normalizer, reduction, ignore_index)
+        rule = rule.with_fields(ref_ce=reference_ce(rule.ref_logits, targets), ref_logits=None)
+    weights = final_weights(rule, ce, call)
+    return loss_of_weights(ce, weights, targets.valid(), terms, bare=call.sums_to_one)
 
 
-def loss_of_cross_entropies(
-    ce: Tensor,
-    target_ids: Tensor,
-    rule: Weighting,
-    normalizer: Tensor | None,
-    reduction: str,
-    ignore_index: int,
+def loss_of_weights(
+    ce: Tensor, weights: Tensor, valid: Tensor, terms: Terms, *, bare: bool = False
 ) -> MTPLoss:
-    """Everything after the cross entropies [B, S, H]; differentiable in them and given weights."""
-    valid = has_target(target_ids, ce.shape[2], ignore_index)
-    weights = weights_of(rule, ce, valid)
-    if rule.sums_to_one:
-        row_scalar = product(weights, to_token_scalar(valid, ce.dtype, reduction, normalizer))
+    """Everything after cross entropies and weights [B, S, H]; differentiable in both.
+
+    Args:
+        valid: [B, S, H] bool, the pairs that count.
+        bare: the weights are a rule's that sum to 1 over a token's pairs, and nothing else.
+    """
+    if bare:
+        row_scalar = product(weights, to_token_scalar(valid, ce.dtype, terms))
     else:
-        row_scalar = to_row_scalar(weights, reduction, normalizer)
+        row_scalar = to_row_scalar(weights, terms)
     loss = product(row_scalar, ce).sum()
-    return MTPLoss(loss, counted_tokens(weights.sum(-1)), ce)
+    return MTPLoss(loss, counted_tokens(weights.abs().sum(-1)), ce)
 
 
-def weights_of(rule: Weighting, ce: Tensor, valid: Tensor) -> Tensor:
-    """[B, S, H]: a rule's weights of the cross entropies, which are constants to it; 0 where there
-    is no target."""
+def final_weights(rule: Weighting, ce: Tensor, call: Call) -> Tensor:
+    """[B, S, H]: the rule's weights, times masks and prior."""
+    weights = weights_of(rule, ce, call.targets)
+    return weights if call.terms.factor is None else product(call.terms.factor, weights)
+
+
+def weights_of(rule: Weighting, ce: Tensor, targets: Targets) -> Tensor:
+    """[B, S, H]: a rule's weights of the cross entropies, which are constants to it; 0 where a pair
+    does not count."""
     needs = {}
     if rule.compares:
         ref_ce = vars(rule)["ref_ce"].detach().to(ce.dtype)
-        needs["ref_ce"] = align_ref_ce(ref_ce, *ce.shape[1:])
-    return rule.weights(ce.detach(), valid, **needs)
+        needs["ref_ce"] = targets.reference_of_heads(ref_ce)
+    return rule.weights(ce.detach(), targets.valid(), **needs)
 
 
 @torch.no_grad()
-def formed(rule: Weighting, ce: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Given:
+def formed(rule: Weighting, ce: Tensor, call: Call) -> Given:
     """A rule's weights of cross entropies [B, S, H] that another pass made, for the pass to come.
 
     NaN and inf of the logits reach the loss by their cross entropies; the weights that follow from
     these would be refused as if the caller had given them, and are 1.
     """
-    weights = weights_of(rule, ce, has_target(target_ids, ce.shape[2], ignore_index))
+    weights = final_weights(rule, ce, call)
     spoiled = ~ce.isfinite().all(-1, keepdim=True) & ~weights.isfinite()
     return Given(weights.masked_fill(spoiled, 1.0))
 
 
 def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
-    """ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target_ids[b, t + k + 1]].
+    """`cross_entropies` of unshifted ids [B, S], and no more said of them."""
+    _, length, heads, _ = logits.shape
+    return cross_entropies(logits, Targets(target_ids, length, heads, ignore_index))
+
+
+def cross_entropies(logits: Tensor, targets: Targets) -> Tensor:
+    """ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target of head k at t].
 
     Args:
         logits: [B, S, H, V] float32, bfloat16, float16 or float64.
-        target_ids: [B, S] integer, unshifted.
-        ignore_index: a target of this id has no cross entropy.
 
     Returns:
-        [B, S, H] float32 (float64 for float64 logits), nats, 0 where there is no target.
+        [B, S, H] float32 (float64 for float64 logits), nats, 0 where a pair does not count.
 
     Raises:
         IndexError: on the CPU, for a target outside [0, V). Elsewhere its cross entropy is NaN.
     """
-    vocabulary = logits.shape[-1]
-    targets = shift_to_heads(target_ids.long(), logits.shape[2], ignore_index)
-    valid = targets != ignore_index
-    in_range = (targets >= 0) & (targets < vocabulary)
-    raise_on_bad_target(targets, valid, vocabulary, ignore_index)
+    vocabulary, wanted = logits.shape[-1], targets.of_heads()
+    valid = wanted != targets.ignore_index
+    in_range = (wanted >= 0) & (wanted < vocabulary)
+    raise_on_bad_target(wanted, valid, vocabulary, targets.ignore_index)
     # Rows without a target must not be able to spoil anything, not even with NaN.
     rows = logits.to(accumulation_dtype(logits)).masked_fill(~valid[..., None], 0.0)
-    picked = rows.gather(-1, targets.clamp(0, vocabulary - 1)[..., None])[..., 0]
+    picked = rows.gather(-1, wanted.clamp(0, vocabulary - 1)[..., None])[..., 0]
     # Never max + log sum, which would lose the digits of the second to a large first.
     row_max, log_sum = max_and_log_sum(rows)
     ce = torch.where(in_range | ~valid, (row_max - picked) + log_sum, float("nan"))
@@ -189,27 +208,34 @@ def max_and_log_sum(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
-    """[B, S - 1]: the cross entropy of logits [B, S, V] at t for `target_ids[t + 1]`, detached."""
-    return cross_entropy_per_head(logits.detach()[:, :, None], target_ids, ignore_index)[:, :-1, 0]
+    """[B, S - 1]: `reference_ce` of unshifted ids [B, S]."""
+    return reference_ce(logits, Targets(target_ids, logits.shape[1], 1, ignore_index))
+
+
+def reference_ce(logits: Tensor, targets: Targets) -> Tensor:
+    """The cross entropy of logits [B, S, V] at t for the next token, detached, indexed by the token
+    it is about: [B, T - 1], or [B, T] where the labels are shifted."""
+    ce = cross_entropies(logits.detach()[:, :, None], targets.next_tokens())[:, :, 0]
+    return ce[:, : targets.about()]
 
 
 def raise_on_bad_target(targets: Tensor, valid: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Targets [B, S, H], as shifted to the heads, lie in [0, V) where they are valid."""
+    """Targets [B, S, H], as lined up with the heads, lie in [0, V) where they are valid."""
     # Elsewhere than on the CPU the question would cost a sync; there the loss becomes NaN.
     if not is_readable(targets):
         return
     bad = valid & ((targets < 0) | (targets >= vocabulary))
     if bad.any():
         b, t, k = bad.nonzero()[0].tolist()
-        raise checks.target_error(
-            f"[{b}, {t + k + 1}]", int(targets[b, t, k]), vocabulary, ignore_index
-        )
+        raise checks.target_error((b, t, k), int(targets[b, t, k]), vocabulary, ignore_index)
 
 
-def raise_on_bad_weight(head_weights: Tensor, valid: Tensor) -> None:
+def raise_on_bad_weight(head_weights: Tensor, valid: Tensor, negative: bool = False) -> None:
+    """Weights, [B, S, H] or [H], are finite where they are valid, and >= 0 unless `negative`."""
     if not is_readable(head_weights):
         return
-    bad = valid & ~((head_weights >= 0) & head_weights.isfinite())
+    bad = valid & ~(((head_weights >= 0) | negative) & head_weights.isfinite())
     if bad.any():
         b, t, k = bad.nonzero()[0].tolist()
-        raise checks.weight_error(f"[{b}, {t}, {k}]", float(head_weights[b, t, k]))
+        place, weight = (b, t, k), head_weights.expand(bad.shape)[b, t, k]
+        raise checks.weight_error(str(list(place)), float(weight), negative=negative)

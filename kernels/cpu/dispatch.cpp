@@ -57,31 +57,32 @@ const InstructionSet kInstructionSets[] = {  // the best first
 
 const InstructionSet* chosen = nullptr;
 
-// The first target outside [0, V) of those that may be used: target_ids[b, 0] is nobody's.
-bool targets_ok(const Inputs& in, int64_t* position) {
-  for (int64_t i = 0; i < in.B * in.T; ++i) {
-    const int64_t id = in.target_ids[i];
-    if (i % in.T == 0 || id == in.ignore_index || (id >= 0 && id < in.V)) continue;
-    *position = i;
-    return false;
-  }
+// The first (b, t, k) for which this does not hold, of those with a valid target; true: there is none. The
+// others may be anything.
+template <class Holds> bool all_ok(const Inputs& in, int64_t* position, const Holds& holds) {
+  int64_t row = 0;
+  for (int64_t b = 0; b < in.B; ++b)
+    for (int64_t t = 0; t < in.S; ++t)
+      for (int64_t k = 0; k < in.H; ++k, ++row) {
+        const int64_t index = target_index(in, b, t, k);
+        if (index < 0 || in.target_ids[index] == in.ignore_index || holds(row, in.target_ids[index])) continue;
+        *position = row;
+        return false;
+      }
   return true;
 }
 
-// The first negative or non-finite weight of a (t, k) with a valid target; the others may be anything.
-template <class T> bool weights_ok(const Inputs& in, const T* w, int64_t* position) {
-  const T infinity = T(__builtin_inff());
-  for (int64_t token = 0; token < in.B * in.S; ++token) {
-    const int64_t b = token / in.S, first = token - b * in.S + 1;  // head 0's target
-    for (int64_t k = 0; k < in.H && first + k < in.T; ++k) {
-      const T value = w[token * in.H + k];
-      if (value >= 0 && value < infinity) continue;
-      if (in.target_ids[b * in.T + first + k] == in.ignore_index) continue;
-      *position = token * in.H + k;
-      return false;
-    }
-  }
-  return true;
+bool targets_ok(const Inputs& in, int64_t* position) {
+  return all_ok(in, position, [&](int64_t, int64_t id) { return id >= 0 && id < in.V; });
+}
+
+// Finite, and not negative where that would have no meaning.
+template <class T> bool weights_ok(const Inputs& in, const Settings& set, int64_t* position) {
+  const T infinity = T(__builtin_inff()), least = signed_weights(in, set) ? -infinity : T(0);
+  const T* const w = static_cast<const T*>(in.head_weights);
+  return all_ok(in, position, [&](int64_t row, int64_t) {
+    return w[row] < infinity && (least < 0 ? w[row] > least : w[row] >= least);
+  });
 }
 
 }  // namespace
@@ -128,9 +129,9 @@ WMTP_EXPORT int64_t wmtp_cpu_scratch_bytes(const Inputs* in, const Settings* set
 WMTP_EXPORT int wmtp_cpu_weighted_loss(const Inputs* in, const Settings* set, const Outputs* out,
                                        int64_t* position) {
   if (!targets_ok(*in, position)) return kBadTarget;
-  const void* w = set->rule == kRowScalar ? nullptr : in->head_weights;
-  if (w && !(in->dtype == kFloat64 ? weights_ok(*in, static_cast<const double*>(w), position)
-                                     : weights_ok(*in, static_cast<const float*>(w), position)))
+  const bool weighs = set->rule != kRowScalar && in->head_weights;
+  if (weighs && !(in->dtype == kFloat64 ? weights_ok<double>(*in, *set, position)
+                                        : weights_ok<float>(*in, *set, position)))
     return kBadWeight;
   chosen->kernels->weighted_loss(*in, *set, *out);
   return kOk;

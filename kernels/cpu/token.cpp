@@ -1,7 +1,7 @@
 // The loop over tokens, compiled once per instruction set. A token (b, t) has H rows of logits [V]:
 //   ce_k       = logsumexp(row_k) - row_k[target_k]                          valid k, else 0
-//   w_k        = 1 | head_weights[b,t,k] | softmax over valid k of excess_k / temperature
-//   row_scalar = w_k / sum_k w_k  (0 when the sum is <= 1e-8), or w_k;  over the denominator
+//   w_k        = 1 | head_weights[b,t,k] | softmax over valid k of excess_k / temperature, times head_weights
+//   row_scalar = w_k / sum_k w_k  (0 when the sum is <= 1e-8), or w_k;  times head_scale[k], over the denominator
 //   loss       = sum row_scalar ce
 //   d loss / d row_k = row_scalar_k (softmax(row_k) - onehot(target_k))
 // The gradient is written while the row's exponentials are in the caches: row by row where the weights
@@ -124,9 +124,6 @@ void write_gradient(const Inputs& in, const Token& token, int64_t row, const Tea
   }
 }
 
-// w times a factor that may be infinite.
-template <class T> inline T times(T w, double factor) { return w != 0 ? T(w * factor) : T(0); }
-
 template <class T>
 void write_token(const Inputs& in, const Outputs& out, const Token& token, double weight_sum, double inverse,
                  const TokenState<T>& state, double* loss_of_token) {
@@ -158,25 +155,30 @@ void token_pass(const Inputs& in, const Settings& set, const Outputs& out, const
                                numbers + 4 * in.H, numbers + 5 * in.H, numbers + 6 * in.H};
   double weight_sum = 0;
   if (set.known) {
-    for (int64_t k = 0; k < in.H; ++k) weight_sum += state.w[k] = known_weight<T>(in, token, k);
+    for (int64_t k = 0; k < in.H; ++k) state.w[k] = known_weight<T>(in, token, k);
+    weight_sum = sum_of(state.w, Heads{0, in.H});
     to_row_scalars(set, weight_sum, in.H, state.w);
   }
   for (int64_t first = 0; first < rows; first += step) {
     const Heads heads = rows == 1 ? Heads{0, in.H} : Heads{first, first + step};
     read_rows<E>(in, out, token, Heads{first, first + step}, team, state);
-    if (!set.known) rule_weights(in, set, token, heads, state.ce, state.w);
+    if (!set.known) {
+      rule_weights(in, set, token, heads, state.ce, state.w);
+      weight_sum += sum_of(state.w, heads);
+    }
     if (set.sums_to_one) {
-      weight_sum = sum_of(state.w, in.H);
       if (finite(weight_sum)) weight_sum = has_target(in, token);
       to_row_scalars(set, weight_sum, in.H, state.w);
     }
-    for (int64_t k = heads.first; k < heads.last; ++k) state.c[k] = times(state.w[k], scale);
+    for (int64_t k = heads.first; k < heads.last; ++k) {
+      if (in.head_scale) state.w[k] = times(state.w[k], double(head_scale<T>(in, k)));
+      state.c[k] = times(state.w[k], scale);
+    }
     for (int64_t row = first; row < first + step && out.grad; ++row) {
       E* const grad_row = gradient_row<E>(in, out, token, row);
       write_gradient<E>(in, token, row, team, exponentials(team, row - first, grad_row), state, next_row, grad_row);
     }
   }
-  if (!set.known && !set.sums_to_one) weight_sum = sum_of(state.w, in.H);
   if (team.rank == 0) write_token(in, out, token, weight_sum, inverse, state, loss_of_token);
 }
 

@@ -6,19 +6,12 @@
 namespace wmtp {
 namespace WMTP_ISA {
 
-struct Token {
-  int64_t index, b, t;   // index = b S + t
-  const int64_t* targets;  // head k predicts targets[k],
-  int64_t count;           // if k < count
-};
+struct Token { int64_t index, b, t; };  // index = b S + t
 
-inline Token token_at(const Inputs& in, int64_t index) {
-  const int64_t b = index / in.S, t = index - b * in.S;
-  return {index, b, t, in.target_ids + b * in.T + t + 1, in.T - 1 - t};
-}
+inline Token token_at(const Inputs& in, int64_t index) { return {index, index / in.S, index % in.S}; }
 
-inline int64_t target_of(const Inputs& in, const Token& token, int64_t k) {  // -1: no valid target
-  return k < token.count && token.targets[k] != in.ignore_index ? token.targets[k] : -1;
+inline int64_t target_of(const Inputs& in, const Token& token, int64_t k) {
+  return target_of(in, token.b, token.t, k);
 }
 
 inline bool has_target(const Inputs& in, const Token& token) {
@@ -39,12 +32,21 @@ inline int32_t rule_of(const char* name) {
   return -2;
 }
 
-// w_k of a known rule.
+// w_k of a known rule, or what that of another is multiplied by.
 template <class T>
 T known_weight(const Inputs& in, const Token& token, int64_t k) {
   if (target_of(in, token, k) < 0) return 0;
   return in.head_weights ? static_cast<const T*>(in.head_weights)[token.index * in.H + k] : T(1);
 }
+
+template <class T> T head_scale(const Inputs& in, int64_t k) {
+  return in.head_scale ? static_cast<const T*>(in.head_scale)[k] : T(1);
+}
+
+template <class T> inline T size(T w) { return w < 0 ? -w : w; }
+
+// w times a factor that may be infinite.
+template <class T> inline T times(T w, double factor) { return w != 0 ? T(w * factor) : T(0); }
 
 // A token's heads [first, last).
 struct Heads { int64_t first, last; };
@@ -64,7 +66,7 @@ void softmax(const Inputs& in, const Token& token, T* w) {
 // w_k of the heads whose cross entropies ce are there: all of the token's, or one row's.
 template <class T>
 void rule_weights(const Inputs& in, const Settings& set, const Token& token, Heads heads, const T* ce, T* w) {
-  const T* const ref_ce = static_cast<const T*>(in.ref_ce) + token.b * (in.T - 1) + token.t;
+  const T* const ref_ce = static_cast<const T*>(in.ref_ce) + token.b * in.ref_stride_b + token.t * in.ref_stride;
   for (int64_t k = heads.first; k < heads.last; ++k) {
     w[k] = 0;
     if (target_of(in, token, k) < 0) continue;
@@ -74,11 +76,16 @@ void rule_weights(const Inputs& in, const Settings& set, const Token& token, Hea
     }
   }
   if (set.rule == kAbsExcess || set.rule == kSignedExcess) softmax(in, token, w);
+  for (int64_t k = heads.first; k < heads.last && in.head_weights; ++k) {
+    const T factor = known_weight<T>(in, token, k);
+    w[k] = factor != 0 ? w[k] * factor : T(0);
+  }
 }
 
-template <class T> T sum_of(const T* w, int64_t H) {
-  T sum = 0;
-  for (int64_t k = 0; k < H; ++k) sum += w[k];
+// Of their sizes: weights may be negative.
+template <class T> double sum_of(const T* w, Heads heads) {
+  double sum = 0;
+  for (int64_t k = heads.first; k < heads.last; ++k) sum += size(w[k]);
   return sum;
 }
 
@@ -101,13 +108,13 @@ struct Totals {
 
 template <class T> Totals find_totals(const Inputs& in, const Settings& set) {
   int64_t live = 0, counted = 0;
-  double total = 0, largest = 0;
+  double total = 0, largest = 0, largest_scale = 0;
   for (int64_t i = 0; i < in.B * in.S; ++i) {
     const Token token = token_at(in, i);
     const bool lives = has_target(in, token);
     double weight_sum = 0;
     for (int64_t k = 0; k < in.H && set.known; ++k) {
-      const T w = known_weight<T>(in, token, k);
+      const T w = size(known_weight<T>(in, token, k));
       weight_sum += w;
       largest = w > largest ? w : largest;
     }
@@ -117,6 +124,11 @@ template <class T> Totals find_totals(const Inputs& in, const Settings& set) {
     total += weight_sum;
   }
   if (set.reduction == kTokenMean || !set.known) largest = 1;
+  for (int64_t k = 0; k < in.H; ++k) {
+    const double scale = size(head_scale<T>(in, k));
+    largest_scale = scale > largest_scale ? scale : largest_scale;
+  }
+  largest *= largest_scale;
   const bool by_token = set.reduction == kTokenMean;
   if (by_token ? !counted : total == 0) return {live, 1, largest};  // nothing weighs: 0 over whatever is 0
   if (in.has_normalizer) return {live, in.normalizer, largest};

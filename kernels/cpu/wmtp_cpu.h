@@ -1,6 +1,5 @@
 // The C ABI of libwmtp_cpu: what wmtp/backends/cpu.py passes in, and the table each instruction set fills.
-// Legend: B batch, S sequence, H heads, V vocabulary; T = S, or more where the logits stop before the
-// targets do. `acc` is float, or double for double logits.
+// Legend: B batch, S sequence, H heads, V vocabulary. `acc` is float, or double for double logits.
 #pragma once
 #include <cstdint>
 
@@ -13,13 +12,16 @@ enum Reduction : int32_t { kSum = 0, kTokenMean = 1, kWeightMean = 2 };
 struct Inputs {
   const void* logits;                    // [B, S, H, V], last stride 1
   int64_t stride_b, stride_s, stride_h;  // in elements, any value; stride_h = 0: shared heads
-  int64_t B, S, T, H, V;
+  int64_t B, S, H, V;
   const int64_t* head_offsets;  // [H], instead of k stride_h: heads in memory of their own, whatever stride_h
                                 // is; or null
-  const int64_t* target_ids;  // [B, T] unshifted: head k at t predicts target_ids[b, t + k + 1]
+  const int64_t* target_ids;  // [B, targets]: head k at t predicts target_ids[b, t target_stride + k], if that
+  int64_t target_stride_b, target_stride, targets;  // is below `targets`; target_stride is 1, or H: each head's own
   int64_t ignore_index;
-  const void* head_weights;  // [B, S, H] acc, or null: weight 1
-  const void* ref_ce;        // [B, T - 1] acc, or null: head k at t compares with ref_ce[b, t + k]
+  const void* head_weights;  // [B, S, H] acc, or null: weight 1; what the weights of a rule are multiplied by
+  const void* head_scale;    // [H] acc, or null: what a head's weights are multiplied by once they are summed up
+  const void* ref_ce;        // acc, or null: head k at t compares with ref_ce[b ref_stride_b + t ref_stride + k]
+  int64_t ref_stride_b, ref_stride;
   double numbers[4];         // the rule's
   double normalizer;         // replaces the denominator, if has_normalizer
   int32_t has_normalizer;
@@ -56,7 +58,7 @@ struct Outputs {
 };
 
 // Library and cpu_library.py must mean the same by all this: raise the version with every change of it.
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 struct Kernels {
   void (*weighted_loss)(const Inputs&, const Settings&, const Outputs&);
@@ -72,11 +74,28 @@ namespace avx512_bf16 { extern const Kernels kernels; }
 constexpr int64_t kBlock = 4096;
 constexpr int64_t kPadding = 16;  // a vector, before the exponentials; after them, the last is stored whole
 
+// Where head k's target at (b, t) stands; -1: nowhere.
+inline int64_t target_index(const Inputs& in, int64_t b, int64_t t, int64_t k) {
+  const int64_t place = t * in.target_stride + k;
+  return place < in.targets ? b * in.target_stride_b + place : -1;
+}
+
+// -1: no valid target.
+inline int64_t target_of(const Inputs& in, int64_t b, int64_t t, int64_t k) {
+  const int64_t index = target_index(in, b, t, k);
+  return index >= 0 && in.target_ids[index] != in.ignore_index ? in.target_ids[index] : -1;
+}
+
+// Weights may be negative where they divide nothing.
+inline bool signed_weights(const Inputs& in, const Settings& set) {
+  return set.reduction == kSum || (set.reduction == kWeightMean && in.has_normalizer);
+}
+
 inline bool shared_heads(const Inputs& in) { return in.H > 1 && !in.head_offsets && in.stride_h == 0; }
 
 // Waking a sleeping thread takes about as long as `worth` logits do.
 inline int useful_threads(const Inputs& in) {
-  const int64_t worth = 1 << 17, last = in.S && in.S == in.T;  // nothing follows the last token
+  const int64_t worth = 1 << 17, last = in.S && target_index(in, 0, in.S - 1, 0) < 0;
   const int64_t rows = in.B * (in.S - last) * (shared_heads(in) ? 1 : in.H);
   const int64_t most = 1 + rows * in.V / worth;
   return int(most < in.threads ? most : in.threads);

@@ -27,6 +27,7 @@ from wmtp.kernels.rows import (
     inner_part,
     launch_shape,
     strides,
+    targets,
     warp_size,
 )
 from wmtp.layout import heads_share_storage
@@ -98,7 +99,7 @@ def of_softmax(x, shift, scale):
 @triton.jit(**ONE_BINARY)
 def row_gradient_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
-    target_ptr,  # [B, S] int64, unshifted
+    target_ptr,  # int64, see heads.py
     row_max_ptr,  # [B, S, H]
     log_sum_ptr,  # [B, S, H]
     c_ptr,  # [B, S, H]
@@ -111,6 +112,9 @@ def row_gradient_kernel(
     grad_stride_b: tl.int64,
     grad_stride_s: tl.int64,
     grad_stride_h: tl.int64,
+    target_stride_b: tl.int64,
+    target_stride: tl.int64,
+    targets,
     seq_len,
     vocab_size,
     ignore_index,
@@ -129,8 +133,9 @@ def row_gradient_kernel(
 
     head = row + tl.arange(0, HEADS)  # [HEADS]
     target, valid, in_range = head_targets(
-        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
-    )
+        target_ptr, target_stride_b, target_stride, targets, b, t, head, vocab_size,
+        ignore_index, H,
+    )  # fmt: skip
     head_ptr = token * H + head
     c = tl.load(c_ptr + head_ptr, mask=valid, other=0.0)  # [HEADS]
     live = tl.max((c != 0).to(tl.int32), axis=0) > 0
@@ -164,7 +169,7 @@ def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
     with torch.cuda.device_of(logits):
         row_gradient_kernel[(read.shape[0] * read.shape[1] * read.shape[2],)](
             logits_ptr=base,
-            target_ptr=rows.target_ids,
+            **targets(rows.target_ids),
             row_max_ptr=rows.row_max,
             log_sum_ptr=rows.log_sum,
             c_ptr=rows.row_scalar,

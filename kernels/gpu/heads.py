@@ -1,7 +1,8 @@
 """What the loss kernels share: the targets of a token's heads, and their weights.
 
-A program holds some heads of one token (b, t): head k's target is target_ids[b, t + k + 1], valid
-when that position exists and is not ignore_index.
+A program holds some heads of one token (b, t): head k's target stands at t target_stride + k of the
+row b, valid when that is one of the row's `targets` and is not ignore_index. The stride is 1, or H
+where each head has its own.
 """
 
 import triton
@@ -19,10 +20,12 @@ def position(token, seq_len):
 
 
 @triton.jit
-def head_targets(target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H: tl.constexpr):
+def head_targets(target_ptr, target_stride_b, target_stride, targets, b, t, head, vocab_size,
+                 ignore_index, H: tl.constexpr):  # fmt: skip
     """(target, valid, in_range), each of head's shape; target is int32, and -1 out of range."""
-    inside = (head < H) & (t + head + 1 < seq_len)
-    target = tl.load(target_ptr + token + head + 1, mask=inside, other=0)
+    place = t * target_stride + head
+    inside = (head < H) & (place < targets)
+    target = tl.load(target_ptr + b * target_stride_b + place, mask=inside, other=0)
     valid = inside & (target != ignore_index)
     in_range = (target >= 0) & (target < vocab_size)
     return tl.where(in_range, target, -1).to(tl.int32), valid, in_range
@@ -30,9 +33,10 @@ def head_targets(target_ptr, token, t, head, seq_len, vocab_size, ignore_index, 
 
 @triton.jit
 def settle_heads(
-    ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, numbers_ptr, factors_ptr,
-    row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
-    H: tl.constexpr, RULE: tl.constexpr, COMPARES: tl.constexpr,
+    ce, m, log_s, head, valid, in_range, token, b, t, ref_ce_ptr, ref_stride_b, ref_stride,
+    numbers_ptr, weight_ptr, factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
+    H: tl.constexpr, RULE: tl.constexpr, COMPARES: tl.constexpr, MULTIPLIED: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Finds the rule's weights, stores what is known of the heads, and returns what their rows'
     gradient is times, [HEADS]: 0 where a head has no weight, whatever its logits. Of a split row
@@ -44,33 +48,48 @@ def settle_heads(
     if RULE is not None:
         ref_ce = ce
         if COMPARES:
-            ref_ce = tl.load(ref_ce_ptr + token - b + head, mask=valid)  # [B, S-1]
+            ref_ce = tl.load(ref_ce_ptr + b * ref_stride_b + t * ref_stride + head, mask=valid)
         row_scalar = RULE(ce, valid, ref_ce, numbers_ptr)
+        if MULTIPLIED:
+            factor = tl.load(weight_ptr + head_ptr, mask=valid, other=0.0)
+            row_scalar = tl.where(factor != 0, rounded_product(row_scalar, factor), 0.0)
         tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
     else:
         row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
     tl.store(ce_ptr + head_ptr, ce, mask=mine)
     tl.store(row_max_ptr + head_ptr, tl.where(valid, m, 0.0), mask=mine)
     tl.store(log_sum_ptr + head_ptr, tl.where(valid, log_s, 0.0), mask=mine)
-    c = tl.where(in_range, rounded_product(row_scalar, tl.load(factors_ptr + 2)), float("nan"))
+    scale = gradient_scale(factors_ptr, head, H, BY_HEAD)
+    c = tl.where(in_range, rounded_product(row_scalar, scale), float("nan"))
     return tl.where(valid & (row_scalar != 0), c, 0.0)
 
 
 @triton.jit
+def gradient_scale(factors_ptr, head, H: tl.constexpr, BY_HEAD: tl.constexpr):
+    """What a row scalar is times in the gradient: of all, or of each head."""
+    if BY_HEAD:
+        scale = tl.load(factors_ptr + 4 + head, mask=head < H, other=0.0)
+    else:
+        scale = tl.load(factors_ptr + 2)
+    return scale
+
+
+@triton.jit
 def with_weight(row_scalar_ptr, factors_ptr, token, head, valid, c, H: tl.constexpr,
-                RULE: tl.constexpr, SUMS_TO_ONE: tl.constexpr):  # fmt: skip
+                RULE: tl.constexpr, SUMS_TO_ONE: tl.constexpr, BY_HEAD: tl.constexpr):  # fmt: skip
     """Which heads' c is not 0. Known weights are asked in memory: to ask c itself takes registers,
     and rows that are held in them would spill.
 
     Where a weight of those that sum to 1 is 0 its token's cross entropies are finite, so that its
     row times 0 is 0.
     """
-    if SUMS_TO_ONE:
+    if SUMS_TO_ONE and not BY_HEAD:
         return valid
     if RULE is not None:
         return valid & (c != 0)
     row_scalar = tl.load(row_scalar_ptr + token * H + head, mask=valid, other=0.0)
-    return valid & (rounded_product(row_scalar, tl.load(factors_ptr + 2)) != 0)
+    scale = gradient_scale(factors_ptr, head, H, BY_HEAD)
+    return valid & (rounded_product(row_scalar, scale) != 0)
 
 
 @triton.jit

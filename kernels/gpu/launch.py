@@ -10,28 +10,30 @@ from wmtp.kernels import tiers
 from wmtp.kernels.online_kernel import online_kernel
 from wmtp.kernels.partial_kernel import partial_kernel
 from wmtp.kernels.register_kernel import register_kernel
-from wmtp.kernels.rows import aligned_base, in_phase, strides
+from wmtp.kernels.rows import aligned_base, in_phase, strides, targets
 
 
 class Case(NamedTuple):
     """What the kernel works on."""
 
     rows: Tensor  # [B, S, H, V], or [B, S, 1, V] shared by the heads
-    target_ids: Tensor  # [B, S] int64; or [1, T]: T > S where the logits stop before
+    target_ids: Tensor  # see records.LossInputs
     heads: int
     grad: Tensor | None  # wanted there; `rows` itself: in place
     of_heads: "OfHeads"
     ignore_index: int
     rule: "Rule"
     head_offsets: tuple[int, ...] | None = None
+    by_head: bool = False
 
 
 class OfHeads(NamedTuple):
     """The small tensors, as the kernels name them; `unused` stands for what a case has not."""
 
-    ref_ce_ptr: Tensor  # [B, S - 1] float32
+    ref_ce_ptr: Tensor  # float32, like target_ids
+    weight_ptr: Tensor  # [B, S, H] float32
     numbers_ptr: Tensor  # float32, the rule's
-    factors_ptr: Tensor  # [3] float32, the last is the gradient's scale
+    factors_ptr: Tensor  # [4] float32, the third is the gradient's scale; [4 + H]: the last are
     row_scalar_ptr: Tensor  # [B, S, H] float32
     offset_ptr: Tensor  # [H] int64, the head_offsets
     ce_ptr: Tensor  # [B, S, H] float32, and so the next two
@@ -46,6 +48,7 @@ class Rule(NamedTuple):
     compares: bool = False
     sums_to_one: bool = False
     whole_token: bool = False
+    multiplied: bool = False
 
 
 class Call(NamedTuple):
@@ -111,10 +114,10 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     programs = batch * seq_len * divided["PROGRAMS"]
     where = {
         "logits_ptr": base,
-        "target_ptr": case.target_ids,
+        **targets(case.target_ids),
         "lead": lead,
         **strides("stride", rows),
-        "seq_len": case.target_ids.shape[1],
+        "seq_len": seq_len,
         "vocab_size": vocab_size,
         "ignore_index": case.ignore_index,
         "H": case.heads,
@@ -130,11 +133,15 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
         **divided,
         "GRAD_LISTED": listed and target is rows,
         "RULE": case.rule.function,
+        "ref_stride_b": case.of_heads.ref_ce_ptr.stride(0),
+        "ref_stride": case.of_heads.ref_ce_ptr.stride(1) if case.rule.compares else 0,
         "COMPARES": case.rule.compares,
+        "MULTIPLIED": case.rule.multiplied,
+        "BY_HEAD": case.by_head,
         "IN_PHASE": same,
     }
     if chosen.tier != "online":
-        arguments["SUMS_TO_ONE"] = case.rule.sums_to_one
+        arguments["SUMS_TO_ONE"] = case.rule.sums_to_one and not case.rule.multiplied
         return [Call(register_kernel, (programs,), arguments)]
 
     machine = tiers.machine(rows.device)

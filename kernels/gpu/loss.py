@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wmtp.kernels.launch import Case, OfHeads, Rule, launch
+from wmtp.kernels.rows import targets
 from wmtp.kernels.rules import device_function
 from wmtp.kernels.tiers import machine, one_program
 from wmtp.kernels.weights_kernel import (
@@ -34,27 +35,31 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     tokens = batch * seq_len
     shared_heads = head_offsets is None and heads_share_storage(logits)
     rows = logits[:, :, :1] if shared_heads else logits
-    out, factors = _outputs(logits), logits.new_empty(4, dtype=torch.float32)
+    by_head = inputs.head_scale is not None
+    factors = logits.new_empty(4 + heads * by_head, dtype=torch.float32)
+    out, unused = _outputs(logits), factors
     if settings.gradient != "none":
         new = torch.empty_like(rows, memory_format=torch.contiguous_format)
         out = out._replace(grad=rows if settings.gradient == "inplace" else new)
-    rule = _rule(settings.rule)
+    rule = _rule(settings.rule, inputs)
     weights = ONES if inputs.head_weights is None else GIVEN
     alike = {
         "row_scalar_ptr": out.row_scalar,
         "weight_sum_ptr": out.weight_sum,
         "valid_mask_ptr": out.valid_mask,
+        "head_scale_ptr": inputs.head_scale if by_head else unused,
         "factors_ptr": factors,
         "tokens": tokens,
         "H": heads,
+        "BY_HEAD": by_head,
         "WEIGHTS": LATER if rule.function is not None else weights,
         "TOKENS": tokens_a_step(heads),
         **one_program(machine(logits.device)).options(),
     }
     with torch.cuda.device_of(logits):
         weights_kernel[(1,)](
-            target_ptr=inputs.target_ids,
-            weight_ptr=inputs.target_ids if inputs.head_weights is None else inputs.head_weights,
+            **targets(inputs.target_ids),
+            weight_ptr=unused if inputs.head_weights is None else inputs.head_weights,
             normalizer_ptr=_on_device(inputs.normalizer, logits),
             seq_len=seq_len,
             vocab_size=vocab_size,
@@ -67,19 +72,20 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
         )
         if logits.numel():
             of_heads = OfHeads(
-                ref_ce_ptr=factors if inputs.ref_ce is None else inputs.ref_ce,
-                numbers_ptr=factors
+                ref_ce_ptr=unused if inputs.ref_ce is None else inputs.ref_ce,
+                weight_ptr=unused if inputs.head_weights is None else inputs.head_weights,
+                numbers_ptr=unused
                 if inputs.numbers is None
                 else _on_device(inputs.numbers, logits),
                 factors_ptr=factors,
                 row_scalar_ptr=out.row_scalar,
-                offset_ptr=factors if head_offsets is None else _offsets(head_offsets, logits),
+                offset_ptr=unused if head_offsets is None else _offsets(head_offsets, logits),
                 ce_ptr=out.ce,
                 row_max_ptr=out.row_max,
                 log_sum_ptr=out.log_sum,
             )
             grad = None if settings.gradient == "none" else out.grad
-            how = (settings.ignore_index, rule, head_offsets)
+            how = (settings.ignore_index, rule, head_offsets, by_head)
             launch(Case(rows, inputs.target_ids, heads, grad, of_heads, *how))
         finish_kernel[(1,)](
             ce_ptr=out.ce, token_loss_ptr=out.token_loss, loss_ptr=out.loss, **alike
@@ -108,12 +114,17 @@ def _outputs(logits: Tensor) -> Outputs:
     )
 
 
-def _rule(key: str) -> Rule:
+def _rule(key: str, inputs: Inputs) -> Rule:
     rule = rule_of(key)
     if rule.known:
         return Rule()
-    whole_token = rule.scope == "token"
-    return Rule(device_function(key), rule.compares, rule.sums_to_one, whole_token)
+    return Rule(
+        device_function(key),
+        rule.compares,
+        rule.sums_to_one,
+        whole_token=rule.scope == "token",
+        multiplied=inputs.head_weights is not None,
+    )
 
 
 def _on_device(numbers: Tensor | None, logits: Tensor) -> Tensor:

@@ -33,10 +33,11 @@ from wmtp.kernels.rows import ONE_BINARY, cross_entropy, row_max_sum
 @triton.jit(**ONE_BINARY)
 def online_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
-    target_ptr,  # [B, S] int64, unshifted
-    ref_ce_ptr,  # [B, S-1], or unused
+    target_ptr,  # int64, see heads.py
+    ref_ce_ptr,  # like target_ptr, or unused
     numbers_ptr,  # the rule's, or unused
-    factors_ptr,  # [3], the last is the gradient's scale
+    weight_ptr,  # [B, S, H], multiplies the rule's weights, or unused
+    factors_ptr,  # [4], the third is the gradient's scale; BY_HEAD [4 + H], the last are
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
     offset_ptr,  # [H] int64, where the heads begin, or unused
     partial_ptr,  # [rows, SPLITS, 2] and
@@ -53,6 +54,11 @@ def online_kernel(
     grad_stride_b: tl.int64,
     grad_stride_s: tl.int64,
     grad_stride_h: tl.int64,
+    target_stride_b: tl.int64,
+    target_stride: tl.int64,
+    targets,
+    ref_stride_b: tl.int64,
+    ref_stride: tl.int64,
     seq_len,
     vocab_size,
     ignore_index,
@@ -65,6 +71,8 @@ def online_kernel(
     GRAD_LISTED: tl.constexpr,  # and the gradient, in place, too
     RULE: tl.constexpr,  # of (ce, valid, ref_ce, numbers_ptr), or None: the weights are known
     COMPARES: tl.constexpr,  # with ref_ce
+    MULTIPLIED: tl.constexpr,  # the rule's weights by others
+    BY_HEAD: tl.constexpr,  # the gradient has a scale for each head
     GRAD: tl.constexpr,
     IN_PHASE: tl.constexpr,
     SPLITS: tl.constexpr,  # of a row, a program for each; partial_kernel has read them
@@ -77,8 +85,9 @@ def online_kernel(
     b, t = position(token, seq_len)
     head = first + tl.arange(0, HEADS)  # [HEADS]
     target, valid, in_range = head_targets(
-        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
-    )
+        target_ptr, target_stride_b, target_stride, targets, b, t, head, vocab_size,
+        ignore_index, H,
+    )  # fmt: skip
     begin = lead + b * stride_b + t * stride_s
     grad_begin = grad_lead + b * grad_stride_b + t * grad_stride_s
 
@@ -107,8 +116,9 @@ def online_kernel(
     ce, log_s = cross_entropy(m, s, x_target, in_range)
 
     c = settle_heads(
-        ce, m, log_s, head, valid, in_range, token, b, ref_ce_ptr, numbers_ptr,
-        factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr, H, RULE, COMPARES,
+        ce, m, log_s, head, valid, in_range, token, b, t, ref_ce_ptr, ref_stride_b,
+        ref_stride, numbers_ptr, weight_ptr, factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr,
+        log_sum_ptr, H, RULE, COMPARES, MULTIPLIED, BY_HEAD,
     )  # fmt: skip
 
     if GRAD:

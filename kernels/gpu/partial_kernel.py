@@ -27,7 +27,7 @@ def part_of_row(split, vocab_size, SPLITS: tl.constexpr, ITEMSIZE: tl.constexpr)
 @triton.jit(**ONE_BINARY)
 def partial_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
-    target_ptr,  # [B, S] int64, unshifted
+    target_ptr,  # int64, see heads.py
     offset_ptr,  # [H] int64, where the heads begin, or unused
     partial_ptr,  # [rows, SPLITS, 2]
     x_target_ptr,  # [B, S, H]
@@ -35,6 +35,9 @@ def partial_kernel(
     stride_b: tl.int64,
     stride_s: tl.int64,
     stride_h: tl.int64,
+    target_stride_b: tl.int64,
+    target_stride: tl.int64,
+    targets,
     seq_len,
     vocab_size,
     ignore_index,
@@ -54,8 +57,9 @@ def partial_kernel(
     first = (tl.program_id(0) % ROWS).to(tl.int64)
     head = first + tl.arange(0, HEADS)
     target, valid, in_range = head_targets(
-        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
-    )
+        target_ptr, target_stride_b, target_stride, targets, b, t, head, vocab_size,
+        ignore_index, H,
+    )  # fmt: skip
     if tl.max(valid.to(tl.int32), axis=0) > 0:
         begin = lead + b * stride_b + t * stride_s
         begin += head_offset(first, stride_h, offset_ptr, H, LISTED)

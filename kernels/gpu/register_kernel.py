@@ -47,10 +47,11 @@ LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 @triton.jit(**ONE_BINARY)
 def register_kernel(
     logits_ptr,  # 128-byte aligned, `lead` elements before logits[0, 0, 0, 0]
-    target_ptr,  # [B, S] int64, unshifted
-    ref_ce_ptr,  # [B, S-1], or unused
+    target_ptr,  # int64, see heads.py
+    ref_ce_ptr,  # like target_ptr, or unused
     numbers_ptr,  # the rule's, or unused
-    factors_ptr,  # [3], the last is the gradient's scale
+    weight_ptr,  # [B, S, H], multiplies the rule's weights, or unused
+    factors_ptr,  # [4], the third is the gradient's scale; BY_HEAD [4 + H], the last are
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
     offset_ptr,  # [H] int64, where the heads begin, or unused
     ce_ptr,  # [B, S, H]
@@ -65,6 +66,11 @@ def register_kernel(
     grad_stride_b: tl.int64,
     grad_stride_s: tl.int64,
     grad_stride_h: tl.int64,
+    target_stride_b: tl.int64,
+    target_stride: tl.int64,
+    targets,
+    ref_stride_b: tl.int64,
+    ref_stride: tl.int64,
     seq_len,
     vocab_size,
     ignore_index,
@@ -76,6 +82,8 @@ def register_kernel(
     GRAD_LISTED: tl.constexpr,  # and the gradient, in place, too
     RULE: tl.constexpr,  # of (ce, valid, ref_ce, numbers_ptr), or None: the weights are known
     COMPARES: tl.constexpr,  # with ref_ce
+    MULTIPLIED: tl.constexpr,  # the rule's weights by others
+    BY_HEAD: tl.constexpr,  # the gradient has a scale for each head
     SUMS_TO_ONE: tl.constexpr,  # over a token's valid heads
     IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
     CLUSTER: tl.constexpr,  # of several CTAs, which have no barrier of their own
@@ -88,8 +96,9 @@ def register_kernel(
     b, t = position(token, seq_len)
     head = first + tl.arange(0, HEADS)  # [HEADS]
     target, valid, in_range = head_targets(
-        target_ptr, token, t, head, seq_len, vocab_size, ignore_index, H
-    )
+        target_ptr, target_stride_b, target_stride, targets, b, t, head, vocab_size,
+        ignore_index, H,
+    )  # fmt: skip
     row = first + tl.arange(0, ROWS).to(tl.int64)  # [ROWS]
     real = (row < H)[:, None]  # [ROWS, 1]
     read = valid
@@ -127,15 +136,17 @@ def register_kernel(
         head_s = s + tl.zeros((HEADS,), tl.float32)
     ce, log_s = cross_entropy(head_m, head_s, x_target, in_range)
     c = settle_heads(
-        ce, head_m, log_s, head, valid, in_range, token, b, ref_ce_ptr, numbers_ptr,
-        factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr, H, RULE, COMPARES,
+        ce, head_m, log_s, head, valid, in_range, token, b, t, ref_ce_ptr, ref_stride_b,
+        ref_stride, numbers_ptr, weight_ptr, factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr,
+        log_sum_ptr, H, RULE, COMPARES, MULTIPLIED, BY_HEAD,
     )  # fmt: skip
     # All threads have read before one writes. A row of several warps has passed barriers by then,
     # for its maximum and its sum; one that a single warp holds has not.
     tl.debug_barrier()
     target = tl.where(valid, target, -1)
     row_c = c
-    live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, c, H, RULE, SUMS_TO_ONE)
+    live = with_weight(row_scalar_ptr, factors_ptr, token, head, valid, c, H, RULE,
+                       SUMS_TO_ONE, BY_HEAD)  # fmt: skip
     if SHARED:
         live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)

@@ -9,6 +9,8 @@ the inner part starts at a multiple that the compiler can prove, so it moves in 
 every V (50257 included); the two edges are at most two units and are read under one mask.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +21,13 @@ import triton.language as tl
 ONE_BINARY = {
     "do_not_specialize": [
         *("lead", "stride_b", "stride_s", "stride_h", "tokens", "seq_len", "vocab_size"),
+        *("target_stride_b", "target_stride", "targets", "ref_stride_b", "ref_stride"),
         *("heads", "blocks", "has_normalizer", "scaled"),
         *("grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h", "ignore_index"),
     ],
     "do_not_specialize_on_alignment": [
-        *("target_ptr", "weight_ptr", "normalizer_ptr", "ref_ce_ptr", "numbers_ptr"),
+        *("target_ptr", "weight_ptr", "head_scale_ptr", "normalizer_ptr", "ref_ce_ptr"),
+        *("numbers_ptr",),
         *("row_max_ptr", "log_sum_ptr", "c_ptr", "factor_ptr"),
     ],
 }
@@ -72,6 +76,16 @@ def aligned_base(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
         if lead <= offset:
             return tensor.as_strided((1,), (1,), offset - lead), lead
     return tensor, 0
+
+
+def targets(target_ids: torch.Tensor) -> dict[str, Any]:
+    """The kernels' arguments of `records.LossInputs.target_ids`."""
+    return {
+        "target_ptr": target_ids,
+        "target_stride_b": target_ids.stride(0),
+        "target_stride": target_ids.stride(1),
+        "targets": target_ids.shape[1:].numel(),
+    }
 
 
 def strides(name: str, tensor: torch.Tensor) -> dict[str, int]:

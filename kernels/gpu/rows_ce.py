@@ -2,7 +2,7 @@
 
     rows_ce_       ce[r]       = logsumexp(logits[r,:]) - logits[r,target]
                    logits[r]   = row_scalar[r] (softmax(logits[r,:]) - onehot(target))   if wanted
-    next_token_ce  ref_ce[b,t] = logsumexp(logits[b,t,:]) - logits[b,t,target_ids[b,t+1]], t < S - 1
+    next_token_ce  ref_ce[b,t] = logsumexp(logits[b,t,:]) - logits[b,t,target_ids[b,t]]
 
 Rows are tokens of one head to the loss's kernels: one read, and one write in the register tiers.
 """
@@ -26,9 +26,8 @@ def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tens
     """Launch. A target outside [0, V): that position's ce is NaN."""
     rows = logits[:, :, None]
     if not rows.numel():
-        return logits.new_zeros(len(logits), max(logits.shape[1] - 1, 0), dtype=torch.float32)
-    ce = _cross_entropy(rows, target_ids, None, None, ignore_index)
-    return ce[:, :-1].contiguous()
+        return logits.new_zeros(logits.shape[:2], dtype=torch.float32)
+    return _cross_entropy(rows, target_ids, None, None, ignore_index)
 
 
 def _cross_entropy(
@@ -41,9 +40,10 @@ def _cross_entropy(
     """[B, S] of rows [B, S, 1, V]."""
     tokens = rows.shape[:2]
     ce, row_max, log_sum = (rows.new_empty(tokens, dtype=torch.float32) for _ in range(3))
-    ones = rows.new_ones(max(ce.numel(), 3), dtype=torch.float32)
+    ones = rows.new_ones(max(ce.numel(), 4), dtype=torch.float32)
     of_heads = OfHeads(
         ref_ce_ptr=ones,
+        weight_ptr=ones,
         numbers_ptr=ones,
         factors_ptr=ones,
         row_scalar_ptr=ones if row_scalar is None else row_scalar,

@@ -6,7 +6,8 @@
                   1 where nothing weighs, so that an empty batch has loss 0
 
 Weights that follow from the cross entropies are not known yet. Either they sum to 1 on every token
-that has a target, or nothing is divided by them; finish_kernel adds them up. One program
+that has a target, or nothing is divided by them; finish_kernel adds them up. BY_HEAD what a head
+adds to the loss is times its head_scale, and the denominator is 1. One program
 goes over all tokens, in a fixed order: that is 20 bytes for each row, beside its V logits. All
 arithmetic is float32: where the denominator, or its inverse, would leave its range, the weights are
 stored in another unit, a power of two.
@@ -15,7 +16,7 @@ stored in another unit, a power of two.
 import triton
 import triton.language as tl
 
-from wmtp.kernels.heads import head_targets
+from wmtp.kernels.heads import head_targets, position
 from wmtp.kernels.rows import ONE_BINARY, rounded_product
 
 ONES, GIVEN, LATER = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -29,15 +30,19 @@ def tokens_a_step(heads: int) -> int:
 
 @triton.jit(**ONE_BINARY)
 def weights_kernel(
-    target_ptr,  # [B, S] int64, unshifted
+    target_ptr,  # int64, see heads.py
     weight_ptr,  # [B, S, H] head_weights, or unused
+    head_scale_ptr,  # [H], or unused
     normalizer_ptr,  # [], or unused
     row_scalar_ptr,  # [B, S, H], and the next two: written unless LATER
     weight_sum_ptr,  # [B, S]
     valid_mask_ptr,  # [B, S] bool
     factors_ptr,  # [4]: 1 / denominator; what the gradient still needs, and what it has had;
-    # what row_scalar still needs
+    # what row_scalar still needs. BY_HEAD [4 + H], what it has had of each head
     tokens,
+    target_stride_b: tl.int64,
+    target_stride: tl.int64,
+    targets,
     seq_len,
     vocab_size,
     ignore_index,
@@ -46,6 +51,7 @@ def weights_kernel(
     heads_share,  # 1 / H where one gradient row stands for H heads, else 1
     H: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     REDUCTION: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -58,17 +64,18 @@ def weights_kernel(
     for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS)  # [TOKENS]
         real = token < tokens
-        # Past the last token there is no position, so nothing is valid.
-        t = tl.where(real, token % seq_len, seq_len)[:, None]
-        token = token.to(tl.int64)
+        b, t = position(token, seq_len)
+        # Past the last token there is no head, so nothing is valid.
         _, valid, _ = head_targets(
-            target_ptr, token[:, None], t, head, seq_len, vocab_size, ignore_index, H
-        )
+            target_ptr, target_stride_b, target_stride, targets, b[:, None], t[:, None],
+            tl.where(real[:, None], head, H), vocab_size, ignore_index, H,
+        )  # fmt: skip
+        token = token.to(tl.int64)
         row = token[:, None] * H + head
         w = tl.where(valid, 1.0, 0.0)  # [TOKENS, HEADS]
         if WEIGHTS == GIVEN:
             w = tl.where(valid, tl.load(weight_ptr + row, mask=valid, other=0.0), 0.0)
-        weight_sum = tl.max(w, axis=1) if WEIGHTS == LATER else tl.sum(w, axis=1)
+        weight_sum = tl.max(w, axis=1) if WEIGHTS == LATER else tl.sum(tl.abs(w), axis=1)
         counts = real & has_weight(weight_sum)
         counted += tl.where(counts, 1.0, 0.0)
         total += weight_sum
@@ -100,6 +107,10 @@ def weights_kernel(
             if REDUCTION == WEIGHT_MEAN:
                 denominator = tl.where(has_normalizer == 0, weighs, denominator)
     inverse = 1.0 / denominator
+    head_scale = tl.full(head.shape, 1.0, tl.float32)
+    if BY_HEAD:
+        head_scale = tl.load(head_scale_ptr + head, mask=head < H, other=0.0)
+        bound *= tl.max(tl.max(head_scale, axis=1), axis=0)
     scale = inverse
     remaining = 1.0
     if scaled:
@@ -109,6 +120,8 @@ def weights_kernel(
     tl.store(factors_ptr + 1, remaining)
     tl.store(factors_ptr + 2, scale * heads_share)
     tl.store(factors_ptr + 3, inverse)
+    if BY_HEAD:
+        tl.store(factors_ptr + 4 + head, scale * heads_share * head_scale, mask=head < H)
 
 
 @triton.jit
@@ -135,9 +148,8 @@ def times_unit(row_scalar_ptr, unit, tokens, H: tl.constexpr, TOKENS: tl.constex
         row, real = token[:, None] * H + head, (token[:, None] < tokens) & (head < H)
         w = tl.load(row_scalar_ptr + row, mask=real, other=0.0) * unit
         tl.store(row_scalar_ptr + row, w, mask=real)
-        weight_sum = tl.sum(w, axis=1)
-        total += weight_sum
-        largest = tl.maximum(largest, weight_sum)
+        total += tl.sum(w, axis=1)
+        largest = tl.maximum(largest, tl.sum(tl.abs(w), axis=1))
     return tl.sum(total, axis=0), tl.max(largest, axis=0)
 
 
@@ -157,6 +169,7 @@ def fp16_scale(bound):
 def finish_kernel(
     ce_ptr,  # [B, S, H]
     row_scalar_ptr,  # [B, S, H] d token_loss / d ce; becomes d loss / d ce
+    head_scale_ptr,  # [H], or unused
     factors_ptr,
     weight_sum_ptr,  # [B, S], and the next: written with LATER
     valid_mask_ptr,  # [B, S] bool
@@ -165,6 +178,7 @@ def finish_kernel(
     tokens,
     H: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    BY_HEAD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     head = tl.arange(0, triton.next_power_of_2(H))[None, :]
@@ -179,6 +193,9 @@ def finish_kernel(
             weight_sum = tl.sum(row_scalar, axis=1)
             tl.store(weight_sum_ptr + token, weight_sum, mask=token < tokens)
             tl.store(valid_mask_ptr + token, has_weight(weight_sum), mask=token < tokens)
+        if BY_HEAD:
+            head_scale = tl.load(head_scale_ptr + head, mask=head < H, other=0.0)
+            row_scalar = rounded_product(row_scalar, head_scale)
         token_loss = tl.sum(rounded_product(row_scalar, ce), axis=1)
         losses += token_loss
         tl.store(token_loss_ptr + token, token_loss, mask=token < tokens)

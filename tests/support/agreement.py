@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from wmtp.arguments import loss_inputs
+from wmtp.arguments import Call, checked_call, loss_inputs
 from wmtp.backends import cpu
 from wmtp.labels import IGNORE_INDEX, has_target
 from wmtp.records import Inputs, Outputs, RowInputs, Settings
@@ -165,6 +165,14 @@ def assert_agrees(function, case: Case, **more) -> None:
         assert torch.count_nonzero(ours[~valid]) == 0
 
 
+def operator_call(scores, target_ids, rule, reduction="token_mean", normalizer=None) -> Call:
+    """What an operator is called with, of scores [B, S, H, ...]."""
+    options = {"reduction": reduction, "normalizer": normalizer, "horizon": None}
+    acc = accumulation_dtype(scores)
+    call = checked_call("logits", scores, target_ids, rule, acc, **options, head_prior=None)
+    return call.resolved()
+
+
 def kernel_loss(
     backend, logits, target_ids, weights=None, ref_ce=None, *,
     excess="abs", reduction="token_mean", normalizer=1.0, gradient="none",
@@ -174,10 +182,12 @@ def kernel_loss(
     if ref_ce is not None:
         rule = Excess(ref_ce, 0.7, excess)
     heads = [logits] if isinstance(logits, Tensor) else logits
-    how = loss_inputs(rule, target_ids, normalizer, accumulation_dtype(heads[0]))
+    seen = logits if isinstance(logits, Tensor) else torch.stack(logits, 2)
+    call = operator_call(seen, target_ids, rule, reduction, normalizer)
+    how = loss_inputs(call, accumulation_dtype(seen))
     settings = Settings(
-        rule=rule.key(),
-        reduction=reduction,
+        rule=call.rule.key(),
+        reduction=call.terms.reduction,
         ignore_index=IGNORE_INDEX,
         backend="",
         gradient=gradient,
@@ -193,7 +203,7 @@ def kernel_gradient(backend, logits, target_ids, row_scalar, row_max=None, log_s
     unused = torch.full_like(row_scalar, float("nan"))
     statistics = [unused if value is None else value for value in (row_max, log_sum)]
     return backend.row_gradient(
-        RowInputs(logits, target_ids, *statistics, row_scalar), IGNORE_INDEX
+        RowInputs(logits, target_ids[:, 1:], *statistics, row_scalar), IGNORE_INDEX
     )
 
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from wmtp import kernels
-from wmtp.arguments import loss_inputs
+from wmtp.arguments import checked_call, loss_inputs
 from wmtp.kernels import tiers
 from wmtp.records import Inputs, RowInputs, Settings
 from wmtp.weightings import Excess, Given, Uniform, Weighting
@@ -71,11 +71,12 @@ def loss(
         rule = Excess(move(torch.rand(batch, length - 1)), temperature)
     ids = move(torch.zeros(batch, length, dtype=torch.int64))
     logits = torch.randn(shape).to(dtype) if logits is None else logits
-    inputs = Inputs(
-        logits=[logits] if isinstance(logits, torch.Tensor) else logits,
-        **loss_inputs(rule, ids, normalizer, torch.float32),
-    )
-    inputs.target_ids = ids
+    seen = logits if isinstance(logits, torch.Tensor) else logits[0][:, :, None].expand(shape)
+    how = {"reduction": None, "normalizer": normalizer, "horizon": None, "head_prior": None}
+    call = checked_call("logits", seen, ids, rule, torch.float32, **how)
+    heads = [logits] if isinstance(logits, torch.Tensor) else logits
+    inputs = Inputs(logits=heads, **loss_inputs(call, torch.float32))
+    inputs.target_ids = ids[:, 1:]
     settings = Settings(
         rule=rule.key(),
         reduction="token_mean",
@@ -114,14 +115,17 @@ def launch_the_others(dtype: torch.dtype) -> None:
         logits = torch.randn(shape).to(dtype)
         ids, of_rows = torch.zeros(shape[:2], dtype=torch.int64), torch.rand(3, *shape[:3])
         for move in (torch.clone, elsewhere):
-            kernels.row_gradient(RowInputs(logits, move(ids), *map(move, of_rows)), IGNORED)
-            kernels.next_token_ce(logits[:, :, 0], move(ids), IGNORED)
+            of_heads = move(torch.zeros(shape[:3], dtype=torch.int64))
+            for targets in (move(ids), move(ids)[:, 1:], of_heads):
+                rows = RowInputs(logits, targets, *map(move, of_rows))
+                kernels.row_gradient(rows, IGNORED)
+            kernels.next_token_ce(logits[:, :, 0], move(ids)[:, 1:], IGNORED)
         for number in NUMBERS:
             kernels.multiply_(logits, number.float())
             kernels.multiply_(logits[..., 1:], number.float())
     for rows in (1, 16, 17):
         for first in (0, 1):  # a chunk's targets begin anywhere among all
-            ids = torch.zeros(32, dtype=torch.int64)[first : first + rows + 1]
+            ids = torch.zeros(32, dtype=torch.int64)[first : first + rows]
             for scalar in (torch.rand(rows), None):
                 kernels.rows_ce_(torch.randn(rows, 1000).to(dtype), ids, scalar)
 

@@ -1,7 +1,5 @@
 """Which implementation runs: C++ on CPUs, Triton on GPUs, eager torch elsewhere."""
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
@@ -10,6 +8,7 @@ from wmtp import kernels
 from wmtp.backends import cpu
 from wmtp.backends.protocol import Backend
 from wmtp.kinds import check_choice
+from wmtp.once import warn_once
 from wmtp.transforms import is_batched
 from wmtp.weightings.base import rule_of
 
@@ -48,7 +47,7 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
         return chosen
     if backend != "auto":
         raise RuntimeError(f"backend {chosen!r} is not available: {reason}")
-    _warn_once(f"wmtp runs in eager torch, backend {chosen!r} is not available: {reason}")
+    warn_once(f"wmtp runs in eager torch, backend {chosen!r} is not available: {reason}")
     return "eager"
 
 
@@ -56,7 +55,7 @@ def fuses(backend: str, rule: str) -> bool:
     """Whether a backend has a twin of the rule of this `Weighting.key`; where not it says so."""
     found = BACKENDS[backend].fuses(rule)
     if not found:
-        _warn_once(
+        warn_once(
             f"{type(rule_of(rule)).__name__} has no twin for backend {backend!r}: the loss reads "
             "its logits once for the cross entropies and once more for the gradient"
         )
@@ -89,12 +88,3 @@ def _interpreter_missing() -> str | None:
         "the tensors are on the CPU and Triton runs there only in its interpreter: "
         "set TRITON_INTERPRET=1 before the first import, or use backend='cpu'"
     )
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -23,12 +23,13 @@ from wmtp.backends.gradient_memory import new_gradient
 from wmtp.checks import target_error, weight_error
 from wmtp.layout import as_rows, heads_share_storage
 from wmtp.records import Inputs, Outputs, RowInputs, Settings
-from wmtp.reduction import accumulation_dtype
+from wmtp.reduction import accumulation_dtype, may_be_negative
 from wmtp.weightings.base import rule_of
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCTIONS = {"sum": 0, "token_mean": 1, "weight_mean": 2}
 _NO_ID = -1  # ignore_index where no target is to be ignored
+_NOWHERE = (None, 0, 0)
 _NO_RULE = -2
 _BAD_TARGET, _BAD_WEIGHT = 1, 2
 # head_weights are row scalars.
@@ -54,7 +55,8 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     if settings.gradient != "none":
         memory = rows if settings.gradient == "inplace" else _gradient_memory(rows, shared)
     gradient = _Gradient(memory, 1 / heads if shared else 1.0)
-    return _run(inputs, settings.ignore_index, _settings(settings), gradient)
+    how = _settings(settings, multiplied=inputs.head_weights is not None)
+    return _run(inputs, settings.ignore_index, how, gradient)
 
 
 def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
@@ -73,8 +75,7 @@ def multiply_(grad: Tensor, factor: Tensor) -> Tensor:
 
 def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
     inputs = Inputs(logits=[logits[:, :, None]], target_ids=target_ids)
-    ce = _run(inputs, ignore_index, _ROW_SCALAR, _Gradient()).ce
-    return ce[:, : max(logits.shape[1] - 1, 0), 0].contiguous()
+    return _run(inputs, ignore_index, _ROW_SCALAR, _Gradient()).ce[:, :, 0]
 
 
 def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> Tensor:
@@ -93,7 +94,7 @@ def _run(
     inputs: Inputs, ignore_index: int, settings: cpu_library.Settings, gradient: _Gradient
 ) -> Outputs:
     library, (rows, head_offsets) = load(), as_rows(inputs.logits)
-    batch, length, heads, vocabulary = rows.shape
+    batch, length, heads, _vocabulary = rows.shape
     dtype = accumulation_dtype(rows)
     of_tokens, of_rows = (batch, length), (batch, length, heads)
     outputs = Outputs(
@@ -121,9 +122,9 @@ def _run(
     position = ctypes.c_int64()
     status = library.wmtp_cpu_weighted_loss(data, settings, memory, position)
     if status == _BAD_WEIGHT:
-        _raise_weight_error(inputs, position.value, heads)
+        _raise_weight_error(inputs, settings, position.value, heads)
     if status == _BAD_TARGET:
-        _raise_target_error(inputs.target_ids, position.value, vocabulary, ignore_index)
+        _raise_target_error(inputs.target_ids, position.value, rows.shape, ignore_index)
     return outputs
 
 
@@ -146,16 +147,17 @@ def _inputs(
     inputs: Inputs, rows: Tensor, head_offsets: tuple[int, ...] | None, ignore_index: int
 ) -> cpu_library.Inputs:
     offsets = None if head_offsets is None else (ctypes.c_int64 * len(head_offsets))(*head_offsets)
-    batch, length, heads, vocabulary = rows.shape
     return cpu_library.Inputs(
         rows.data_ptr(),
         *rows.stride()[:3],
-        *(batch, length, inputs.target_ids.shape[1], heads, vocabulary),
+        *rows.shape,
         offsets,
-        inputs.target_ids.data_ptr(),
+        *_of_heads(inputs.target_ids),
+        inputs.target_ids.shape[1:].numel(),
         ignore_index,
         _pointer(inputs.head_weights),
-        _pointer(inputs.ref_ce),
+        _pointer(inputs.head_scale),
+        *(_NOWHERE if inputs.ref_ce is None else _of_heads(inputs.ref_ce)),
         Numbers() if inputs.numbers is None else Numbers(*inputs.numbers.tolist()),
         0.0 if inputs.normalizer is None else inputs.normalizer.item(),
         inputs.normalizer is not None,
@@ -164,13 +166,14 @@ def _inputs(
     )
 
 
-def _settings(settings: Settings) -> cpu_library.Settings:
+def _settings(settings: Settings, *, multiplied: bool) -> cpu_library.Settings:
     rule = rule_of(settings.rule)
+    bare = not rule.known and not multiplied
     return cpu_library.Settings(
         _number(settings.rule),
         rule.known,
         not rule.known and rule.scope == "token",
-        not rule.known and rule.sums_to_one,
+        bare and rule.sums_to_one,
         _REDUCTIONS[settings.reduction],
     )
 
@@ -182,22 +185,35 @@ def _number(rule: str) -> int:
     return number
 
 
+def _of_heads(tensor: Tensor) -> tuple[int, int, int]:
+    """Where it is, and the strides of b and t: of [B, L], shifted, or of [B, S, H]."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _raise_weight_error(inputs: Inputs, position: int, heads: int) -> NoReturn:
+def _raise_weight_error(
+    inputs: Inputs, settings: cpu_library.Settings, position: int, heads: int
+) -> NoReturn:
     assert inputs.head_weights is not None
     token, k = divmod(position, heads)
     b, t = divmod(token, inputs.head_weights.shape[1])
-    raise weight_error(f"[{b}, {t}, {k}]", inputs.head_weights[b, t, k].item())
+    reduction = next(name for name, code in _REDUCTIONS.items() if code == settings.reduction)
+    negative = may_be_negative(reduction, inputs.normalizer is not None)
+    weight = inputs.head_weights[b, t, k].item()
+    raise weight_error(f"[{b}, {t}, {k}]", weight, negative=negative)
 
 
 def _raise_target_error(
-    target_ids: Tensor, position: int, vocabulary: int, ignore_index: int
+    target_ids: Tensor, position: int, shape: tuple[int, ...], ignore_index: int
 ) -> NoReturn:
-    b, s = divmod(position, target_ids.shape[1])
-    raise target_error(f"[{b}, {s}]", int(target_ids[b, s]), vocabulary, ignore_index)
+    _, length, heads, vocabulary = shape
+    token, k = divmod(position, heads)
+    b, t = divmod(token, length)
+    found = target_ids[b, t + k] if target_ids.dim() == 2 else target_ids[b, t, k]
+    raise target_error((b, t, k), int(found), vocabulary, ignore_index)
 
 
 _forked = False

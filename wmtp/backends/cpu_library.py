@@ -22,12 +22,13 @@ class Inputs(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
     _fields_ = [
         ("logits", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("stride_b", "stride_s", "stride_h")),
-        *((name, ctypes.c_int64) for name in ("B", "S", "T", "H", "V")),
+        *((name, ctypes.c_int64) for name in ("B", "S", "H", "V")),
         ("head_offsets", ctypes.POINTER(ctypes.c_int64)),
         ("target_ids", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("target_stride_b", "target_stride", "targets")),
         ("ignore_index", ctypes.c_int64),
-        ("head_weights", ctypes.c_void_p),
-        ("ref_ce", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("head_weights", "head_scale", "ref_ce")),
+        *((name, ctypes.c_int64) for name in ("ref_stride_b", "ref_stride")),
         ("numbers", Numbers),
         ("normalizer", ctypes.c_double),
         *((name, ctypes.c_int32) for name in ("has_normalizer", "dtype", "threads")),
@@ -54,7 +55,7 @@ class Outputs(ctypes.Structure):
     ]
 
 
-ABI = (2, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
+ABI = (3, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
 
 
 class _VersionError(OSError):

@@ -24,7 +24,8 @@ class Backend(Protocol):
 
         Raises, where it can look without waiting:
             IndexError: a target outside [0, V).
-            ValueError: a negative or non-finite weight where there is a target.
+            ValueError: a weight where there is a target that is not finite, or negative where that
+                is divided by.
         """
 
     def row_gradient(self, rows: RowInputs, ignore_index: int) -> Tensor:
@@ -40,8 +41,8 @@ class Backend(Protocol):
         read where that is 1, and 0 times NaN is 0."""
 
     def next_token_ce(self, logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
-        """[B, S - 1] acc, nats, of logits [B, S, V]: each position predicting the next token of
-        target_ids [B, S]; 0 where there is no target."""
+        """[B, S] acc, nats, of logits [B, S, V], each position predicting target_ids[b, t] of
+        [B, L]; 0 where there is no target."""
 
     def new_rows(self, count: int, weight: Tensor) -> Tensor:
         """[count, V] of weight's dtype, for a chunk's logits."""
@@ -51,8 +52,7 @@ class Backend(Protocol):
 
         Args:
             logits: [R, V], last stride 1.
-            target_ids: [1 + R] int64, contiguous: the first is not looked at, target_ids[1 + r] is
-                row r's, in [0, V).
+            target_ids: [R] int64, contiguous, in [0, V).
             row_scalar: [R] acc, contiguous, of any sign, or None: the logits stay.
 
         Returns:

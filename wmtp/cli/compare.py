@@ -131,7 +131,8 @@ def _train(algo: str, tiny: bool, own: list[str], settings: dict[str, Any]) -> N
     for name, value in settings.items():
         if value is not None:
             flag = f"--{name.replace('_', '-')}"
-            arguments.append(flag if value is True else f"{flag}={value}")
+            switch = flag if value else f"--no{flag[1:]}"
+            arguments.append(switch if isinstance(value, bool) else f"{flag}={value}")
     status = run_child(["train", *arguments])
     if status in STATUSES:
         console.print(f"compare itself goes on with:\n  {own_command()}", soft_wrap=True)

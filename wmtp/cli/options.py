@@ -113,8 +113,9 @@ def _option(each: Field[Any]) -> Any:
     choices = each.metadata["one_of"]
     listed = f" One of {', '.join(choices)}." if choices else ""
     default = f" (default {each.default})"
+    name = "--" + each.name.replace("_", "-")
     return typer.Option(
-        "--" + each.name.replace("_", "-"),
+        f"{name}/--no{name[1:]}" if each.type is bool else name,
         help=each.metadata["about"].removesuffix(".") + "." + listed + default,
         show_default=False,
     )

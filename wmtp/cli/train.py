@@ -161,7 +161,7 @@ def _reference(
 ) -> Reference:
     if config.reference is not None:
         console.print(f"using the reference model in {config.reference}", highlight=False)
-        return load_reference(Path(config.reference), data.tokenizer, config.seq_len)
+        return load_reference(Path(config.reference), data.tokenizer, config.longest)
     reference_folder = RunFolder(folder.path / "reference")
     if reference_folder.result() is None:
         console.print(
@@ -173,7 +173,7 @@ def _reference(
         console.print(f"using the reference model in {reference_folder.path}", highlight=False)
     small = replace(config, algo="mtp-baseline", settings={}, horizon=1)
     train_run(small, data, reference_folder, resume=True, stop_asked=stop_asked)
-    return load_reference(reference_folder.path, data.tokenizer, config.seq_len)
+    return load_reference(reference_folder.path, data.tokenizer, config.longest)
 
 
 def _make_repeatable() -> None:

@@ -5,6 +5,7 @@ Nothing is remembered between batches: a resumed run asks for the step it is at.
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -15,19 +16,38 @@ from torch import Tensor
 from wmtp.data.corpus import DataError
 from wmtp.labels import IGNORE_INDEX
 
+PADDING = -1  # the document of what is none
+
 
 class Batch(TypedDict):
     """What a trainer steps on.
 
-    input_ids [B, S] int64; target_ids [B, S] int64, unshifted, -100 where padded;
-    sequence_ids [B] int64, the number of each row's block or document, which what is known of it
-    can be stored by; reward [B] fp32, when the data has rewards.
+    input_ids [B, S] int64; target_ids [B, T] int64, unshifted, T >= S where the row goes on, -100
+    where padded; sequence_ids [B] int64, the number of each row's block or document, which what is
+    known of it can be stored by; reward [B] fp32, when the data has rewards; document_ids [B, T]
+    int64, of packed rows.
     """
 
     input_ids: Tensor
     target_ids: Tensor
     sequence_ids: Tensor
     reward: NotRequired[Tensor]
+    document_ids: NotRequired[Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a row holds.
+
+    Attributes:
+        seq_len: S.
+        ahead: how many tokens the labels go on after the inputs, T - S.
+        packed: say which document each token is of.
+    """
+
+    seq_len: int
+    ahead: int = 0
+    packed: bool = False
 
 
 class TokenDataset:
@@ -35,6 +55,7 @@ class TokenDataset:
 
     Without rewards row i is the file's block i, tokens [i S, (i + 1) S), the last one padded. With
     rewards it is document i from its start, cut at or padded to S, because the reward is about it.
+    Labels go on in the next block, or to the document's end.
 
     Attributes:
         vocab_size: V of the tokenizer that wrote the file.
@@ -60,35 +81,33 @@ class TokenDataset:
         """The number of tokens."""
         return len(self._tokens)
 
-    def batch(
-        self, step: int, *, batch_size: int, seq_len: int, seed: int, stream: int = 0
-    ) -> Batch:
+    def batch(self, step: int, *, batch_size: int, rows: Rows, seed: int, stream: int = 0) -> Batch:
         """The batch of one step. The rows come in an order that is drawn anew for every epoch, each
         once; a batch may end one epoch and begin the next.
 
         Args:
             step: >= 0.
             batch_size: B.
-            seq_len: S.
+            rows: what they hold.
             seed: >= 0.
             stream: another sequence of batches for the same seed.
 
         Raises:
             DataError: fewer than S tokens, or with rewards no document.
         """
-        count = self._row_count(seq_len)
+        count = self._row_count(rows.seq_len)
         places = step * batch_size + np.arange(batch_size)
         orders = [_order(count, seed, stream, int(epoch)) for epoch in places // count]
-        rows = [order[place] for order, place in zip(orders, places % count, strict=True)]
-        return self._gather(np.array(rows), seq_len)
+        drawn = [order[place] for order, place in zip(orders, places % count, strict=True)]
+        return self._gather(np.array(drawn), rows)
 
-    def evaluation_batches(self, count: int, *, batch_size: int, seq_len: int) -> list[Batch]:
+    def evaluation_batches(self, count: int, *, batch_size: int, rows: Rows) -> list[Batch]:
         """At most `count` batches of rows spread evenly over the file, the same every time."""
-        available = self._row_count(seq_len)
+        available = self._row_count(rows.seq_len)
         wanted = min(count * batch_size, available)
-        rows = np.linspace(0, available - 1, wanted).astype(np.int64)
+        numbers = np.linspace(0, available - 1, wanted).astype(np.int64)
         return [
-            self._gather(rows[start : start + batch_size], seq_len)
+            self._gather(numbers[start : start + batch_size], rows)
             for start in range(0, wanted, batch_size)
         ]
 
@@ -104,26 +123,37 @@ class TokenDataset:
             )
         return rows
 
-    def _gather(self, rows: np.ndarray, seq_len: int) -> Batch:
-        ids = torch.full((len(rows), seq_len), self._end_id)
-        target_ids = torch.full((len(rows), seq_len), IGNORE_INDEX)
-        for row, number in enumerate(rows):
-            tokens = torch.from_numpy(self._row(number, seq_len).astype(np.int64))
+    def _gather(self, numbers: np.ndarray, rows: Rows) -> Batch:
+        shape = (len(numbers), rows.seq_len + rows.ahead)
+        ids = torch.full(shape, self._end_id)
+        target_ids = torch.full(shape, IGNORE_INDEX)
+        document_ids = torch.full(shape, PADDING)
+        for row, number in enumerate(numbers):
+            begin, end = self._span(number, rows)
+            tokens = torch.from_numpy(self._tokens[begin:end].astype(np.int64))
             ids[row, : len(tokens)] = target_ids[row, : len(tokens)] = tokens
+            if rows.packed:
+                place = np.searchsorted(self._ends[1:], np.arange(begin, end), side="right")
+                document_ids[row, : len(tokens)] = torch.from_numpy(place)
         batch: Batch = {
-            "input_ids": ids,
+            "input_ids": ids[:, : rows.seq_len],
             "target_ids": target_ids,
-            "sequence_ids": torch.from_numpy(rows),
+            "sequence_ids": torch.from_numpy(numbers),
         }
+        if rows.packed:
+            batch["document_ids"] = document_ids
         if self.rewards is not None:
-            batch["reward"] = torch.from_numpy(self.rewards[rows])
+            batch["reward"] = torch.from_numpy(self.rewards[numbers])
         return batch
 
-    def _row(self, number: int, seq_len: int) -> np.ndarray:
+    def _span(self, number: int, rows: Rows) -> tuple[int, int]:
+        """The tokens of a row, [begin, end) of the file."""
+        length = rows.seq_len + rows.ahead
         if self.rewards is None:
-            return self._tokens[number * seq_len : (number + 1) * seq_len]
-        begin, end = self._ends[number], self._ends[number + 1]
-        return self._tokens[begin : min(end, begin + seq_len)]
+            begin = int(number) * rows.seq_len
+            return begin, min(begin + length, len(self))
+        begin, end = int(self._ends[number]), int(self._ends[number + 1])
+        return begin, min(end, begin + length)
 
 
 @functools.lru_cache(maxsize=4)  # this epoch's and the next one's, of two streams

@@ -106,13 +106,24 @@ class MTPTransformer(nn.Module):
         if self.config.tie_embeddings:
             self.embed.weight = self.unembed.weight
 
-    def forward(self, input_ids: Tensor) -> MTPOutput:
-        """From input_ids [B, S], integers in [0, V), to an `MTPOutput`."""
-        rotation = rotary_angles(input_ids.shape[1], self.config, input_ids.device)
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> MTPOutput:
+        """From tokens to hidden states.
+
+        Args:
+            input_ids: [B, S], integers in [0, V).
+            document_ids: [B, >= S]: each document of a packed row sees itself alone, from its own
+                position 0.
+        """
+        length = input_ids.shape[1]
+        positions, seen = torch.arange(length, device=input_ids.device), None
+        if document_ids is not None:
+            document_ids = document_ids[:, :length]
+            positions, seen = positions_within(document_ids), visible(document_ids)
+        rotation = rotary_angles(positions, self.config)
         hidden = self.embed(input_ids)
         for block in self.trunk:
-            hidden = block(hidden, rotation)
-        heads = torch.stack([head(hidden, rotation) for head in self.heads], dim=2)
+            hidden = block(hidden, rotation, seen)
+        heads = torch.stack([head(hidden, rotation, seen) for head in self.heads], dim=2)
         return MTPOutput(hidden, self.norm(heads))
 
 
@@ -126,8 +137,10 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dim)
         self.mlp = SwiGLU(config.dim)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation)
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, seen)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -140,12 +153,14 @@ class CausalAttention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=False)
         self.output = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: tuple[Tensor, Tensor], seen: Tensor | None = None
+    ) -> Tensor:
         batch, length, dim = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.attention_heads, -1)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, heads, S, D / heads]
         q, k = rotate(q, rotation), rotate(k, rotation)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None)
         mixed = mixed.transpose(1, 2).reshape(batch, length, dim)
         out: Tensor = self.output(mixed)
         return out
@@ -166,11 +181,29 @@ class SwiGLU(nn.Module):
         return out
 
 
-def rotary_angles(length: int, config: MTPConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [S, D / heads / 2] of position / 10000^(2 i / (D / heads))."""
+def positions_within(document_ids: Tensor) -> Tensor:
+    """[B, 1, S]: how far each token is from its document's first, of document_ids [B, S].
+
+    >>> positions_within(torch.tensor([[7, 7, 8, 8, 8]]))
+    tensor([[[0, 1, 0, 1, 2]]])
+    """
+    position = torch.arange(document_ids.shape[1], device=document_ids.device)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return (position - torch.where(begins, position, 0).cummax(1).values)[:, None]
+
+
+def visible(document_ids: Tensor) -> Tensor:
+    """[B, 1, S, S] bool: whether a token may look at another, itself or before it, of its own
+    document."""
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return same.tril()[:, None]
+
+
+def rotary_angles(positions: Tensor, config: MTPConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [..., S, D / heads / 2] of position / 10000^(2 i / (D / heads))."""
     half = config.dim // config.attention_heads // 2
-    frequencies = 10000.0 ** (-torch.arange(half, device=device) / half)
-    angles = torch.arange(length, device=device)[:, None] * frequencies
+    frequencies = 10000.0 ** (-torch.arange(half, device=positions.device) / half)
+    angles = positions[..., None] * frequencies
     return angles.cos(), angles.sin()
 
 

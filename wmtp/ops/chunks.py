@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wmtp.backends import BACKENDS, multiply
 from wmtp.exact_zero import product
-from wmtp.labels import shift_to_heads
+from wmtp.labels import as_targets
 from wmtp.records import LinearInputs, LinearSettings
 from wmtp.reference import raise_on_bad_target
 
@@ -48,7 +48,7 @@ class Plan(NamedTuple):
     """Which rows are computed, and when."""
 
     rows: Tensor  # [rows] int64, ascending: of the B S H
-    targets: Tensor  # [1 + rows] int64: targets[1 + r] is row r's, as the kernels read them
+    targets: Tensor  # [rows] int64
     chunks: list[Chunk]
 
 
@@ -78,11 +78,13 @@ class Linear(NamedTuple):
     accum_dtype: torch.dtype  # of grad_weight and grad_bias while they are summed up
     chunk_bytes: int | None
     backend: str
+    positions: int  # of S, that may have a target
 
     @classmethod
     def of(cls, inputs: LinearInputs, settings: LinearSettings) -> "Linear":
         how = (settings.dtype, settings.accum_dtype, settings.chunk_bytes, settings.backend)
-        return cls(inputs.hidden, inputs.weight, inputs.bias, *how)
+        positions = min(inputs.hidden.shape[1], inputs.target_ids.shape[1])
+        return cls(inputs.hidden, inputs.weight, inputs.bias, *how, positions)
 
     @property
     def row_bytes(self) -> int:
@@ -102,8 +104,8 @@ class Linear(NamedTuple):
         One chunk adds up nothing: the weight's own dtype does, except float16, whose range the
         product of one chunk may exceed.
         """
-        batch, length = self.hidden.shape[:2]
-        whole = batch * max(length - 1, 0) <= self.chunk_tokens and self.dtype != torch.float16
+        tokens = len(self.hidden) * self.positions
+        whole = tokens <= self.chunk_tokens and self.dtype != torch.float16
         dtype = self.weight.dtype if whole else self.accum_dtype
         return dtype if dtype in (self.dtype, torch.float32) else torch.float32
 
@@ -124,15 +126,15 @@ def make_plan(target_ids: Tensor, linear: Linear, ignore_index: int) -> Plan:
     Raises:
         IndexError: a target outside [0, V).
     """
-    heads, vocab_size = linear.hidden.shape[2], linear.weight.shape[0]
-    targets = shift_to_heads(target_ids.cpu(), heads, ignore_index)
+    (_, length, heads, _), vocab_size = linear.hidden.shape, linear.weight.shape[0]
+    targets = as_targets(target_ids.cpu(), length, heads, ignore_index).of_heads()
     valid = targets != ignore_index
     raise_on_bad_target(targets, valid, vocab_size, ignore_index)
     targets, valid = targets.flatten(0, 1), valid.flatten(0, 1)
     device = linear.hidden.device
     return Plan(
         rows=valid.flatten().nonzero()[:, 0].to(device),
-        targets=torch.cat((targets.new_zeros(1), targets[valid])).to(device),
+        targets=targets[valid].to(device),
         chunks=_cut(valid.sum(1), linear.chunk_tokens),
     )
 
@@ -178,7 +180,7 @@ def run_chunks(
     buffer = backend.new_rows(most, weight)
     for chunk in plan.chunks:
         rows = plan.rows[chunk.rows]
-        targets = plan.targets[chunk.rows.start : chunk.rows.stop + 1]
+        targets = plan.targets[chunk.rows]
         x = hidden[rows // (length * heads), rows // heads % length, rows % heads].to(dtype)
         logits = buffer[: len(rows)]
         if bias is None:

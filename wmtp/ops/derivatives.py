@@ -10,7 +10,9 @@ from torch import Tensor
 
 from wmtp import reference
 from wmtp.exact_zero import product
+from wmtp.labels import as_targets
 from wmtp.records import LossSettings
+from wmtp.reduction import Terms
 from wmtp.weightings import Given
 
 
@@ -31,8 +33,11 @@ def weights_gradient(
         weights = saved.head_weights
         if not differentiable:
             weights = weights.detach().requires_grad_()
-        how = (saved.normalizer, settings.reduction, settings.ignore_index)
-        loss, *_ = reference.loss_of_cross_entropies(ce, saved.target_ids, Given(weights), *how)
+        _, length, heads = ce.shape
+        targets = as_targets(saved.target_ids, length, heads, settings.ignore_index)
+        valid = targets.valid()
+        terms = Terms(settings.reduction, saved.normalizer, saved.head_scale)
+        loss, *_ = reference.loss_of_weights(ce, Given(weights).weights(ce, valid), valid, terms)
         grads = torch.autograd.grad(loss, weights, grad_loss, create_graph=differentiable)
         return cast(Tensor, grads[0])
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wmtp import reference
 from wmtp.exact_zero import product
-from wmtp.labels import has_target
+from wmtp.labels import Targets, as_targets
 from wmtp.ops.chunks import (
     Gradients,
     Linear,
@@ -38,10 +38,16 @@ from wmtp.records import (
     schema_of,
     unflat,
 )
-from wmtp.reduction import accumulation_dtype, counted_tokens, to_row_scalar, to_token_scalar
+from wmtp.reduction import (
+    Terms,
+    accumulation_dtype,
+    counted_tokens,
+    may_be_negative,
+    to_row_scalar,
+    to_token_scalar,
+)
 from wmtp.weightings import Uniform, Weighting
 from wmtp.weightings.base import rule_of
-from wmtp.weightings.excess import align_ref_ce
 
 ARGUMENTS = (*names_of(LinearInputs), *names_of(LinearSettings))
 Kernel = Callable[..., tuple[Tensor, ...]]
@@ -56,8 +62,9 @@ class Saved(NamedTuple):
     target_ids: Tensor
     row_scalar: Tensor
     unscale: Tensor
-    ce: Tensor | None  # this and the next two: for the gradient of the weights
+    ce: Tensor | None  # this and the next three: for the gradient of the weights
     head_weights: Tensor | None
+    head_scale: Tensor | None
     normalizer: Tensor | None
 
 
@@ -79,28 +86,31 @@ def without_autocast(kernel: Kernel) -> Kernel:
 @without_autocast
 def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
     inputs, settings = unflat(values, LinearInputs, LinearSettings)
-    linear = Linear.of(inputs, settings)
-    valid = has_target(inputs.target_ids, inputs.hidden.shape[2], settings.ignore_index)
-    dtype = accumulation_dtype(inputs.hidden)
-    rule, how = rule_of(settings.rule), (settings.reduction, inputs.normalizer)
+    linear, (_, length, heads, _) = Linear.of(inputs, settings), inputs.hidden.shape
+    targets = as_targets(inputs.target_ids, length, heads, settings.ignore_index)
+    valid, dtype = targets.valid(), accumulation_dtype(inputs.hidden)
+    rule = rule_of(settings.rule)
+    terms = Terms(settings.reduction, inputs.normalizer, inputs.head_scale)
     if inputs.head_weights is not None:
-        reference.raise_on_bad_weight(inputs.head_weights, valid)
-        rule = rule.with_fields(head_weights=inputs.head_weights)
+        negative = may_be_negative(terms.reduction, terms.normalizer is not None)
+        reference.raise_on_bad_weight(inputs.head_weights, valid, negative)
     weigh = None
     if rule.known:
-        weights = rule.weights(torch.empty((), dtype=dtype, device="cpu"), valid)
-        valid_mask = counted_tokens(weights.sum(-1))
-        row_scalar = to_row_scalar(weights, *how).contiguous()
+        weights = valid.to(dtype)
+        if inputs.head_weights is not None:
+            weights = torch.where(valid, inputs.head_weights, 0.0)
+        valid_mask = counted_tokens(weights.abs().sum(-1))
+        row_scalar = to_row_scalar(weights, terms).contiguous()
     else:
         valid_mask = valid.any(-1)
-        scalar = to_token_scalar(valid, dtype, *how)
+        scalar = to_token_scalar(valid, dtype, terms)
         row_scalar = product(valid.to(dtype), scalar).contiguous()
-        weigh = _Weigh(rule, inputs, settings, valid, row_scalar)
+        weigh = _Weigh(rule, inputs, settings, targets, row_scalar)
     unscale = find_unscale(row_scalar, linear)
     plan = make_plan(inputs.target_ids, linear, settings.ignore_index)
     now = Wanted(*settings.wanted) if settings.ahead else Wanted()
     ce, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
-    if weigh is not None and not rule.sums_to_one:
+    if weigh is not None and not weigh.sums_to_one:
         valid_mask = counted_tokens(weigh.sums.view_as(valid_mask))
     loss = product(row_scalar, ce).sum()
     return tuple(LinearOutputs(loss, valid_mask, ce, row_scalar, unscale, *sums))
@@ -115,13 +125,16 @@ class _Weigh:
         rule: Weighting,
         inputs: LinearInputs,
         settings: LinearSettings,
-        valid: Tensor,
+        targets: Targets,
         row_scalar: Tensor,
     ) -> None:
-        _, length, heads = valid.shape
+        heads, factor = targets.heads, inputs.head_weights
         numbers = () if inputs.numbers is None else inputs.numbers.unbind()
         self.rule = rule.with_fields(**dict(zip(rule.numbers, numbers, strict=True)))
-        self.valid, self.row_scalar = valid.reshape(-1, heads), row_scalar.view(-1, heads)
+        self.sums_to_one = rule.sums_to_one and factor is None
+        self.factor = None if factor is None else factor.view(-1, heads)
+        self.valid = targets.valid().reshape(-1, heads)
+        self.row_scalar = row_scalar.view(-1, heads)
         self.sums = row_scalar.new_zeros(len(self.valid))  # of a token's weights
         self.ref_ce = None
         if rule.compares:
@@ -129,12 +142,14 @@ class _Weigh:
             if inputs.teacher is not None:
                 ref_ce = next_token_ce(inputs.teacher, inputs.target_ids, settings)
             assert ref_ce is not None
-            ref_ce = ref_ce.to(row_scalar.dtype)
-            self.ref_ce = align_ref_ce(ref_ce, length, heads).reshape(-1, heads)
+            aligned = targets.reference_of_heads(ref_ce.to(row_scalar.dtype))
+            self.ref_ce = aligned.reshape(-1, heads)
 
     def __call__(self, ce: Tensor, tokens: slice) -> Tensor:
         needs = {} if self.ref_ce is None else {"ref_ce": self.ref_ce[tokens]}
         weights = self.rule.weights(ce, self.valid[tokens], **needs)
+        if self.factor is not None:
+            weights = product(self.factor[tokens], weights)
         self.sums[tokens] = weights.sum(-1)
         self.row_scalar[tokens] = product(weights, self.row_scalar[tokens])
         return weights
@@ -186,9 +201,10 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(out.valid_mask, *out[3:])
     ahead = ctx.settings.ahead and any(ctx.settings.wanted)
     ctx.sums = Gradients(out.hidden_sum, out.weight_sum, out.bias_sum) if ahead else None
-    of_weights: tuple[Tensor | None, ...] = (None, None, None)
+    of_weights: tuple[Tensor | None, ...] = (None,) * 4
     if ctx.weights_wanted:  # the caller may change his ce in place
-        of_weights = (out.ce.clone(), tensors.head_weights, tensors.normalizer)
+        terms = (tensors.head_scale, tensors.normalizer)
+        of_weights = (out.ce.clone(), tensors.head_weights, *terms)
     of_product = (tensors.hidden, tensors.weight, tensors.bias)
     of_rows = (tensors.target_ids, out.row_scalar, out.unscale)
     ctx.save_for_backward(*of_product, *of_rows, *of_weights)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from wmtp.arguments import Call
 from wmtp.backends import BACKENDS, multiply
+from wmtp.labels import Targets
 from wmtp.layout import PLAIN, aligned, alike, heads_share_storage, one_tensor, unit_stride
 from wmtp.ops.derivatives import for_each_row, left_over, no_second_derivative, upstream
 from wmtp.ops.library import define, needed, none_for
@@ -95,6 +97,7 @@ def _weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
         logits=_rows(inputs.logits, settings.shared_heads),  # copies must live until the launch
         target_ids=aligned(inputs.target_ids),
         head_weights=aligned(inputs.head_weights),
+        head_scale=aligned(inputs.head_scale),
         ref_ce=aligned(ref_ce),
         numbers=aligned(inputs.numbers),
         normalizer=aligned(inputs.normalizer),
@@ -157,8 +160,26 @@ def _row_gradient(*values: Any) -> Tensor:
     return BACKENDS[backend].row_gradient(rows, ignore_index)
 
 
+def reference_ce(logits: Tensor, targets: Targets, backend: str) -> Tensor:
+    """As `reference.reference_ce`, but that pairs may not count, by a kernel."""
+    target_ids, ignore_index = targets.for_operators(), targets.ignore_index
+    ce = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, ignore_index, backend)
+    found: Tensor = ce[:, : targets.about()]
+    return found
+
+
+def reference_resolved(call: Call, backend: str) -> Call:
+    """With the cross entropies of a reference's logits, where the operator cannot make them: it
+    knows no other labels than those that stand in a row."""
+    ref_logits = vars(call.rule).get("ref_logits")
+    if ref_logits is None or call.targets.in_a_row:
+        return call
+    ref_ce = reference_ce(ref_logits, call.targets.next_tokens(), backend)
+    return call._replace(rule=call.rule.with_fields(ref_ce=ref_ce, ref_logits=None))
+
+
 def next_token_ce(logits: Tensor, target_ids: Tensor, settings: Any) -> Tensor:
-    """[B, S - 1] acc: the cross entropy of logits [B, S, V] at t for `target_ids[t + 1]`."""
+    """[B, S] acc: the cross entropy of logits [B, S, V] at t for `target_ids[b, t]`, [B, L]."""
     how = (settings.ignore_index, settings.backend)
     ref_ce: Tensor = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, *how)
     return ref_ce
@@ -194,8 +215,7 @@ def _fake_row_gradient(logits: Tensor, *values: Any) -> Tensor:
 
 
 def _fake_next_token_ce(logits: Tensor, *_: Any) -> Tensor:
-    batch, length, _vocabulary = logits.shape
-    return logits.new_empty(batch, max(length - 1, 0), dtype=accumulation_dtype(logits))
+    return logits.new_empty(logits.shape[:2], dtype=accumulation_dtype(logits))
 
 
 NO_GRAPH = (torch.Tag.cudagraph_unsafe,)  # which does not see the memory of what waits

@@ -40,8 +40,9 @@ class Saved(NamedTuple):
     row_max: Tensor
     log_sum: Tensor
     factors: Tensor
-    ce: Tensor | None  # this and the next two: for the gradient of the weights
+    ce: Tensor | None  # this and the next three: for the gradient of the weights
     head_weights: Tensor | None
+    head_scale: Tensor | None
     normalizer: Tensor | None
     logits: tuple[Tensor, ...]  # a tensor, or a list's; none where they are overwritten
 
@@ -60,9 +61,10 @@ def save_for_backward(
     if settings.gradient == "inplace":
         ctx.written, logits = Overwritten(logits), ()
     statistics = (out.row_scalar, out.row_max, out.log_sum, out.factors)
-    of_weights: tuple[Tensor | None, ...] = (None, None, None)
+    of_weights: tuple[Tensor | None, ...] = (None,) * 4
     if wanted.head_weights:  # the caller may change his ce in place
-        of_weights = (out.ce.clone(), inputs.head_weights, inputs.normalizer)
+        terms = (inputs.head_scale, inputs.normalizer)
+        of_weights = (out.ce.clone(), inputs.head_weights, *terms)
     ctx.save_for_backward(inputs.target_ids, *statistics, *of_weights, *logits)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from wmtp.weightings.critic import td_head_weights
 
 
 class CriticInputs(TypedDict):
-    """hidden_states [B, S, D] of the trunk, target_ids [B, S] unshifted."""
+    """hidden_states [B, S, D] of the trunk, target_ids [B, T] unshifted, document_ids [B, T] of
+    packed rows."""
 
     hidden_states: Tensor
     target_ids: Tensor
+    document_ids: NotRequired[Tensor]
 
 
 class CriticScores(TypedDict):
@@ -80,5 +82,6 @@ class CriticScorer:
             settings.discount,
             settings.temperature,
             settings.ignore_index,
+            document_ids=inputs.get("document_ids"),
         )
         return {"weights": weights, "values": values}

@@ -7,9 +7,9 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from wmtp.checks import EXCESSES, check_ref_ce, check_targets_of, check_temperature
+from wmtp.checks import EXCESSES, check_ref_ce, check_temperature, targets_of
 from wmtp.kinds import check_choice, check_same_device, check_scores
-from wmtp.labels import IGNORE_INDEX, has_target
+from wmtp.labels import IGNORE_INDEX, Targets
 from wmtp.registry import scorer_registry
 from wmtp.scorers.config import with_config
 from wmtp.weightings.base import as_tensor, softmax_over_heads
@@ -19,13 +19,15 @@ from wmtp.weightings.excess import align_ref_ce, difference
 class Rho1Inputs(TypedDict):
     """What is compared, in nats.
 
-    base_ce [B, S, H]; ref_ce [B, S, H] about the same tokens, or [B, S-1], position t about token
-    t + 1; target_ids [B, S] unshifted, where some tokens are no targets.
+    base_ce [B, S, H]; ref_ce [B, S, H] about the same tokens, or [B, T-1], position t about token
+    t + 1; target_ids [B, T] unshifted, where some tokens are no targets or T > S; document_ids
+    [B, T] of packed rows.
     """
 
     base_ce: Tensor
     ref_ce: Tensor
     target_ids: NotRequired[Tensor]
+    document_ids: NotRequired[Tensor]
 
 
 class Rho1Scores(TypedDict):
@@ -77,7 +79,7 @@ class Rho1ExcessScorer:
 
         Args:
             base_ce: [B, S, H], nats.
-            ref_ce: [B, S, H], or [B, S-1] and aligned here, nats.
+            ref_ce: [B, S, H], or [B, T-1] and aligned here, nats.
 
         Returns:
             [B, S, H], nats, without gradient; beyond the sequence against a reference of 0.
@@ -89,7 +91,9 @@ class Rho1ExcessScorer:
         if ref_ce.shape == base_ce.shape:
             check_scores("ref_ce", ref_ce, "[B, S, H]")
         else:
-            check_ref_ce(ref_ce, batch, length)
+            tokens = max(length, ref_ce.shape[1] + 1) if ref_ce.dim() == 2 else length
+            every = torch.zeros((), dtype=torch.long, device=base_ce.device).expand(batch, tokens)
+            check_ref_ce(ref_ce, Targets(every, length, heads))
             ref_ce = align_ref_ce(ref_ce, length, heads)
         check_same_device("base_ce", base_ce, ref_ce=ref_ce)
         aligned = ref_ce.detach().to(base_ce.dtype)
@@ -103,11 +107,17 @@ class Rho1ExcessScorer:
         return {"weights": weights, "excess": torch.where(valid, excess, 0.0)}
 
     def _valid(self, inputs: Rho1Inputs) -> Tensor:
-        base_ce, target_ids = inputs["base_ce"], inputs.get("target_ids")
-        if target_ids is not None:
-            check_targets_of("base_ce", base_ce, target_ids, self.settings.ignore_index)
-            return has_target(target_ids, base_ce.shape[2], self.settings.ignore_index)
-        if inputs["ref_ce"].shape == base_ce.shape:
+        base_ce, ref_ce, target_ids = inputs["base_ce"], inputs["ref_ce"], inputs.get("target_ids")
+        if target_ids is None and ref_ce.shape == base_ce.shape:
             return torch.ones_like(base_ce, dtype=torch.bool)
-        every = torch.zeros(base_ce.shape[:2], dtype=torch.long, device=base_ce.device)
-        return has_target(every, base_ce.shape[2])
+        if target_ids is None:
+            shape = (len(base_ce), ref_ce.shape[1] + 1)
+            target_ids = torch.zeros(shape, dtype=torch.long, device=base_ce.device)
+        return targets_of(
+            "base_ce",
+            base_ce,
+            base_ce.shape[2],
+            target_ids,
+            ignore_index=self.settings.ignore_index,
+            document_ids=inputs.get("document_ids"),
+        ).valid()

@@ -18,7 +18,8 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
-from wmtp.labels import has_target
+from wmtp.denominator import loss_denominator
+from wmtp.labels import Targets
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.reference import MTPLoss, weights_of
 from wmtp.trainers.config import ConfigError, TrainConfig
@@ -26,7 +27,7 @@ from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
 from wmtp.trainers.hook import checked_weighting, own_code, what_weighs_nothing
 from wmtp.trainers.kept_state import KeptState
-from wmtp.trainers.losses import denominator, training_loss
+from wmtp.trainers.losses import training_loss
 from wmtp.trainers.optimizer import build_optimizer, multiply_gradients
 from wmtp.trainers.processes import Processes
 from wmtp.trainers.reference_model import Reference, prepare_reference
@@ -40,10 +41,14 @@ from wmtp.trainers.step import (
     Part,
     check_finite,
     micro_batches,
+    targets_of,
     what_cancels,
     what_is_masked,
 )
-from wmtp.weightings import Uniform, Weighting
+from wmtp.weightings import Given, Uniform, Weighting
+
+# Reductions, by what tells what they divide by.
+OF_WEIGHTS, OF_LABELS = ("token_mean", "weight_mean"), ("pair_mean", "head_mean")
 
 
 class BaseWmtpTrainer(KeptState, abc.ABC):
@@ -109,7 +114,8 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         """What the step trains with, and records.
 
         Args:
-            batch: `target_ids` [B, S] and what else `Batch` names, of this process.
+            batch: `input_ids` [B, S], `target_ids` [B, T] and what else `Batch` names, of this
+                process.
             output: of the model; `self.ce_per_head(batch, output)` has its cross entropies.
 
         Returns:
@@ -229,7 +235,8 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         """
         stage = self.stage
         parts = micro_batches(batch, self.config.grad_accum)
-        done = [self._backward(part, stage, part is parts[-1]) for part in parts]
+        normalizer = self._normalizer(batch)
+        done = [self._backward(part, stage, normalizer, part is parts[-1]) for part in parts]
         hidden_states, ce_per_head, weights = (
             torch.cat([getattr(each, name) for each in done])
             for name in ("hidden_states", "ce_per_head", "weights")
@@ -242,7 +249,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
             losses["value_loss"] = value_loss
         measured = {
             **losses,
-            **step_statistics(ce_per_head, weights, batch["target_ids"], self.processes.total),
+            **step_statistics(ce_per_head, weights, self.targets(batch), self.processes.total),
             "grad_norm": self._clip_gradients(stage),
         }
         record = {
@@ -264,24 +271,53 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         self.step += 1
         return record
 
-    def _backward(self, part: Batch, stage: str, last: bool) -> Part:
+    def _backward(
+        self, part: Batch, stage: str, normalizer: Tensor | float | None, last: bool
+    ) -> Part:
         """The loss of a micro-batch, undivided where there are others, and its gradients."""
         sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
         with sync, torch.set_grad_enabled(stage == TRAIN):
             with self.autocast():
-                output = self.model(part["input_ids"])
+                output = self.model(part["input_ids"], part.get("document_ids"))
             weighting = self._weighting(part, output)
             self.processes.note(what_cancels(weighting, self.config))
-            undivided = 1.0 if self.in_parts else None
-            loss, _, ce_per_head = self._loss(part, output, weighting, undivided)
+            loss, _, ce_per_head = self._loss(part, output, weighting, normalizer)
             if stage == TRAIN:
                 self.accelerator.backward(loss)
         ce_per_head = ce_per_head.detach()
-        valid = has_target(part["target_ids"], self.config.horizon)
-        weights = weights_of(weighting, ce_per_head, valid).detach()
-        divisor = denominator(weighting, weights, valid, self.config.reduction)
+        targets = self.targets(part)
+        weights = weights_of(weighting, ce_per_head, targets).detach()
+        divisor = weights.new_ones((), dtype=torch.float64)
+        if self.config.reduction in OF_WEIGHTS:
+            # Exactly 1 a token, whatever rounding has made of the sum.
+            rule = weighting if weighting.sums_to_one else Given(weights)
+            divisor = self._denominator(rule, targets)
         hidden_states = output.hidden_states.detach()
         return Part(hidden_states, ce_per_head, weights, loss.detach(), divisor)
+
+    def _normalizer(self, batch: Batch) -> Tensor | float | None:
+        """What the losses of a step's parts are divided by: what labels tell of the whole step;
+        where it follows from the weights 1, and their sum is divided."""
+        if not self.in_parts:
+            return None
+        if self.config.reduction not in OF_LABELS:
+            return 1.0
+        return self.processes.total(self._denominator(Uniform(), self.targets(batch)))
+
+    def _denominator(self, rule: Weighting, targets: Targets) -> Tensor:
+        """[], or of each head [H]: what some rows add to what the step's loss is divided by."""
+        return loss_denominator(
+            targets.ids,
+            targets.heads,
+            length=targets.length,
+            weighting=rule,
+            document_ids=targets.document_ids,
+            reduction=self.config.reduction,
+        )
+
+    def targets(self, batch: Batch) -> Targets:
+        """What the heads are asked for."""
+        return targets_of(batch, self.config.horizon)
 
     def _weighting(self, batch: Batch, output: MTPOutput) -> Weighting:
         algo, step = self.config.algo, self.step + 1
@@ -291,7 +327,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
             returned,
             type(self).__name__,
             output.head_hidden_states,
-            batch["target_ids"],
+            self.targets(batch),
             f"step {step}, {algo}",
         )
 
@@ -302,7 +338,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
             return loss
         divisors = torch.stack([part.denominator for part in parts])
         loss, divisor = self.processes.total(torch.stack((loss.double(), divisors.sum())))
-        if self.config.reduction == "sum" or divisor == 0:  # nothing weighs
+        if self.config.reduction not in OF_WEIGHTS or divisor == 0:  # nothing weighs
             divisor = torch.ones_like(divisor)
         # The processes' gradients are averaged.
         multiply_gradients(self.model, self.processes.count / divisor)
@@ -313,14 +349,14 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         batch: Batch,
         output: MTPOutput,
         weighting: Weighting,
-        normalizer: float | None = None,
+        normalizer: Tensor | float | None = None,
     ) -> MTPLoss:
         with self.autocast():
             return training_loss(
                 self.config.loss,
                 output.head_hidden_states,
                 self.accelerator.unwrap_model(self.model).unembed,
-                batch["target_ids"],
+                self.targets(batch),
                 weighting,
                 reduction=self.config.reduction,
                 normalizer=normalizer,
@@ -337,7 +373,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         batch = self.data.train.batch(
             self.step - (self.warmup_steps if stage == TRAIN else 0),
             batch_size=config.batch_size,
-            seq_len=config.seq_len,
+            rows=config.rows,
             seed=config.seed,
             stream=STREAMS[stage],
         )
@@ -372,7 +408,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
     def _evaluate(self) -> Evaluation:
         config = self.config
         batches = self.data.validation.evaluation_batches(
-            config.eval_batches, batch_size=config.batch_size, seq_len=config.seq_len
+            config.eval_batches, batch_size=config.batch_size, rows=config.rows
         )
         model = self.accelerator.unwrap_model(self.model)
         with self.autocast():

@@ -10,6 +10,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from wmtp.checks import EXCESSES, REDUCTIONS
+from wmtp.data.batches import Rows
 from wmtp.models import MTPConfig
 
 PRECISIONS = ("fp32", "bf16")
@@ -61,6 +62,9 @@ class TrainConfig:
     batch_size: int = setting(16, "Sequences a step, over all processes.", least=1)
     grad_accum: int = setting(1, "Parts of a step's batch, one after another.", least=1)
     seq_len: int = setting(512, "Tokens a sequence.", least=2)
+    pack: bool = setting(
+        False, "Documents that share a row are strangers: labels, positions and attention end."
+    )
     horizon: int = setting(4, "Heads: how many tokens ahead.", least=1)
     dim: int = setting(512, "Hidden size, a multiple of 2 x attention heads.", least=1)
     trunk_layers: int = setting(6, "Blocks before the heads.", least=0)
@@ -108,6 +112,16 @@ class TrainConfig:
         wanted = f"a multiple of 2 x attention_heads = {pairs}"
         _require("dim", self.dim, self.dim % pairs == 0, wanted)
 
+    @property
+    def rows(self) -> Rows:
+        """What each row holds: the labels of every head, and, packed, whose they are."""
+        return Rows(self.seq_len, self.horizon, self.pack)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens a reference reads at once: all that have a label after them."""
+        return self.seq_len + self.horizon - 1
+
     def model_config(self, vocab_size: int) -> MTPConfig:
         """The shape of the model for a vocabulary."""
         return MTPConfig(
@@ -144,6 +158,8 @@ def range_of(each: Field[Any]) -> str:
     limits = each.metadata
     if limits["one_of"]:
         return f"one of {limits['one_of']}"
+    if each.type is bool:
+        return "True or False"
     if each.type is int:
         return f"a whole number from {limits['least']} to {limits['most']}"
     if limits["most"] < math.inf:
@@ -152,14 +168,16 @@ def range_of(each: Field[Any]) -> str:
 
 
 def _of_type(value: Any, each: Field[Any]) -> bool:
-    if each.type is str:
-        return isinstance(value, str)
+    if each.type in (str, bool):
+        return isinstance(value, each.type)
     wanted = int if each.type is int else int | float
     return isinstance(value, wanted) and not isinstance(value, bool)
 
 
 def _in_range(value: Any, each: Field[Any]) -> bool:
     limits = each.metadata
+    if each.type is bool:
+        return True
     if limits["one_of"]:
         return value in limits["one_of"]
     if abs(value) > sys.float_info.max:  # infinite, or a whole number that is no float

@@ -4,17 +4,17 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from wmtp.data import Batch
-from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
-from wmtp.linear import fused_linear_weighted_mtp_loss
+from wmtp.labels import Targets
 from wmtp.models import MTPTransformer
 from wmtp.trainers.config import TrainConfig
-from wmtp.trainers.step import TRAIN
+from wmtp.trainers.losses import training_loss
+from wmtp.trainers.step import TRAIN, targets_of
 
 
 class Evaluation(TypedDict):
@@ -35,15 +35,17 @@ def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.devi
     correct = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
-        target_ids = batch["target_ids"].to(device)
-        states = model(batch["input_ids"].to(device)).head_hidden_states
-        measured = fused_linear_weighted_mtp_loss(states, model.unembed.weight, target_ids)
+        moved = {name: tensor.to(device) for name, tensor in cast(dict[str, Tensor], batch).items()}
+        here = cast(Batch, moved)
+        targets = targets_of(here, horizon)
+        states = model(here["input_ids"], here.get("document_ids")).head_hidden_states
+        measured = training_loss("linear", states, model.unembed, targets)
         ce += measured.ce_per_head.double().sum((0, 1))
-        count += has_target(target_ids, horizon).sum((0, 1))
-        # A padded position has target -100, which is no argmax.
+        count += targets.valid().sum((0, 1))
+        # A pair that does not count has target -100, which is no argmax.
         predicted = model.unembed(states[:, :, 0]).argmax(-1)
-        correct += (predicted == shift_to_heads(target_ids, 1, IGNORE_INDEX)[:, :, 0]).sum()
-        tokens += target_ids.numel()
+        correct += (predicted == targets.of_heads()[:, :, 0]).sum()
+        tokens += here["input_ids"].numel()
     model.train()
     count = count.clamp(min=1)
     return {
@@ -54,13 +56,13 @@ def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.devi
 
 
 def step_statistics(
-    ce_per_head: Tensor, weights: Tensor, target_ids: Tensor, total: Callable[[Tensor], Tensor]
+    ce_per_head: Tensor, weights: Tensor, targets: Targets, total: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """What a step records about its heads, each a 0-d tensor.
 
     Args:
         ce_per_head, weights: [B, S, H].
-        target_ids: [B, S], unshifted.
+        targets: of the heads.
         total: of sums over this part of the batch, those over all of it.
 
     Returns:
@@ -71,7 +73,7 @@ def step_statistics(
         weights).
     """
     heads = weights.shape[2]
-    valid = has_target(target_ids, heads)
+    valid = targets.valid()
     weights = weights.double()  # whose sum is in range
     weight_sum = weights.sum(-1, keepdim=True)
     whole = valid.all(-1, keepdim=True) & (weight_sum != 0)

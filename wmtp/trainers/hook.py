@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from wmtp.kinds import check_same_device
-from wmtp.labels import IGNORE_INDEX, has_target
+from wmtp.labels import Targets
 from wmtp.reference import raise_on_bad_weight
 from wmtp.trainers.step import TRAIN, as_weighting
 from wmtp.weightings import Given, Weighting
@@ -37,7 +37,7 @@ def own_code(algo: str, step: int) -> Iterator[None]:
 
 
 def checked_weighting(
-    returned: Any, trainer: str, states: Tensor, target_ids: Tensor, where: str
+    returned: Any, trainer: str, states: Tensor, targets: Targets, where: str
 ) -> Weighting:
     """What `compute_head_weights` returned, as a rule that fits the batch, resolved.
 
@@ -45,21 +45,19 @@ def checked_weighting(
         returned: by it.
         trainer: the name of its class.
         states: [B, S, H, D], of the model.
-        target_ids: [B, S].
+        targets: of the batch.
         where: the step and the algorithm, for the message.
 
     Raises:
         WeightsError: it is none, or does not fit.
     """
-    heads = states.shape[2]
     try:
         weighting = as_weighting(returned, trainer)
-        weighting.check("the model's states", states)
+        weighting.check("the model's states", states, targets)
         check_same_device("the model", states, **vars(weighting))
-        weighting = weighting.resolved(target_ids, heads, IGNORE_INDEX)
+        weighting = weighting.resolved(weighting.narrowed(targets))
         if isinstance(weighting, Given):
-            weights = weighting.head_weights.detach().float()
-            raise_on_bad_weight(weights, has_target(target_ids, heads))
+            raise_on_bad_weight(weighting.head_weights.detach().float(), targets.valid())
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{where}: {error}") from error
     return weighting

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from wmtp.labels import Targets
 from wmtp.linear import fused_linear_weighted_mtp_loss
 from wmtp.loss import fused_weighted_mtp_loss
-from wmtp.reduction import counted_tokens
 from wmtp.reference import MTPLoss
 from wmtp.weightings import Uniform, Weighting
 
@@ -22,7 +22,7 @@ def training_loss(
     way: str,
     head_hidden_states: Tensor,
     unembed: nn.Linear,
-    target_ids: Tensor,
+    targets: Targets,
     weighting: Weighting = Uniform(),  # noqa: B008  (frozen)
     *,
     reduction: str = "token_mean",
@@ -34,30 +34,32 @@ def training_loss(
         way: one of `wmtp.trainers.config.LOSSES`.
         head_hidden_states: [B, S, H, D].
         unembed: to V. Under autocast its product is of autocast's dtype, whichever the way.
-        target_ids: [B, S], unshifted.
+        targets: unshifted ids, and their documents.
         weighting: of the algorithm.
         reduction, normalizer: see `wmtp.fused_weighted_mtp_loss`.
 
         >>> import torch
         >>> states, unembed = torch.randn(1, 4, 2, 3), nn.Linear(3, 5)
-        >>> losses = [training_loss(way, states, unembed, torch.tensor([[0, 1, 2, 3]])).loss
+        >>> targets = Targets(torch.tensor([[0, 1, 2, 3]]), length=4, heads=2)
+        >>> losses = [training_loss(way, states, unembed, targets).loss
         ...           for way in ("linear", "fused", "eager")]
         >>> torch.allclose(losses[0], losses[1]) and torch.allclose(losses[1], losses[2])
         True
     """
     how: dict[str, Any] = {
+        "document_ids": targets.document_ids,
         "weighting": weighting,
         "reduction": reduction,
         "normalizer": normalizer,
     }
     if way == "linear":
         return fused_linear_weighted_mtp_loss(
-            head_hidden_states, unembed.weight, target_ids, lm_head_bias=unembed.bias, **how
+            head_hidden_states, unembed.weight, targets.ids, lm_head_bias=unembed.bias, **how
         )
     logits = unembed(head_hidden_states)
     return fused_weighted_mtp_loss(
         logits,
-        target_ids,
+        targets.ids,
         inplace=logits.requires_grad,  # nothing reads the logits again
         backend=logits_backend(way),
         **how,
@@ -67,28 +69,3 @@ def training_loss(
 def logits_backend(way: str) -> str:
     """The `backend` of losses that take logits."""
     return "eager" if way == "eager" else "auto"
-
-
-def denominator(weighting: Weighting, weights: Tensor, valid: Tensor, reduction: str) -> Tensor:
-    """[]: what this part of a batch adds to the number that the whole batch's loss is divided by.
-
-    token_mean: its tokens with any weight. weight_mean: the sum of its weights.
-
-    Args:
-        weights: [B, S, H], the rule's.
-        valid: [B, S, H] bool, where there is a target.
-
-        >>> import torch
-        >>> import torch
-        >>> from wmtp.weightings import Given
-        >>> weights, valid = torch.tensor([[[0.5], [0.0]]]), torch.ones(1, 2, 1) > 0
-        >>> denominator(Given(weights), weights, valid, "token_mean").item()
-        1.0
-        >>> denominator(Given(weights), weights, valid, "weight_mean").item()
-        0.5
-    """
-    # Exactly 1, whatever rounding has made of the sum.
-    of_token = valid.any(-1).double() if weighting.sums_to_one else weights.double().sum(-1)
-    if reduction == "token_mean":
-        of_token = counted_tokens(of_token).double()
-    return of_token.sum()

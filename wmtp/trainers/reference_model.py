@@ -19,7 +19,7 @@ from wmtp.digests import what_is_wrong
 from wmtp.files import digest_of, shown
 from wmtp.linear import linear_next_token_cross_entropy
 from wmtp.loss import next_token_cross_entropy
-from wmtp.models import MTPTransformer
+from wmtp.models import MTPOutput, MTPTransformer
 from wmtp.models.storage import is_model_folder, load_model_folder
 from wmtp.trainers.config import ConfigError
 from wmtp.trainers.losses import logits_backend
@@ -33,23 +33,35 @@ Reference = Callable[[Tensor], Any]
 class LinearReference:
     """A reference in two parts: logits = lm_head(hidden_states(input_ids))."""
 
-    hidden_states: Callable[[Tensor], Tensor]  # input_ids [B, S] -> [B, S, D]
+    hidden_states: Callable[..., Tensor]  # input_ids [B, S] -> [B, S, D]
     lm_head: nn.Linear
+    knows_documents: bool = False  # hidden_states takes document_ids, too
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def states(self, input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Of documents that do not see each other, where it can tell them apart."""
+        known = (document_ids,) if self.knows_documents else ()
+        return self.hidden_states(input_ids, *known)
+
+    def __call__(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """The logits [B, S, V]."""
-        return F.linear(self.hidden_states(input_ids), self.lm_head.weight, self.lm_head.bias)
+        states = self.states(input_ids, document_ids)
+        return F.linear(states, self.lm_head.weight, self.lm_head.bias)
 
 
 @torch.no_grad()
 def reference_ce(
-    reference: Reference, input_ids: Tensor, target_ids: Tensor, way: str = "linear"
+    reference: Reference,
+    input_ids: Tensor,
+    target_ids: Tensor,
+    way: str = "linear",
+    document_ids: Tensor | None = None,
 ) -> Tensor:
-    """Its cross entropy [B, S-1] in nats, without gradient: position t about target_ids[t + 1].
+    """Its cross entropy [B, T-1] in nats, without gradient: position t about target_ids[t + 1].
 
     Args:
         reference: from `prepare_reference`.
-        input_ids, target_ids: [B, S].
+        input_ids: [B, T-1] or [B, T]. target_ids: [B, T].
+        document_ids: [B, T] of packed rows: only a model of ours tells documents apart.
         way: of `TrainConfig.loss`; "linear" makes no logits tensor of a `LinearReference`.
 
     Raises:
@@ -57,12 +69,13 @@ def reference_ce(
     """
     if way == "linear" and isinstance(reference, LinearReference):
         return linear_next_token_cross_entropy(
-            reference.hidden_states(input_ids),
+            reference.states(input_ids, document_ids),
             reference.lm_head.weight,
             target_ids,
             lm_head_bias=reference.lm_head.bias,
         )
-    logits = _logits(reference(input_ids))
+    known = (document_ids,) if isinstance(reference, LinearReference) else ()
+    logits = _logits(reference(input_ids, *known))
     return next_token_cross_entropy(logits, target_ids, backend=logits_backend(way))
 
 
@@ -104,7 +117,12 @@ def prepare_reference(reference: Reference, device: torch.device, way: str = "li
 
 def _own_parts(model: MTPTransformer) -> LinearReference:
     _check_one_head(model, "the reference")
-    return LinearReference(lambda ids: model(ids).head_hidden_states[:, :, 0], model.unembed)
+
+    def states(input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+        output: MTPOutput = model(input_ids, document_ids)
+        return output.head_hidden_states[:, :, 0]
+
+    return LinearReference(states, model.unembed, knows_documents=True)
 
 
 def _hugging_face_parts(model: Any) -> LinearReference | None:

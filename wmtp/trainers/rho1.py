@@ -1,5 +1,6 @@
 """rho1-wmtp: heads that are far from a reference model's loss count more."""
 
+import torch
 from torch import Tensor
 
 from wmtp.data import Batch
@@ -21,15 +22,23 @@ class Rho1WmtpTrainer(BaseWmtpTrainer):
     needs_reference = True
 
     def compute_head_weights(self, batch: Batch, output: MTPOutput) -> Excess:
-        ref_ce = self.compute_reference_ce(batch["input_ids"], batch["target_ids"])
+        # It reads as far as the labels go: of what no reference reads there is no excess.
+        length = batch["input_ids"].shape[1]
+        ahead = batch["target_ids"][:, length:-1].clamp(min=0)
+        read = torch.cat((batch["input_ids"], ahead), 1)
+        ref_ce = self.compute_reference_ce(read, batch["target_ids"], batch.get("document_ids"))
         return Excess(ref_ce, self.config.temperature, self.config.excess)
 
-    def compute_reference_ce(self, input_ids: Tensor, target_ids: Tensor) -> Tensor:
-        """The reference's cross entropy [B, S-1], nats: position t about target_ids[t + 1]."""
+    def compute_reference_ce(
+        self, input_ids: Tensor, target_ids: Tensor, document_ids: Tensor | None = None
+    ) -> Tensor:
+        """The reference's cross entropy [B, T-1], nats: position t about target_ids[t + 1]."""
         with self.autocast():
-            return reference_ce(self.reference, input_ids, target_ids, self.config.loss)
+            return reference_ce(
+                self.reference, input_ids, target_ids, self.config.loss, document_ids
+            )
 
     @staticmethod
     def align_ref_ce_to_mtp(ref_ce_all: Tensor, mtp_ce_heads: Tensor) -> Tensor:
-        """[B, S, H], beside mtp_ce_heads: ref_ce_all [B, S-1] about the tokens of each head."""
+        """[B, S, H], beside mtp_ce_heads: ref_ce_all [B, T-1] about the tokens of each head."""
         return align_ref_ce(ref_ce_all, *mtp_ce_heads.shape[1:])

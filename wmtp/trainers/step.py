@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from wmtp.data import Batch
+from wmtp.labels import Targets
 from wmtp.trainers.config import TrainConfig
 from wmtp.weightings import Given, Uniform, Weighting
 
@@ -26,6 +27,16 @@ class Part(NamedTuple):
     weights: Tensor  # [B, S, H]
     loss: Tensor  # []
     denominator: Tensor  # []
+
+
+def targets_of(batch: Batch, heads: int) -> Targets:
+    """What the heads are asked for."""
+    return Targets(
+        batch["target_ids"],
+        batch["input_ids"].shape[1],
+        heads,
+        document_ids=batch.get("document_ids"),
+    )
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, overload
 import torch
 from torch import Tensor
 
+from wmtp.labels import Targets
+
 
 class Weighting:
     """A rule that says how much each pair of a token and a head counts in the loss.
@@ -23,13 +25,14 @@ class Weighting:
     Attributes:
         scope: what a weight follows from: "row", its own cross entropy, or "token", those of all
             heads of its token.
+        reduction: of a loss that names none.
         sums_to_one: over the valid heads of each token.
         at_most_one: no weight is larger. float16 gradients are scaled for it.
         known: the weights do not depend on the cross entropies.
         numbers: the fields that are numbers or 0-d tensors, which a twin reads in this order; they
             reach the operators as tensors, so that a new value compiles nothing.
-        compares: with a field `ref_ce` [B, S-1], which `weights` gets as [B, S, H], lined up with
-            the heads.
+        compares: with a field `ref_ce`, indexed by the token it is about, which `weights` gets as
+            [B, S, H], lined up with the heads.
         case: its name in kernels/cpu/weights.h; "" where it has none there.
 
     Example: weights that favour what the model already finds likely.
@@ -45,6 +48,7 @@ class Weighting:
     """
 
     scope: ClassVar[str] = "row"
+    reduction: ClassVar[str] = "token_mean"
     sums_to_one: ClassVar[bool] = False
     at_most_one: ClassVar[bool] = False
     known: ClassVar[bool] = False
@@ -74,10 +78,15 @@ class Weighting:
     def case(self) -> str:
         return ""
 
-    def check(self, name: str, scores: Tensor) -> None:
-        """Raises where the rule does not fit `scores` [B, S, H, ...], of that name."""
+    def check(self, name: str, scores: Tensor, targets: Targets) -> None:
+        """Raises where the rule does not fit `scores` [B, S, H, ...], of that name, and what they
+        are asked for."""
 
-    def resolved(self, target_ids: Tensor, horizon: int, ignore_index: int) -> "Weighting":
+    def narrowed(self, targets: Targets) -> Targets:
+        """Those of the pairs that the rule can weigh."""
+        return targets
+
+    def resolved(self, targets: Targets) -> "Weighting":
         """The rule that the operators take: itself, or `Given` where labels tell its weights."""
         return self
 

@@ -7,6 +7,7 @@ delta is the temporal difference (Sutton & Barto 2018, ch. 6.1) seen from the la
 S sequence, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from wmtp import checks
 from wmtp.kinds import check_same_device, check_scores, check_shape, check_whole
-from wmtp.labels import has_target, shift_to_heads
+from wmtp.labels import Targets
 from wmtp.weightings.base import Weighting, as_tensor, softmax_over_heads
 from wmtp.weightings.given import Given
 
@@ -37,7 +38,8 @@ class Critic(Weighting):
 
         >>> import torch
         >>> critic = Critic(torch.tensor([[0.0, 1.0, 3.0]]), discount=1.0, temperature=1.0)
-        >>> critic.resolved(torch.tensor([[5, 6, 7]]), 2, -100).head_weights[0, 0]   # softmax(1, 2)
+        >>> targets = Targets(torch.tensor([[5, 6, 7]]), length=3, heads=2)
+        >>> critic.resolved(targets).head_weights[0, 0]                     # softmax(1, 2)
         tensor([0.2689, 0.7311])
     """
 
@@ -48,25 +50,47 @@ class Critic(Weighting):
     sums_to_one = at_most_one = known = True
     numbers = ("temperature",)
 
-    def check(self, name: str, scores: Tensor) -> None:
+    def check(self, name: str, scores: Tensor, targets: Targets) -> None:
         check_scores("values", self.values, "[B, S]")
         remedy = f"one value for each position of {name}"
         check_shape("values", self.values, "[B, S]", tuple(scores.shape[:2]), remedy)
         checks.check_temperature(self.temperature)
         checks.check_discount(self.discount)
 
-    def resolved(self, target_ids: Tensor, horizon: int, ignore_index: int) -> Given:
-        how = (self.discount, self.temperature, ignore_index)
-        return Given(td_head_weights(self.values, target_ids, horizon, *how))
+    def narrowed(self, targets: Targets) -> Targets:
+        """Without the pairs whose target has no value."""
+        return targets.within(targets.length)
+
+    def resolved(self, targets: Targets) -> Given:
+        valid = targets.valid()
+        score = _rise(self.values.detach(), self.discount, targets)
+        return Given(softmax_over_heads(score, valid, as_tensor(self.temperature)))
+
+
+def _rise(values: Tensor, discount: float, targets: Targets) -> Tensor:
+    """[B, S, H]: delta at the position of the input that each pair is about."""
+    length = values.shape[1]
+    previous = F.pad(values, (1, 0))[:, :length]
+    documents = targets.document_ids
+    if documents is not None:
+        begins = documents[:, 1:length] != documents[:, : length - 1]
+        previous = previous.masked_fill(F.pad(begins, (1, 0)), 0.0)
+    return targets.at_positions(values - float(discount) * previous, 0.0)
 
 
 def td_head_weights(
     values: Tensor,
-    target_ids: Tensor,
+    target_ids: Tensor | Sequence[Tensor],
     horizon: int,
     discount: float = 0.95,
     temperature: Tensor | float = 0.7,
     ignore_index: int = -100,
+    *,
+    shifted: bool = False,
+    offsets: Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
 ) -> Tensor:
     """Weights of the critic-wmtp algorithm: more for heads whose token raises the value.
 
@@ -77,14 +101,15 @@ def td_head_weights(
 
     Args:
         values: [B, S] float, one value per position.
-        target_ids: [B, S] integer, unshifted.
+        target_ids, ignore_index, shifted, offsets, document_ids, target_mask, position_mask: which
+            pairs count, as in `fused_weighted_mtp_loss`; of these, those at whose input position,
+            t + offset_k, there is a value. Before a document's first token the value is 0.
         horizon: H >= 1.
         discount: lambda, in [0, 1].
         temperature: > 0, in units of the values.
-        ignore_index: a target of this id gets no weight.
 
     Returns:
-        [B, S, H] of the values' dtype, without gradient; 0 where there is no target.
+        [B, S, H] of the values' dtype, without gradient; 0 where a pair does not count.
 
     Raises:
         ValueError: wrong shapes, mixed devices, horizon < 1, discount outside [0, 1],
@@ -99,14 +124,21 @@ def td_head_weights(
                 [1.0000, 0.0000],
                 [0.0000, 0.0000]])
     """
-    _, length = check_scores("values", values, "[B, S]")
-    checks.check_targets_of("values", values, target_ids, ignore_index)
-    checks.check_temperature(temperature)
-    check_same_device("values", values, temperature=temperature)
+    check_scores("values", values, "[B, S]")
     check_whole("horizon", horizon, 1, "it is the number of heads, H")
-    checks.check_discount(discount)
-    values = values.detach()
-    previous = F.pad(values, (1, 0))[:, :length]
-    score = shift_to_heads(values - float(discount) * previous, horizon, 0.0)
-    valid = has_target(target_ids, horizon, int(ignore_index))
-    return softmax_over_heads(score, valid, as_tensor(temperature))
+    targets = checks.targets_of(
+        "values",
+        values,
+        horizon,
+        target_ids,
+        ignore_index=ignore_index,
+        shifted=shifted,
+        offsets=offsets,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
+    )
+    rule = Critic(values, discount, temperature)
+    rule.check("values", values, targets)
+    check_same_device("values", values, temperature=temperature)
+    return rule.resolved(rule.narrowed(targets)).head_weights

@@ -7,16 +7,15 @@ The excess loss is that of Rho-1 (Lin et al. 2024, arXiv 2404.07965, eq. 3), whi
 form; here it weighs heads within a token instead of selecting tokens. B batch, S sequence, H heads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks
 from wmtp.kinds import check_choice, check_same_device, check_scores
-from wmtp.labels import has_target, shift_to_heads
+from wmtp.labels import Targets
 from wmtp.weightings.base import Weighting, as_tensor, softmax_over_heads
 
 if TYPE_CHECKING:
@@ -28,12 +27,13 @@ class Excess(Weighting):
     """w[b, t, :] = softmax over valid k of |ce[b, t, k] - ref_ce[b, t + k]| / temperature.
 
     Attributes:
-        ref_ce: [B, S - 1] float, nats: position t of the reference about `target_ids[t + 1]`, as
-            `wmtp.next_token_cross_entropy` returns it.
+        ref_ce: float, nats, indexed by the token that it is about, as
+            `wmtp.next_token_cross_entropy` returns it: [B, T - 1], position t about
+            `target_ids[t + 1]`; of shifted labels [B, T]; of each head's own [B, S, H].
         temperature: > 0, nats, a number or a 0-d tensor.
         excess: "abs", or "signed" for ce - ref_ce.
         ref_logits: [B, S, V'] float, the reference's next-token logits, instead of `ref_ce`; read
-            once. For losses on logits.
+            once.
 
     Raises, with the loss:
         ValueError: both references or none, of other shapes; temperature <= 0; unknown excess.
@@ -67,13 +67,13 @@ class Excess(Weighting):
     def case(self) -> str:
         return f"{self.excess}_excess"
 
-    def check(self, name: str, scores: Tensor) -> None:
+    def check(self, name: str, scores: Tensor, targets: Targets) -> None:
         given = {"ref_ce": self.ref_ce, "ref_logits": self.ref_logits}
         checks.check_one_weighting(**given)
         if self.ref_logits is not None:
-            checks.check_ref_logits(self.ref_logits, name, scores)
+            checks.check_ref_logits(self.ref_logits, name, scores, targets)
         elif self.ref_ce is not None:
-            checks.check_ref_ce(self.ref_ce, *scores.shape[:2])
+            checks.check_ref_ce(self.ref_ce, targets)
         else:
             raise ValueError("Excess has nothing to compare with: pass ref_ce or ref_logits")
         checks.check_temperature(self.temperature)
@@ -102,19 +102,24 @@ def _softmax(score, valid):  # type: ignore[no-untyped-def]
 
 
 def align_ref_ce(ref_ce: Tensor, length: int, horizon: int) -> Tensor:
-    """[B, S, H] of ref_ce [B, S - 1]: the reference's about the token that head k at t predicts."""
+    """[B, S, H] of ref_ce [B, T - 1]: the reference's about the token that head k at t predicts."""
     # ref_ce[t] is about token t + 1: shifted one to the right it sits at the token it is about.
-    ce_of_token = F.pad(ref_ce, (1, 0))[:, :length]
-    return shift_to_heads(ce_of_token, horizon, 0.0)
+    return Targets(ref_ce, length, horizon).reference_of_heads(ref_ce)
 
 
 def excess_head_weights(
     ce_per_head: Tensor,
     ref_ce: Tensor,
-    target_ids: Tensor,
+    target_ids: Tensor | Sequence[Tensor],
     temperature: Tensor | float = 0.7,
     excess: str = "abs",
     ignore_index: int = -100,
+    *,
+    shifted: bool = False,
+    offsets: Sequence[int] | None = None,
+    document_ids: Tensor | None = None,
+    target_mask: Tensor | None = None,
+    position_mask: Tensor | None = None,
 ) -> Tensor:
     """Weights of the rho1-wmtp algorithm: more for heads that are far from a reference model.
 
@@ -126,14 +131,16 @@ def excess_head_weights(
 
     Args:
         ce_per_head: [B, S, H] float, nats.
-        ref_ce: [B, S - 1] float, nats: position t of the reference predicting `target_ids[t + 1]`.
-        target_ids: [B, S] integer, unshifted.
+        ref_ce: float, nats, as in `fused_weighted_mtp_loss`; [B, T - 1] where head k at t compares
+            with position t + k, the reference about the same token.
+        target_ids, ignore_index, shifted, offsets, document_ids, target_mask, position_mask: which
+            pairs count, as in `fused_weighted_mtp_loss`. Other values of float masks than 0 do not
+            matter here.
         temperature: > 0, in nats.
         excess: "abs" or "signed".
-        ignore_index: a target of this id gets no weight.
 
     Returns:
-        [B, S, H] of ce_per_head's dtype, without gradient; 0 where there is no target.
+        [B, S, H] of ce_per_head's dtype, without gradient; 0 where a pair does not count.
 
     Raises:
         ValueError: wrong shapes, mixed devices, temperature <= 0, unknown excess.
@@ -147,19 +154,22 @@ def excess_head_weights(
                 [1.0000, 0.0000],
                 [0.0000, 0.0000]])
     """
-    score = excess_loss(ce_per_head, ref_ce, excess)
-    checks.check_targets_of("ce_per_head", ce_per_head, target_ids, ignore_index)
-    checks.check_temperature(temperature)
-    check_same_device("ce_per_head", ce_per_head, temperature=temperature)
-    valid = has_target(target_ids, score.shape[2], int(ignore_index))
-    return softmax_over_heads(score, valid, as_tensor(temperature))
-
-
-def excess_loss(ce_per_head: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
-    """[B, S, H], detached: ce[b, t, k] - ref_ce[b, t + k], or its absolute value."""
-    batch, length, heads = check_scores("ce_per_head", ce_per_head, "[B, S, H]")
-    checks.check_ref_ce(ref_ce, batch, length)
-    check_same_device("ce_per_head", ce_per_head, ref_ce=ref_ce)
-    check_choice("excess", excess, checks.EXCESSES)
-    aligned = align_ref_ce(ref_ce.detach().to(ce_per_head.dtype), length, heads)
-    return difference(ce_per_head.detach(), aligned, excess)
+    _, _, heads = check_scores("ce_per_head", ce_per_head, "[B, S, H]")
+    targets = checks.targets_of(
+        "ce_per_head",
+        ce_per_head,
+        heads,
+        target_ids,
+        ignore_index=ignore_index,
+        shifted=shifted,
+        offsets=offsets,
+        document_ids=document_ids,
+        target_mask=target_mask,
+        position_mask=position_mask,
+    )
+    checks.check_ref_ce(ref_ce, targets)
+    rule = Excess(ref_ce, temperature, excess)
+    rule.check("ce_per_head", ce_per_head, targets)
+    check_same_device("ce_per_head", ce_per_head, ref_ce=ref_ce, temperature=temperature)
+    aligned = targets.reference_of_heads(ref_ce.detach().to(ce_per_head.dtype))
+    return rule.weights(ce_per_head.detach(), targets.valid(), aligned)

@@ -1,0 +1,378 @@
+"""Targets, masks, documents and divisors in all their combinations: against plain loops, and the
+backends against the fp64 truth."""
+
+import os
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from support.batches import FORMS, draw, loss_by_hand, targets_by_hand
+from wmtp import (
+    backends,
+    fused_linear_weighted_mtp_loss,
+    fused_weighted_mtp_loss,
+    linear_next_token_cross_entropy,
+    mtp_cross_entropy,
+    next_token_cross_entropy,
+    once,
+)
+from wmtp.checks import targets_of
+from wmtp.labels import Targets
+from wmtp.reference import compute_weighted_mtp_loss
+from wmtp.weightings import Critic, Excess, Uniform
+
+CASES = int(os.environ.get("WMTP_TARGET_CASES", "60"))
+V, D = 17, 5
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:token_mean divides"),
+]
+
+
+def asked(ids, heads, **options):
+    """Of one row of 6 positions, [S, H]."""
+    scores = torch.empty(1, 6, heads, 1)
+    return targets_of("logits", scores, heads, ids, **options).of_heads()[0].tolist()
+
+
+IDS = torch.arange(10, 16)[None]
+NONE = -100
+
+
+def test_unshifted_labels_that_go_on():
+    assert asked(IDS, 2)[-2:] == [[15, NONE], [NONE, NONE]]
+    assert asked(torch.arange(10, 17)[None], 2)[-2:] == [[15, 16], [16, NONE]]
+    assert asked(torch.arange(10, 19)[None], 2)[-2:] == [[15, 16], [16, 17]]
+
+
+def test_shifted_labels():
+    assert asked(IDS, 2, shifted=True)[:2] == [[10, 11], [11, 12]]
+    assert asked(IDS, 2, shifted=True)[-1] == [15, NONE]
+    assert asked(torch.arange(10, 18)[None], 2, shifted=True)[-1] == [15, 16]
+
+
+def test_offsets():
+    assert asked(IDS, 3, offsets=[3, 1, 1])[:3] == [[13, 11, 11], [14, 12, 12], [15, 13, 13]]
+    assert asked(IDS, 3, offsets=[3, 1, 1])[3:] == [[NONE, 14, 14], [NONE, 15, 15], [NONE] * 3]
+    assert asked(IDS, 2, offsets=[2, 3], shifted=True)[0] == [11, 12]
+
+
+def test_documents():
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    wanted = [[11, 12], [12, NONE], [NONE, NONE], [14, 15], [15, NONE], [NONE, NONE]]
+    assert asked(IDS, 2, document_ids=documents) == wanted
+    # Shifted: whoever shifted them has put -100 at a document's end, if he wanted it.
+    wanted = [[10, 11], [11, 12], [12, NONE], [13, 14], [14, 15], [15, NONE]]
+    assert asked(IDS, 2, document_ids=documents, shifted=True) == wanted
+    cut_from = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])  # ids[t] is token t + 1
+    wanted = [[10, 11], [11, NONE], [NONE, NONE], [13, 14], [14, 15], [15, NONE]]
+    assert asked(IDS, 2, document_ids=cut_from, shifted=True) == wanted
+
+
+def test_equal_ids_are_one_document_whatever_lies_between():
+    documents = torch.tensor([[4, 4, 7, 4, 4, 4]])
+    assert asked(IDS, 2, document_ids=documents)[1] == [NONE, 13]
+
+
+def test_masks():
+    moves = torch.tensor([[1, 1, 0, 1, 1, 1]])  # with the heads
+    assert asked(IDS, 2, target_mask=moves)[:3] == [[11, NONE], [NONE, 13], [13, 14]]
+    stays = torch.tensor([[0.0, 0.5, 1, 1, 1, 1]])
+    assert asked(IDS, 2, position_mask=stays)[:2] == [[NONE, NONE], [12, 13]]
+    by_head = torch.ones(1, 6, 2, dtype=torch.bool)
+    by_head[0, 0, 1] = False
+    assert asked(IDS, 2, position_mask=by_head)[0] == [11, NONE]
+
+
+def test_each_heads_own_labels():
+    labels = torch.arange(12).view(1, 6, 2)
+    assert asked(labels, 2) == labels[0].tolist()
+    assert asked(list(labels.unbind(2)), 2) == labels[0].tolist()
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_a_drawn_batch_is_what_the_definition_says(seed):
+    case = draw(seed)
+    heads = case.shape[2]
+    scores = torch.empty(*case.shape, V)
+    targets = targets_of("logits", scores, heads, case.target_ids, **case.options)
+    found = case.rule.narrowed(targets).of_heads().tolist()
+    wanted = targets_by_hand(case)
+    assert found == [[[NONE if id is None else id for id in t] for t in b] for b in wanted]
+    logits = torch.randn(scores.shape, dtype=torch.float64)
+    loss = compute_weighted_mtp_loss(
+        logits, case.target_ids, None, heads, weighting=case.rule, **case.options, **case.how
+    ).loss
+    assert loss.item() == pytest.approx(loss_by_hand(case, logits), rel=1e-6, abs=1e-9)
+
+
+def ops(backend):
+    """Losses of logits [B, S, H, V]: of the tensor, of a list, in place."""
+    fused = partial(fused_weighted_mtp_loss, backend=backend)
+
+    def of_list(logits, *arguments, **options):
+        return fused(list(logits.unbind(2)), *arguments, **options)
+
+    def in_place(logits, *arguments, **options):
+        return fused(logits * 1, *arguments, inplace=True, **options)
+
+    return fused, of_list, in_place
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_backends_agree_with_the_truth(seed, target):
+    backend, device = target
+    case = draw(seed)
+    heads = case.shape[2]
+    loss = ops(backend)[seed % 3]
+    logits = torch.randn(*case.shape, V)
+    options = move({"weighting": case.rule, **case.options, **case.how}, device)
+    ids = move({"ids": case.target_ids}, device)["ids"]
+    leaf = logits.to(device).requires_grad_()
+    found = loss(leaf, ids, **options)
+    (gradient,) = torch.autograd.grad(2.5 * found.loss, leaf)
+    exact = logits.double().requires_grad_()
+    how = {"weighting": case.rule, **case.options, **case.how}
+    truth = compute_weighted_mtp_loss(exact, case.target_ids, None, heads, **how)
+    (wanted,) = torch.autograd.grad(2.5 * truth.loss, exact)
+    torch.testing.assert_close(found.loss.double().cpu(), truth.loss, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(
+        found.ce_per_head.double().cpu(), truth.ce_per_head, rtol=2e-5, atol=2e-6
+    )
+    torch.testing.assert_close(gradient.double().cpu(), wanted, rtol=2e-5, atol=3e-6)
+    assert torch.equal(found.valid_mask.cpu(), truth.valid_mask)
+
+
+def move(options, device):
+    """Tensors, and those of the rule."""
+    moved = {}
+    for name, value in options.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(device)
+        elif isinstance(value, list) and isinstance(value[0], torch.Tensor):
+            value = [each.to(device) for each in value]
+        elif name == "weighting":
+            fields = {
+                key: each for key, each in vars(value).items() if isinstance(each, torch.Tensor)
+            }
+            value = value.with_fields(**move(fields, device))
+        moved[name] = value
+    return moved
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_the_linear_loss_agrees_with_the_truth(seed):
+    case = draw(seed)
+    hidden = torch.randn(*case.shape[:3], D, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
+    how = {"weighting": case.rule, **case.options, **case.how}
+    chunk_bytes = (None, 1, 2000)[seed % 3]
+    ours = fused_linear_weighted_mtp_loss(
+        hidden, weight, case.target_ids, chunk_bytes=chunk_bytes, **how
+    )
+    truth = compute_weighted_mtp_loss(
+        hidden @ weight.T, case.target_ids, None, case.shape[2], **how
+    )
+    torch.testing.assert_close(ours, truth)
+    for found, wanted in zip(
+        torch.autograd.grad(ours.loss, (hidden, weight)),
+        torch.autograd.grad(truth.loss, (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("seed", range(0, CASES, 3))
+def test_cross_entropies_alone(seed, target):
+    backend, device = target
+    case = draw(seed)
+    options = {
+        name: value != 0 if "mask" in name else value for name, value in case.options.items()
+    }
+    logits = torch.randn(*case.shape, V)
+    ids = move({"ids": case.target_ids}, device)["ids"]
+    found = mtp_cross_entropy(logits.to(device), ids, **move(options, device), backend=backend)
+    wanted = mtp_cross_entropy(logits.double(), case.target_ids, **options, backend="eager")
+    torch.testing.assert_close(found.double().cpu(), wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("tokens", [6, 7])
+def test_a_reference_is_indexed_by_the_token_it_is_about(tokens, target):
+    backend, device = target
+    ids, logits = torch.randint(V, (2, tokens)), torch.randn(2, 6, V)
+    logits_there, ids_there = logits.to(device), ids.to(device)
+    wanted = torch.nn.functional.cross_entropy(
+        logits[:, : tokens - 1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    ).view(2, -1)
+    found = next_token_cross_entropy(logits_there, ids_there, backend=backend)
+    torch.testing.assert_close(found.cpu(), wanted)
+    shifted = next_token_cross_entropy(
+        logits_there[:, : tokens - 1], ids_there[:, 1:], shifted=True, backend=backend
+    )
+    torch.testing.assert_close(shifted.cpu(), wanted)
+    hidden, weight = torch.randn(2, 6, D), torch.randn(V, D)
+    linear = linear_next_token_cross_entropy(hidden, weight, ids)
+    of_logits = next_token_cross_entropy(hidden @ weight.T, ids)
+    torch.testing.assert_close(linear, of_logits)
+    mask = torch.rand(2, 6) > 0.5
+    masked = next_token_cross_entropy(
+        logits_there, ids_there, position_mask=mask.to(device), backend=backend
+    )
+    torch.testing.assert_close(masked.cpu(), wanted * mask[:, : tokens - 1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_exact(form):
+    case = next(case for seed in range(1000) if (case := draw(seed)).form == form and case.options)
+    logits = torch.randn(*case.shape, 5, dtype=torch.float64, requires_grad=True)
+    ids = case.target_ids
+    ids = [each.clamp(max=4) for each in ids] if form == "list" else ids.clamp(max=4)
+
+    def loss(logits):
+        return fused_weighted_mtp_loss(logits, ids, **case.options).loss
+
+    assert torch.autograd.gradcheck(loss, logits)
+
+
+def test_reference_values_of_pairs_that_do_not_count_are_not_read(target):
+    backend, device = target
+    ids = torch.randint(V, (1, 6), device=device)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]], device=device)
+    logits, ref_ce = torch.randn(1, 6, 2, V, device=device), torch.rand(1, 5, device=device)
+    how = {"document_ids": documents, "backend": backend}
+    clean = fused_weighted_mtp_loss(logits, ids, ref_ce=ref_ce, **how)
+    ref_ce = ref_ce.clone()
+    ref_ce[0, 2] = float("nan")  # about token 3, the second document's first
+    assert torch.equal(fused_weighted_mtp_loss(logits, ids, ref_ce=ref_ce, **how).loss, clean.loss)
+
+
+def test_stride_0_heads_with_labels_of_their_own(target):
+    """One row of logits for all heads, asked for a word's prefix and the word."""
+    backend, device = target
+    row = torch.randn(2, 5, 1, V, device=device, requires_grad=True)
+    labels = torch.randint(V, (2, 5, 3), device=device)
+    loss = fused_weighted_mtp_loss(row.expand(-1, -1, 3, -1), labels, backend=backend).loss
+    (found,) = torch.autograd.grad(loss, row)
+    exact = row.detach().double().cpu().requires_grad_()
+    truth = compute_weighted_mtp_loss(exact.expand(-1, -1, 3, -1), labels.cpu(), horizon=3).loss
+    (wanted,) = torch.autograd.grad(truth, exact)
+    torch.testing.assert_close(found.double().cpu(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_how_often_the_logits_are_read(monkeypatch, target):
+    """One pass where the effective scope is a token's, two where weights divide the whole."""
+    backend, device = target
+    module, passes = backends.BACKENDS[backend], []
+    original = module.weighted_loss
+    watched = lambda *arguments: passes.append(1) or original(*arguments)  # noqa: E731
+    monkeypatch.setattr(module, "weighted_loss", watched)
+    logits, ids = torch.randn(1, 6, 2, V, device=device), torch.randint(V, (1, 6), device=device)
+    rule = Excess(torch.rand(1, 5, device=device))
+    prior, mask = torch.rand(2, device=device), torch.rand(1, 6, device=device) + 0.1
+
+    def count(**how):
+        passes.clear()
+        fused_weighted_mtp_loss(logits, ids, weighting=rule, backend=backend, **how)
+        return len(passes)
+
+    assert count() == count(reduction="sum") == count(reduction="head_mean") == 1
+    assert count(head_prior=prior, reduction="pair_mean") == 1
+    assert count(position_mask=mask, reduction="sum") == 1
+    assert count(position_mask=mask, reduction="weight_mean", normalizer=3.0) == 1
+    assert count(position_mask=mask, reduction="weight_mean") == 2
+    assert count(head_prior=prior, reduction="token_mean") == 2
+
+
+def test_no_copy_of_the_ids_where_they_stand_in_a_row():
+    ids = torch.randint(V, (2, 7))
+    for shifted in (False, True):
+        operand = Targets(ids, 6, 2, shifted=shifted).for_operators()
+        assert operand.untyped_storage().data_ptr() == ids.untyped_storage().data_ptr()
+
+
+def test_a_critic_weighs_no_pair_without_a_value():
+    logits, ids = torch.randn(1, 6, 2, V), torch.randint(V, (1, 9))
+    result = fused_weighted_mtp_loss(logits, ids, weighting=Critic(torch.randn(1, 6)))
+    assert result.ce_per_head[0, -1].tolist() == [0, 0]
+    assert not result.valid_mask[0, -1]
+
+
+def test_what_cancels_is_said():
+    once._said.clear()
+    logits, ids = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6))
+    with pytest.warns(RuntimeWarning, match="what a float mask says of a position cancels"):
+        fused_weighted_mtp_loss(logits, ids, position_mask=torch.rand(1, 6), reduction="token_mean")
+    once._said.clear()
+    weights = torch.rand(1, 6, 1)
+    with pytest.warns(RuntimeWarning, match="with one head Given cancels"):
+        fused_weighted_mtp_loss(logits[:, :, :1], ids, weights, reduction="token_mean")
+
+
+def test_negative_weights_where_nothing_divides(target):
+    backend, device = target
+    case = replace(draw(3), rule=Uniform())
+    weights = torch.randn(2, 6, 3)
+    logits, ids = torch.randn(2, 6, 3, V), torch.randint(V, (2, 6))
+    assert case.rule.known
+    for how in (
+        {"reduction": "sum"},
+        {"reduction": "pair_mean"},
+        {"reduction": "head_mean"},
+        {"reduction": "weight_mean", "normalizer": 4.0},
+    ):
+        leaf = logits.to(device).requires_grad_()
+        found = fused_weighted_mtp_loss(
+            leaf, ids.to(device), weights.to(device), backend=backend, **how
+        )
+        exact = logits.double().requires_grad_()
+        truth = compute_weighted_mtp_loss(exact, ids, weights, 3, **how)
+        torch.testing.assert_close(found.loss.double().cpu(), truth.loss, rtol=1e-5, atol=1e-6)
+        assert torch.equal(found.valid_mask.cpu(), truth.valid_mask)
+        (wanted,) = torch.autograd.grad(truth.loss, exact)
+        (gradient,) = torch.autograd.grad(found.loss, leaf)
+        torch.testing.assert_close(gradient.double().cpu(), wanted, rtol=1e-5, atol=1e-6)
+    for how in ({"reduction": "token_mean"}, {"reduction": "weight_mean"}):
+        with pytest.raises(ValueError, match=r"finite and >= 0, for their sum divides the loss"):
+            fused_weighted_mtp_loss(logits, ids, weights, backend="cpu", **how)
+
+
+BAD = {
+    "shifted with own": (
+        dict(target_ids=torch.zeros(2, 6, 3).long(), shifted=True),
+        "shifted goes",
+    ),
+    "too few offsets": (
+        dict(offsets=[1, 2]),
+        r"offsets must be H = 3 whole numbers >= 1, got \(1, 2",
+    ),
+    "an offset of 0": (dict(offsets=[0, 1, 2]), "offsets must be H = 3"),
+    "a mask's shape": (
+        dict(target_mask=torch.ones(2, 5)),
+        r"target_mask must be \[B, T\] = \(2, 6\)",
+    ),
+    "a position's": (dict(position_mask=torch.ones(2, 6, 2)), r"position_mask must be \[B, S, H\]"),
+    "a negative mask": (dict(position_mask=-torch.ones(2, 6)), r"position_mask\[0, 0\] is -1.0"),
+    "documents": (dict(document_ids=torch.zeros(2, 7).long()), r"document_ids must be \[B, T\]"),
+    "normalizer [H]": (
+        dict(normalizer=torch.ones(3), reduction="sum"),
+        "goes with reduction='head_",
+    ),
+    "T < S": (dict(target_ids=torch.zeros(2, 5).long()), r"target_ids must be \[B, T >= S\]"),
+    "a prior that learns": (
+        dict(head_prior=torch.ones(3, requires_grad=True)),
+        "must be a constant",
+    ),
+    "a negative prior": (dict(head_prior=-torch.ones(3)), "head_prior must be finite and >= 0"),
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("function", [fused_weighted_mtp_loss, compute_weighted_mtp_loss])
+def test_bad_targets(bad, message, function):
+    arguments = {"logits": torch.randn(2, 6, 3, V), "target_ids": torch.zeros(2, 6).long(), **bad}
+    if function is compute_weighted_mtp_loss:
+        arguments["horizon"] = 3
+    with pytest.raises(ValueError, match=message):
+        function(**arguments)

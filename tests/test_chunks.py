@@ -18,25 +18,25 @@ def linear_of(tokens, heads=2, vocabulary=30, dim=4):
     hidden, weight = torch.randn(*IDS.shape, heads, dim), torch.randn(vocabulary, dim)
     row_bytes = 4 * vocabulary + 12 * dim
     linear = Linear(
-        hidden, weight, None, torch.float32, torch.float32, tokens * heads * row_bytes, "cpu"
+        hidden, weight, None, torch.float32, torch.float32, tokens * heads * row_bytes, "cpu", 4
     )
     assert linear.row_bytes == row_bytes
     return linear
 
 
 def test_rows_and_their_targets():
-    plan = make_plan(IDS, linear_of(10), -1)
+    plan = make_plan(IDS[:, 1:], linear_of(10), -1)
     # token: 0      1   2        3  |  5  6        7        8
     # head:  0,1    0   1        0  |  -  1        0,1      0
     assert plan.rows.tolist() == [0, 1, 2, 5, 6, 13, 14, 15, 16]
-    assert plan.targets.tolist()[1:] == [11, 12, 12, 14, 14, 23, 23, 24, 24]
+    assert plan.targets.tolist() == [11, 12, 12, 14, 14, 23, 23, 24, 24]
     assert len(plan.chunks) == 1
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 99])
 def test_chunks_are_whole_tokens_and_nearly_equal(tokens):
     linear = linear_of(tokens)
-    plan = make_plan(IDS, linear, -1)
+    plan = make_plan(IDS[:, 1:], linear, -1)
     live = has_target(IDS, 2, -1).any(-1).flatten()
     assert linear.chunk_tokens == tokens
     counts = [int(live[chunk.tokens].sum()) for chunk in plan.chunks]
@@ -59,9 +59,9 @@ def test_targets_are_those_of_the_shift():
     ids = torch.arange(24).view(2, 12)
     linear = linear_of(3, heads=4)
     linear = linear._replace(hidden=torch.randn(2, 12, 4, 4))
-    plan = make_plan(ids, linear, -100)
+    plan = make_plan(ids[:, 1:], linear, -100)
     shifted = shift_to_heads(ids, 4, -100).flatten()
-    assert torch.equal(plan.targets[1:], shifted[plan.rows])
+    assert torch.equal(plan.targets, shifted[plan.rows])
     assert (shifted != -100).sum() == len(plan.rows)
 
 

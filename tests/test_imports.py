@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"transforms"},
     {"exact_zero"},
-    {"labels", "layout", "reduction", "registry", "files"},
+    {"labels", "layout", "registry", "files", "once"},
+    {"reduction"},
     {"inplace", "kinds", "sharded", "digests", "records"},
     {"checks"},
     {"weightings"},
@@ -20,7 +21,7 @@ LAYERS = [
     {"reference", "kernels"},
     {"backends"},
     {"ops"},
-    {"loss", "linear"},
+    {"loss", "linear", "denominator", "documents"},
     {"scorers", "models", "data", "benchmarks"},
     {"trainers"},
     {"cli"},

@@ -139,7 +139,7 @@ def test_every_number_of_heads_dtype_weighting_and_reduction_is_compiled_once():
     every = every_variant("cuda:90")
     assert len({variant.specialisation() for variant in every}) == len(every)
     weights = {v.name.removeprefix("weights ") for v in every if v.name.startswith("weights")}
-    assert len(weights) == 9
+    assert len(weights) == 12
     for heads in static_variants.HEADS:
         mine = [variant for variant in every if variant.constants.get("H") == heads]
         for reductions in ("token_mean", "weight_mean", "sum"):
@@ -153,15 +153,15 @@ def test_every_number_of_heads_dtype_weighting_and_reduction_is_compiled_once():
                         assert f"{kernel} {weighting}{shared}" in names
 
 
-def test_a_sample_has_one_of_each_kind_and_no_more_than_80():
+def test_a_sample_has_one_of_each_kind_and_no_more_than_asked():
     every = [(target, v) for target in static_variants.CARDS for v in every_variant(target)]
     kinds = {variant.kind() for _, variant in every}
-    sample = static_variants.sample(every, 80, "3.9.0")
-    assert len(kinds) <= len(sample) == 80
+    sample = static_variants.sample(every, 100, "3.9.0")
+    assert len(kinds) <= len(sample) == 100
     assert {variant.kind() for _, variant in sample} == kinds
     assert {target for target, _ in sample} == set(static_variants.CARDS)
-    assert static_variants.sample(every, 80, "3.9.0") == sample
-    assert static_variants.sample(every, 80, "3.8.0") != sample
+    assert static_variants.sample(every, 100, "3.9.0") == sample
+    assert static_variants.sample(every, 100, "3.8.0") != sample
     assert len(static_variants.sample(every, 1, "")) == len(kinds)
 
 

@@ -59,11 +59,11 @@ def make_row(dtype, heads=1):
 def launch_on(logits, target_ids, grad, head_offsets=None):
     """The loss's kernel, all weights 1."""
     heads = logits.shape[2]
-    ones = torch.ones(max(3, heads))
+    ones = torch.ones(max(4, heads))
     outputs = (torch.empty(heads) for _ in range(3))
     offsets = target_ids if head_offsets is None else torch.tensor(head_offsets)
-    of_heads = OfHeads(ones, ones, ones, ones, offsets, *outputs)
-    launch(Case(logits, target_ids, heads, grad, of_heads, -100, Rule(), head_offsets))
+    of_heads = OfHeads(ones, ones, ones, ones, ones, offsets, *outputs)
+    launch(Case(logits, target_ids[:, 1:], heads, grad, of_heads, -100, Rule(), head_offsets))
 
 
 def assert_right(grad, wanted):

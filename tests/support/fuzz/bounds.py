@@ -176,23 +176,27 @@ class Bounds:
         return shift_to_heads(of_token, self.case["heads"], 0.0)
 
     def _inverse(self) -> Tensor:
-        """1 / denominator; 0 where that is 0, for nobody counts then."""
-        divisor = keywords(self.problem, "both").get("normalizer")
+        """1 / denominator, or [H] of them; 0 where that is 0, for nobody counts then."""
+        divisor, pairs = keywords(self.problem, "both").get("normalizer"), self.valid.sum((0, 1))
         if divisor is None:
             total = self.weight_sum.sum()
             divisor = {
                 "token_mean": counted_tokens(self.weight_sum).sum().clamp(min=1),
                 "weight_mean": torch.where(total == 0, 1.0, total),
+                "pair_mean": pairs.sum(),
+                "head_mean": pairs,
                 "sum": 1.0,
             }[self.case["reduction"]]
         divisor = torch.as_tensor(divisor, dtype=torch.float64)
+        if self.case["reduction"] == "head_mean":
+            divisor = divisor * len(pairs)
         return torch.where(divisor == 0, 0.0, 1 / divisor)
 
     def loss(self) -> Tensor:
         ce, slope = self.ce, self.slope
         off = times(slope.by, ce.value) + times(slope.value, ce.by)
         off = off + self.sum.eps * times(slope.value, ce.value)
-        least = self.acc.least * self.inverse.clamp(min=1.0) * slope.value.numel()
+        least = self.acc.least * self.inverse.amax().clamp(min=1.0) * slope.value.numel()
         return off.sum() + least
 
     def upstream(self, objective: str) -> Off:

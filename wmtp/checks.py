@@ -157,8 +157,11 @@ def targets_of(
 ) -> Targets:
     """What `heads` heads of the scores are asked for, as checked."""
     ids: Any = target_ids
-    if is_listed(target_ids):
-        ids = _stacked_labels(target_ids, heads)
+    if is_listed(ids):
+        ids = _stacked_labels(ids, heads)
+    distances: Any = offsets
+    if is_listed(distances):
+        distances = tuple(distances)
     check_tensor("target_ids", ids, "[B, T]")
     targets = Targets(
         ids=ids,
@@ -166,7 +169,7 @@ def targets_of(
         heads=heads,
         ignore_index=ignore_index,
         shifted=shifted,
-        offsets=offsets if offsets is None or not is_listed(offsets) else tuple(offsets),
+        offsets=distances,
         document_ids=document_ids,
         target_mask=target_mask,
         position_mask=position_mask,

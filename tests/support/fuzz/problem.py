@@ -102,7 +102,10 @@ class Problem:
     def _put(self, main: Tensor, where: str, value: float) -> None:
         """A special value into some row [last] of main [B, S, H, last]."""
         if where == "no target":
-            main[~self.valid] = value
+            none = ~self.valid
+            if "shared" in self.case["layout"]:  # the row is all heads'
+                none = none.all(-1, keepdim=True).expand_as(none)
+            main[none] = value
             return
         if not main.numel():
             return

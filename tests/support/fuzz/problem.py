@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from support.fuzz import layouts
 from support.fuzz.options import Case
 from wmtp.labels import has_target, shift_to_heads
 
@@ -103,9 +104,10 @@ class Problem:
         """A special value into some row [last] of main [B, S, H, last]."""
         if where == "no target":
             none = ~self.valid
-            if "shared" in self.case["layout"]:  # the row is all heads'
-                none = none.all(-1, keepdim=True).expand_as(none)
-            main[none] = value
+            arrange = layouts.ROWS[self.case["layout"]].arrange
+            read = arrange(none[..., None].float())[..., 0] != 0
+            if not (read & self.valid).any():  # no other entry, which has one, shares the row
+                main[none] = value
             return
         if not main.numel():
             return

@@ -15,7 +15,7 @@ LAYERS = [
     {"labels", "layout", "registry", "files", "once"},
     {"reduction"},
     {"inplace", "kinds", "sharded", "digests", "records"},
-    {"checks"},
+    {"checks", "label_checks"},
     {"weightings"},
     {"arguments"},
     {"reference", "kernels"},

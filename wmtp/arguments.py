@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp import checks
+from wmtp import checks, label_checks
 from wmtp.kinds import check_choice, check_same_device
 from wmtp.labels import Targets
 from wmtp.once import warn_once
@@ -115,10 +115,10 @@ def checked_call(
 
     Args:
         dtype: that the loss is accumulated in.
-        of_targets: see `checks.targets_of`.
+        of_targets: see `label_checks.targets_of`.
     """
     heads = scores.shape[2]
-    targets = checks.targets_of(name, scores, heads, target_ids, **of_targets)
+    targets = label_checks.targets_of(name, scores, heads, target_ids, **of_targets)
     checks.check_horizon(horizon, heads)
     rule.check(name, scores, targets)
     if reduction is not None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wmtp import checks
+from wmtp import checks, label_checks
 from wmtp.arguments import Call, chosen_weighting
 from wmtp.kinds import check_choice, check_same_device, check_whole
 from wmtp.labels import IGNORE_INDEX
@@ -75,7 +75,7 @@ def loss_denominator(
         check_whole("length", length, 0, "it is the number of positions, S")
     shape = (*first.shape[:1], tokens if length is None else length, horizon, 1)
     scores = torch.empty((), device=first.device).expand(shape)  # of heads' shape, not data
-    targets = checks.targets_of(
+    targets = label_checks.targets_of(
         "logits",
         scores,
         horizon,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmtp import checks, reference
+from wmtp import checks, label_checks, reference
 from wmtp.arguments import checked_call, chosen_weighting, in_one_pass, local_call, loss_inputs
 from wmtp.backends import choose_backend
 from wmtp.ops.linear import linear_loss
@@ -224,8 +224,8 @@ def linear_next_token_cross_entropy(
     )
     dtype = _check_product(hidden, "[B, S, D]", lm_head_weight, lm_head_bias, chunk_bytes)
     others |= {"shifted": shifted, "ignore_index": ignore_index}
-    targets = checks.targets_of("hidden", hidden, 1, **others)
-    checks.check_next_tokens(targets)
+    targets = label_checks.targets_of("hidden", hidden, 1, **others)
+    label_checks.check_next_tokens(targets)
     chosen = choose_backend(backend, hidden.device.type, dtype)
     with torch.no_grad():
         weight = gathered(lm_head_weight)

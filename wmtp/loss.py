@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from wmtp import checks, reference
+from wmtp import checks, label_checks, reference
 from wmtp.arguments import checked_call, chosen_weighting, in_one_pass, local_call, loss_inputs
 from wmtp.backends import choose_backend, fuses
 from wmtp.inplace import check_inplace
@@ -187,7 +187,7 @@ def fused_weighted_mtp_loss(
     refuse_transforms(*heads, *vars(rule).values())
     if isinstance(rule, Excess) and rule.ref_logits is not None:
         choose_backend(backend, seen.device.type, rule.ref_logits.dtype)
-    call = reference_resolved(call.resolved(), backend)
+    call = reference_resolved(call.resolved(), chosen)
     key = call.rule.key()
     if not (fuses(chosen, key) and in_one_pass(call, seen.dtype)):
         ce = _cross_entropies([head.detach() for head in heads], call.targets, chosen)
@@ -255,8 +255,8 @@ def mtp_cross_entropy(
     heads, seen = _as_heads(logits)
     checks.check_logits("logits", seen, "[B, S, H, V]")
     others |= {"shifted": shifted, "offsets": offsets, "ignore_index": ignore_index}
-    targets = checks.targets_of("logits", seen, seen.shape[2], **others)
-    checks.check_no_weights(targets)
+    targets = label_checks.targets_of("logits", seen, seen.shape[2], **others)
+    label_checks.check_no_weights(targets)
     chosen = choose_backend(backend, seen.device.type, seen.dtype)
     if chosen == "eager":
         return reference.cross_entropies(one_tensor(heads), targets)
@@ -317,8 +317,8 @@ def next_token_cross_entropy(
     )
     checks.check_logits("logits", logits, "[B, S, V]")
     others |= {"shifted": shifted, "ignore_index": ignore_index}
-    targets = checks.targets_of("logits", logits, 1, **others)
-    checks.check_next_tokens(targets)
+    targets = label_checks.targets_of("logits", logits, 1, **others)
+    label_checks.check_next_tokens(targets)
     chosen = choose_backend(backend, logits.device.type, logits.dtype)
     if chosen == "eager":
         ce = reference.cross_entropies(logits.detach()[:, :, None], targets)[:, :, 0]

@@ -80,13 +80,15 @@ def _part_of_scores(name: str, scores: Any, first: Any) -> Tensor:
 
 def _part(name: str, value: Any, scores_name: str, scores: Any) -> Any:
     """Of what goes with the scores."""
+    if isinstance(value, (list, tuple)):
+        return [_part(name, each, scores_name, scores) for each in value]
     if not _is_dtensor(value):
         _check_local_shape(name, value, scores_name, scores)
         return value
-    if value.dim() == 0:
+    if value.dim() <= 1:
         if not all(placement.is_replicate() for placement in value.placements):
             raise ValueError(
-                f"{name} must be one number for all processes, got {_placed(value)}: pass "
+                f"{name} must be the same for all processes, got {_placed(value)}: pass "
                 f"{name}.full_tensor()"
             )
     elif not _placed_alike(value, scores):
@@ -97,7 +99,7 @@ def _part(name: str, value: Any, scores_name: str, scores: Any) -> Any:
     if name == "ref_ce" and any(getattr(p, "dim", None) == SEQUENCE for p in value.placements):
         raise ValueError(
             f"ref_ce has no entry for the last position of each part, got {_placed(value)}: pass "
-            f"this process's own [B, S-1], as next_token_cross_entropy of its part returns it"
+            f"this process's own, as next_token_cross_entropy of its part returns it"
         )
     return value.to_local()
 

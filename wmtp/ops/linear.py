@@ -140,7 +140,8 @@ class _Weigh:
         if rule.compares:
             ref_ce = inputs.ref_ce
             if inputs.teacher is not None:
-                ref_ce = next_token_ce(inputs.teacher, inputs.target_ids, settings)
+                how = (inputs.target_ids, settings.ignore_index, settings.backend)
+                ref_ce = next_token_ce(inputs.teacher, *how)
             assert ref_ce is not None
             aligned = targets.reference_of_heads(ref_ce.to(row_scalar.dtype))
             self.ref_ce = aligned.reshape(-1, heads)

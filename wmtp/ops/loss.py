@@ -92,7 +92,8 @@ def _weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     backend = BACKENDS[settings.backend]
     ref_ce = inputs.ref_ce
     if inputs.teacher is not None:
-        ref_ce = next_token_ce(inputs.teacher, inputs.target_ids, settings)
+        how = (inputs.target_ids, settings.ignore_index, settings.backend)
+        ref_ce = next_token_ce(inputs.teacher, *how)
     inputs = Inputs(
         logits=_rows(inputs.logits, settings.shared_heads),  # copies must live until the launch
         target_ids=aligned(inputs.target_ids),
@@ -162,10 +163,8 @@ def _row_gradient(*values: Any) -> Tensor:
 
 def reference_ce(logits: Tensor, targets: Targets, backend: str) -> Tensor:
     """As `reference.reference_ce`, but that pairs may not count, by a kernel."""
-    target_ids, ignore_index = targets.for_operators(), targets.ignore_index
-    ce = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, ignore_index, backend)
-    found: Tensor = ce[:, : targets.about()]
-    return found
+    ce = next_token_ce(logits, targets.for_operators(), targets.ignore_index, backend)
+    return ce[:, : targets.about()]
 
 
 def reference_resolved(call: Call, backend: str) -> Call:
@@ -178,11 +177,11 @@ def reference_resolved(call: Call, backend: str) -> Call:
     return call._replace(rule=call.rule.with_fields(ref_ce=ref_ce, ref_logits=None))
 
 
-def next_token_ce(logits: Tensor, target_ids: Tensor, settings: Any) -> Tensor:
+def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int, backend: str) -> Tensor:
     """[B, S] acc: the cross entropy of logits [B, S, V] at t for `target_ids[b, t]`, [B, L]."""
-    how = (settings.ignore_index, settings.backend)
-    ref_ce: Tensor = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, *how)
-    return ref_ce
+    how = (ignore_index, backend)
+    ce: Tensor = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, *how)
+    return ce
 
 
 def _next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int, backend: str) -> Tensor:

@@ -7,8 +7,9 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
-from wmtp.checks import EXCESSES, check_ref_ce, check_temperature, targets_of
+from wmtp.checks import EXCESSES, check_ref_ce, check_temperature
 from wmtp.kinds import check_choice, check_same_device, check_scores
+from wmtp.label_checks import targets_of
 from wmtp.labels import IGNORE_INDEX, Targets
 from wmtp.registry import scorer_registry
 from wmtp.scorers.config import with_config

@@ -10,7 +10,7 @@ import abc
 import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator
@@ -18,7 +18,6 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
-from wmtp.denominator import loss_denominator
 from wmtp.labels import Targets
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.reference import MTPLoss, weights_of
@@ -27,7 +26,13 @@ from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
 from wmtp.trainers.hook import checked_weighting, own_code, what_weighs_nothing
 from wmtp.trainers.kept_state import KeptState
-from wmtp.trainers.losses import training_loss
+from wmtp.trainers.losses import (
+    OF_LABELS,
+    OF_WEIGHTS,
+    denominator,
+    denominator_of_weights,
+    training_loss,
+)
 from wmtp.trainers.optimizer import build_optimizer, multiply_gradients
 from wmtp.trainers.processes import Processes
 from wmtp.trainers.reference_model import Reference, prepare_reference
@@ -41,14 +46,12 @@ from wmtp.trainers.step import (
     Part,
     check_finite,
     micro_batches,
+    on_device,
     targets_of,
     what_cancels,
     what_is_masked,
 )
-from wmtp.weightings import Given, Uniform, Weighting
-
-# Reductions, by what tells what they divide by.
-OF_WEIGHTS, OF_LABELS = ("token_mean", "weight_mean"), ("pair_mean", "head_mean")
+from wmtp.weightings import Uniform, Weighting
 
 
 class BaseWmtpTrainer(KeptState, abc.ABC):
@@ -287,11 +290,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         ce_per_head = ce_per_head.detach()
         targets = self.targets(part)
         weights = weights_of(weighting, ce_per_head, targets).detach()
-        divisor = weights.new_ones((), dtype=torch.float64)
-        if self.config.reduction in OF_WEIGHTS:
-            # Exactly 1 a token, whatever rounding has made of the sum.
-            rule = weighting if weighting.sums_to_one else Given(weights)
-            divisor = self._denominator(rule, targets)
+        divisor = denominator_of_weights(weighting, weights, targets, self.config.reduction)
         hidden_states = output.hidden_states.detach()
         return Part(hidden_states, ce_per_head, weights, loss.detach(), divisor)
 
@@ -302,18 +301,8 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
             return None
         if self.config.reduction not in OF_LABELS:
             return 1.0
-        return self.processes.total(self._denominator(Uniform(), self.targets(batch)))
-
-    def _denominator(self, rule: Weighting, targets: Targets) -> Tensor:
-        """[], or of each head [H]: what some rows add to what the step's loss is divided by."""
-        return loss_denominator(
-            targets.ids,
-            targets.heads,
-            length=targets.length,
-            weighting=rule,
-            document_ids=targets.document_ids,
-            reduction=self.config.reduction,
-        )
+        targets = self.targets(batch)
+        return self.processes.total(denominator(Uniform(), targets, self.config.reduction))
 
     def targets(self, batch: Batch) -> Targets:
         """What the heads are asked for."""
@@ -323,13 +312,9 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         algo, step = self.config.algo, self.step + 1
         with own_code(algo, step):
             returned = self.compute_head_weights(batch, output)
-        return checked_weighting(
-            returned,
-            type(self).__name__,
-            output.head_hidden_states,
-            self.targets(batch),
-            f"step {step}, {algo}",
-        )
+        name, states = type(self).__name__, output.head_hidden_states
+        where = f"step {step}, {algo}"
+        return checked_weighting(returned, name, states, self.targets(batch), where)
 
     def _whole_loss(self, parts: list[Part]) -> Tensor:
         """The step's loss; its gradients are divided as it is."""
@@ -378,9 +363,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
             stream=STREAMS[stage],
         )
         mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        tensors = cast(dict[str, Tensor], batch)
-        moved = {name: rows[mine].to(accelerator.device) for name, rows in tensors.items()}
-        return cast(Batch, moved)
+        return on_device(batch, accelerator.device, mine)
 
     def _clip_gradients(self, stage: str) -> Tensor:
         """The norm of the gradient of what the stage trains; each module is clipped by itself."""

@@ -4,7 +4,7 @@ import resource
 import statistics
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from wmtp.labels import Targets
 from wmtp.models import MTPTransformer
 from wmtp.trainers.config import TrainConfig
 from wmtp.trainers.losses import training_loss
-from wmtp.trainers.step import TRAIN, targets_of
+from wmtp.trainers.step import TRAIN, on_device, targets_of
 
 
 class Evaluation(TypedDict):
@@ -35,8 +35,7 @@ def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.devi
     correct = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     for batch in batches:
-        moved = {name: tensor.to(device) for name, tensor in cast(dict[str, Tensor], batch).items()}
-        here = cast(Batch, moved)
+        here = on_device(batch, device)
         targets = targets_of(here, horizon)
         states = model(here["input_ids"], here.get("document_ids")).head_hidden_states
         measured = training_loss("linear", states, model.unembed, targets)

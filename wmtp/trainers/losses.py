@@ -9,13 +9,18 @@ The three differ in memory and speed; their numbers are equal to rounding.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from wmtp.denominator import loss_denominator
 from wmtp.labels import Targets
 from wmtp.linear import fused_linear_weighted_mtp_loss
 from wmtp.loss import fused_weighted_mtp_loss
 from wmtp.reference import MTPLoss
-from wmtp.weightings import Uniform, Weighting
+from wmtp.weightings import Given, Uniform, Weighting
+
+# Reductions, by what tells what they divide by.
+OF_WEIGHTS, OF_LABELS = ("token_mean", "weight_mean"), ("pair_mean", "head_mean")
 
 
 def training_loss(
@@ -38,7 +43,6 @@ def training_loss(
         weighting: of the algorithm.
         reduction, normalizer: see `wmtp.fused_weighted_mtp_loss`.
 
-        >>> import torch
         >>> states, unembed = torch.randn(1, 4, 2, 3), nn.Linear(3, 5)
         >>> targets = Targets(torch.tensor([[0, 1, 2, 3]]), length=4, heads=2)
         >>> losses = [training_loss(way, states, unembed, targets).loss
@@ -69,3 +73,26 @@ def training_loss(
 def logits_backend(way: str) -> str:
     """The `backend` of losses that take logits."""
     return "eager" if way == "eager" else "auto"
+
+
+def denominator(rule: Weighting, targets: Targets, reduction: str) -> Tensor:
+    """[], or of each head [H]: what some rows add to what the step's loss is divided by."""
+    return loss_denominator(
+        targets.ids,
+        targets.heads,
+        length=targets.length,
+        weighting=rule,
+        document_ids=targets.document_ids,
+        reduction=reduction,
+    )
+
+
+def denominator_of_weights(
+    weighting: Weighting, weights: Tensor, targets: Targets, reduction: str
+) -> Tensor:
+    """[]: the same where it follows from the weights [B, S, H] that a rule has come to; else 1."""
+    if reduction not in OF_WEIGHTS:
+        return weights.new_ones((), dtype=torch.float64)
+    # Exactly 1 a token, whatever rounding has made of the sum.
+    rule = weighting if weighting.sums_to_one else Given(weights)
+    return denominator(rule, targets, reduction)

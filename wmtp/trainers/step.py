@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple, cast
 
+import torch
 from torch import Tensor
 
 from wmtp.data import Batch
@@ -37,6 +38,12 @@ def targets_of(batch: Batch, heads: int) -> Targets:
         heads,
         document_ids=batch.get("document_ids"),
     )
+
+
+def on_device(batch: Batch, device: torch.device, rows: slice = slice(None)) -> Batch:
+    """Some of its rows there."""
+    tensors = cast(dict[str, Tensor], batch)
+    return cast(Batch, {name: tensor[rows].to(device) for name, tensor in tensors.items()})
 
 
 def micro_batches(batch: Batch, count: int) -> list[Batch]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from wmtp import checks
+from wmtp import checks, label_checks
 from wmtp.kinds import check_same_device, check_scores, check_shape, check_whole
 from wmtp.labels import Targets
 from wmtp.weightings.base import Weighting, as_tensor, softmax_over_heads
@@ -126,7 +126,7 @@ def td_head_weights(
     """
     check_scores("values", values, "[B, S]")
     check_whole("horizon", horizon, 1, "it is the number of heads, H")
-    targets = checks.targets_of(
+    targets = label_checks.targets_of(
         "values",
         values,
         horizon,

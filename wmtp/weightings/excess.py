@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from wmtp import checks
+from wmtp import checks, label_checks
 from wmtp.kinds import check_choice, check_same_device, check_scores
 from wmtp.labels import Targets
 from wmtp.weightings.base import Weighting, as_tensor, softmax_over_heads
@@ -155,7 +155,7 @@ def excess_head_weights(
                 [0.0000, 0.0000]])
     """
     _, _, heads = check_scores("ce_per_head", ce_per_head, "[B, S, H]")
-    targets = checks.targets_of(
+    targets = label_checks.targets_of(
         "ce_per_head",
         ce_per_head,
         heads,

@@ -54,6 +54,12 @@ def test_with_padding_rewards_and_a_process_without_a_target(
     assert_agree(algo, padded_corpus, tmp_path, ways, batch_size=4, reduction=reduction)
 
 
+@pytest.mark.parametrize("reduction", ["pair_mean", "head_mean"])
+def test_with_packed_documents_and_what_labels_divide_by(reduction, corpus, tmp_path):
+    how = {"reduction": reduction, "pack": True}
+    assert_agree("rho1-wmtp", corpus, tmp_path, [(2, 2)], **how)
+
+
 @pytest.mark.parametrize("reduction", ["token_mean", "weight_mean", "sum"])
 def test_with_tokens_of_weight_0(reduction, corpus, tmp_path):
     algo = "support.outside_algorithms:SomeTokensTrainer"

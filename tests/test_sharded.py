@@ -66,8 +66,24 @@ def of_a_list_of_hidden(t):
     return fused_linear_weighted_mtp_loss(hidden, t["weight"], t["target_ids"], ref_ce=ref_ce).loss
 
 
+def of_documents_and_masks(t):
+    ids = t["target_ids"]
+    how = {"document_ids": ids // 7, "target_mask": ids % 3 > 0, "position_mask": ids % 5 + 0.5}
+    prior = torch.tensor([0.5, 2.0])
+    return fused_weighted_mtp_loss(
+        t["logits"], ids, t["head_weights"], **how, head_prior=prior, reduction="pair_mean"
+    ).loss
+
+
+def of_labels_per_head(t):
+    labels = [t["target_ids"], (t["target_ids"] + 1) % 13]
+    hidden = (t["hidden"], t["weight"])
+    return fused_linear_weighted_mtp_loss(*hidden, labels, reduction="head_mean").loss
+
+
 LOSSES = [
-    *(of_logits, of_a_list, of_a_reference, of_cross_entropies, of_hidden, of_a_list_of_hidden)
+    *(of_logits, of_a_list, of_a_reference, of_cross_entropies, of_hidden, of_a_list_of_hidden),
+    *(of_documents_and_masks, of_labels_per_head),
 ]
 
 
@@ -212,8 +228,8 @@ REFUSED = {
     r"the whole, \(3, 5\)",
     "plain logits": "target_ids must be placed as logits, got a DTensor .* and a plain tensor",
     "weights": "head_weights must be placed as logits",
-    "normalizer": r"normalizer must be one number .*: pass normalizer.full_tensor\(\)",
-    "temperature": r"temperature must be one number .*: pass temperature.full_tensor\(\)",
+    "normalizer": r"normalizer must be the same .*: pass normalizer.full_tensor\(\)",
+    "temperature": r"temperature must be the same .*: pass temperature.full_tensor\(\)",
     "ref_ce": "ref_ce has no entry for the last position of each part",
 }
 

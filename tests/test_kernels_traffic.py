@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from support.agreement import every_pair
-from wmtp import kernels
+from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import has_target
 from wmtp.records import RowInputs
 
@@ -124,3 +124,29 @@ def test_a_gradient_is_touched_only_if_the_factor_is_not_1(factor):
         kernels.multiply_(grad, torch.tensor(factor))
     moved = 0 if factor == 1 else grad.nbytes
     assert traffic.loaded["grad"] == traffic.stored["grad"] == moved
+
+
+FORMS = {
+    "documents": {"document_ids": torch.arange(6).expand(2, 6) // 3},
+    "shifted": {"shifted": True},
+    "masks": {"target_mask": torch.arange(12).view(2, 6) % 4 > 0},
+    "by head": {"reduction": "head_mean"},
+    "multiplied": {"position_mask": torch.rand(2, 6) + 0.5, "reduction": "pair_mean"},
+}
+
+
+@pytest.mark.parametrize(("tier", "form"), [(t, f) for t in ("token", "online") for f in FORMS])
+def test_no_form_reads_more_than_the_rows_of_the_pairs_that_count(tier, form, monkeypatch):
+    monkeypatch.setenv("WMTP_TRITON_TIER", tier)
+    logits = torch.randn(2, 6, 4, ODD).requires_grad_()
+    ids, how = torch.randint(ODD, (2, 6)), FORMS[form]
+    how = how | {"ref_ce": torch.rand(2, 6 if form == "shifted" else 5)}
+    traffic = Traffic(logits=logits)
+    with traffic.counted():
+        result = fused_weighted_mtp_loss(logits, ids, **how, backend="triton")
+    rows = int((result.ce_per_head != 0).sum())
+    assert rows < 2 * 6 * 4
+    reads = 2 if tier == "online" else 1
+    assert reads <= traffic.loaded["logits"] / (rows * ODD * 4) <= reads + 0.01
+    written = sum(traffic.stored.values()) / logits.nbytes
+    assert 1.0 <= written <= 1.01

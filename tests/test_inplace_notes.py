@@ -175,3 +175,17 @@ def test_logits_that_were_written_again_are_logits_again():
     with torch.no_grad():
         logits.copy_(values)
         assert cpu_loss(logits, ids).loss == expected
+
+
+@pytest.mark.gpu
+def test_logits_that_are_filled_again_are_known_without_waiting_for_the_device():
+    logits, ids = torch.randn(2, 6, 2, 40, device="cuda"), torch.randint(40, (2, 6), device="cuda")
+    fused_weighted_mtp_loss(logits, ids, inplace=True)
+    logits.normal_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_weighted_mtp_loss(logits, ids, inplace=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with pytest.raises(ValueError, match=OVERWRITTEN):
+        fused_weighted_mtp_loss(logits, ids)

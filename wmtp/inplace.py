@@ -133,11 +133,11 @@ class _Note:
         self.values = torch.as_strided_copy(logits, self.sizes, self.strides)
 
     def stands(self, storage: torch.UntypedStorage, where: Layout) -> bool:
-        """Whether some of the gradient is still there, on a GPU by waiting for it."""
+        """Whether some of the gradient is still there, on a GPU if need be by waiting for it."""
         values = self.values
         if self.layout.end > storage.data_ptr() + storage.nbytes():
             return False
-        if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        if values.is_cuda and self._need_not_wait(storage, where):
             return not self.written_since
         now = values.new_empty(0).set_(storage, self.offset, self.sizes, self.strides)
         same = now == values
@@ -149,6 +149,13 @@ class _Note:
         if self._some_lie_in(where, ~same):
             return False
         return not self.written_since  # zeros tell nothing, or none of the values lies there
+
+    def _need_not_wait(self, storage: torch.UntypedStorage, where: Layout) -> bool:
+        """While a graph is captured nobody can; and logits that fill their storage, to which
+        somebody has written since, are the usual refill: no other slice was meant."""
+        refilled = self.written_since and where == self.layout
+        whole = where.end - where.begin == storage.nbytes()
+        return (refilled and whole) or torch.cuda.is_current_stream_capturing()
 
     def _some_lie_in(self, where: Layout, chosen: Tensor) -> bool:
         if where == self.layout:

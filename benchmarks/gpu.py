@@ -66,8 +66,8 @@ from wmtp.benchmarks.gpu_worker import (
 
 # Seconds.
 LIMITS = {
-    "occupancy": 60, "compile": 60, "tests": 90, "sanitizer": 50,
-    "speed": 120, "linear": 45, "tiers": 40, "snapshot": 12,
+    "occupancy": 50, "compile": 40, "tests": 150, "sanitizer": 40,
+    "speed": 90, "linear": 48, "tiers": 30, "snapshot": 30,
 }  # fmt: skip
 # The workers that compile, and whose jobs; the first leaves half of its step's time to these.
 COMPILED = {"compile-occupancy": ("occupancy",), "compile": ("speed", "linear", "tiers")}

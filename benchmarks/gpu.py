@@ -1,6 +1,6 @@
 """Everything that a GPU can settle, in one command of at most eight minutes.
 
-    python3 -m benchmarks.gpu --out DIR [--cubins FOLDER]         # installed or not: see `make gpu`
+    python3 -m benchmarks.gpu --out DIR [--cubins FOLDER] [--steps NAME[,NAME]]     # see `make gpu`
 
 Steps, each in processes of its own with a time limit; one that fails or is cut off does not stop
 the others, and the exit status is 1 then:
@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,8 @@ from wmtp.benchmarks.gpu_worker import (
 
 # Seconds.
 LIMITS = {
-    "occupancy": 60, "compile": 60, "tests": 90, "sanitizer": 50,
-    "speed": 120, "linear": 45, "tiers": 40, "snapshot": 12,
+    "occupancy": 50, "compile": 40, "tests": 150, "sanitizer": 40,
+    "speed": 90, "linear": 48, "tiers": 30, "snapshot": 30,
 }  # fmt: skip
 # The workers that compile, and whose jobs; the first leaves half of its step's time to these.
 COMPILED = {"compile-occupancy": ("occupancy",), "compile": ("speed", "linear", "tiers")}
@@ -87,15 +87,24 @@ class Step(NamedTuple):
 class Suite:
     """The steps, and what they found."""
 
-    def __init__(self, results: dict[str, Any], out: Path, folder: Path | None):
-        self.out, self.folder = out, folder
+    def __init__(
+        self,
+        results: dict[str, Any],
+        out: Path,
+        folder: Path | None,
+        chosen: Collection[str] = tuple(LIMITS),
+    ):
+        self.out, self.folder, self.chosen = out, folder, chosen
         self.results = results
-        self.steps = {name: [Step(name, "not run")] for name in LIMITS}
+        self.steps = {
+            name: [Step(name, "not run", "" if name in chosen else "not asked for")]
+            for name in LIMITS
+        }
         self.records: list[Record] = []
         self.compiled: list[Record] = []
 
     def run(self) -> int:
-        """All steps, in order; the exit status."""
+        """The chosen steps, in order; the exit status."""
         actions: dict[str, Callable[[float], list[Step]]] = {
             "occupancy": self.occupancy,
             "compile": self.compile,
@@ -108,6 +117,8 @@ class Suite:
             "picture": self.picture,
         }
         for name, action in actions.items():
+            if name not in (*self.chosen, "picture"):
+                continue
             start = time.monotonic()
             self.steps[name] = [Step(name, "failed", "interrupted")]
             try:
@@ -209,7 +220,7 @@ def all_jobs() -> dict[str, list[Job]]:
     }
 
 
-def plan() -> list[str]:
+def plan(chosen: Collection[str] = tuple(LIMITS)) -> list[str]:
     """What would be run, a line a step."""
     counts = {name: f"{len(jobs)} cases" for name, jobs in all_jobs().items()}
     ours = sum(map(len, parts(_to_compile("compile"), processes())))
@@ -219,7 +230,9 @@ def plan() -> list[str]:
         "sanitizer": f"{' and '.join(SANITIZERS)} on a call of each tier",
         "snapshot": "memory of an eager and of a fused step",
     }
-    return [f"{name:10} {counts[name]}, at most {limit} s" for name, limit in LIMITS.items()]
+    return [
+        f"{name:10} {counts[name]}, at most {LIMITS[name]} s" for name in LIMITS if name in chosen
+    ]
 
 
 def absent(folder: Path | None) -> dict[str, str]:
@@ -237,13 +250,16 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--cubins", type=Path, help="of python -m benchmarks.static_gpu --cubins")
+    parser.add_argument(
+        "--steps", type=_steps, default=tuple(LIMITS), help="some of them alone, by commas"
+    )
     for name in ("--worker", "--first", "--seconds", "--records", "--part"):  # of a step's process
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     folder = options.cubins.resolve() if options.cubins else None
     if options.worker:
         return work(options, folder)
-    print("\n".join(plan()))
+    print("\n".join(plan(options.steps)))
     missing = absent(folder)
     print("\n".join(f"absent: {who}, {why}" for who, why in missing.items()))
     given = sys.argv[1:] if arguments is None else arguments
@@ -260,15 +276,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if options.out is None:
         parser.error("there is a CUDA device: say where the results go, --out DIR")
-    return settle(results, options.out.resolve(), folder)
+    return settle(results, options.out.resolve(), folder, options.steps)
 
 
-def settle(results: dict[str, Any], out: Path, folder: Path | None) -> int:
+def settle(
+    results: dict[str, Any],
+    out: Path,
+    folder: Path | None,
+    chosen: Collection[str] = tuple(LIMITS),
+) -> int:
     """Run the suite and write all of it; the exit status."""
     out.mkdir(parents=True, exist_ok=True)
     # As an exception, so that what was found is written and what runs is ended.
     signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
-    status = Suite(results, out, folder).run()
+    status = Suite(results, out, folder, chosen).run()
     print(f"{out / 'gpu.md'}")
     return status
 
@@ -289,6 +310,18 @@ def work(options: argparse.Namespace, folder: Path | None) -> int:
         if options.worker in ("occupancy", "tiers") and folder and not cubins.unavailable(folder):
             stack.enter_context(cubins.installed(folder, clusters_only=options.worker != "tiers"))
         return run_jobs(all_jobs()[options.worker], first, seconds, records)
+
+
+def _steps(given: str) -> tuple[str, ...]:
+    """Those of --steps.
+
+    >>> _steps("speed,tests")
+    ('speed', 'tests')
+    """
+    names = tuple(given.split(","))
+    if unknown := [name for name in names if name not in LIMITS]:
+        raise argparse.ArgumentTypeError(f"no step {unknown[0]!r}: {', '.join(LIMITS)}")
+    return names
 
 
 def _to_compile(worker: str) -> list[Job]:

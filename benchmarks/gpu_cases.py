@@ -8,17 +8,23 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from wmtp.benchmarks.gpu_peers import PEERS
-from wmtp.benchmarks.problem import Case, Shape
-from wmtp.benchmarks.providers import COMPILED, DIRECTIONS
+from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.providers import DIRECTIONS
 from wmtp.benchmarks.report import logits_bytes
 from wmtp.benchmarks.static_variants import CARDS, Card
 
 VOCABULARIES = (32000, 50257, 128256, 256000)
 DTYPES = ("bfloat16", "float32")
-# (rows N = B S H, heads H), the one that the figures are quoted at first.
-SIZES = ((2**12, 4), (2**12, 1), (2**15, 4), (2**10, 4), (2**15, 1), (2**10, 1))
+TOKENS, HEADS = 1024, 4  # 4096 rows
+WEIGHED = 128256  # at this V ours are timed under every weighting
 OURS = ("fused", "fused_inplace")
 TIERS = ("token", "row", "online")
+# Of a dtype: ours beside the copy and eager torch, then whoever is quick to be ready.
+ORDER = (
+    *(*OURS, "copy", "eager"),
+    *("liger", "compiled", "eager_float", "quack", "flash_attn", "linear_cross_entropy"),
+    "cce_kernel",  # tunes itself for every size
+)
 
 PREDICTED_CARD = CARDS["cuda:90"]
 COPY_SHARE = 0.9  # of the data sheet's bandwidth: what a device-to-device copy gets
@@ -44,39 +50,37 @@ def forced_as(tier: str, ctas_per_sm: int) -> str:
 
 
 def speed_jobs(absent: Iterable[str] = ()) -> list[Job]:
-    """Everyone who is here at every shape, the most important first.
-
-    torch.compile takes seconds a shape, so it follows after all others of its size.
-    """
+    """Everyone who is here at every vocabulary, the most important first."""
     jobs = [
-        Job(Case("speed", _shape(rows, heads, vocabulary), dtype, direction, provider, weights))
-        for rows, heads in SIZES
+        _job("speed", vocabulary, dtype, direction, provider, "none" if peer else "given")
         for dtype in DTYPES
         for vocabulary in VOCABULARIES
         for direction in DIRECTIONS
-        for provider in _contestants(direction)
-        for weights in ["none" if provider in PEERS else "given"]
+        for provider in _contestants(direction, dtype)
+        for peer in [provider in PEERS]
         if provider not in absent
+    ]
+    jobs += [
+        _job("speed", WEIGHED, dtype, direction, OURS[direction == "inplace"], weighting)
+        for dtype in DTYPES
+        for weighting in ("ref_ce", "uniform")
+        for direction in DIRECTIONS
     ]
     return sorted(jobs, key=importance)  # stable: cases of one problem stay together
 
 
-def importance(job: Job) -> tuple[int, bool]:
-    """Place in the order: the size's, and those who compile last."""
-    batch, length, heads, _ = job.case.shape
-    return SIZES.index((batch * length * heads, heads)), job.case.provider in COMPILED
+def importance(job: Job) -> tuple[int, int]:
+    """Place in the order: the dtype's, and the provider's, ours and its yardsticks being one."""
+    place = max(ORDER.index(job.case.provider), ORDER.index("eager"))
+    return DTYPES.index(job.case.dtype), place
 
 
 def tier_jobs() -> list[Job]:
-    """Each tier forced at the main size: a card decides between them."""
-    rows, heads = SIZES[0]
+    """Each tier forced at the same size: a card decides between them."""
     return [
-        Job(
-            Case("tiers", _shape(rows, heads, vocabulary), dtype, direction, provider, weighting),
-            tier,
-        )
-        for direction, provider in (("forward+backward", "fused"), ("inplace", "fused_inplace"))
+        _job("tiers", vocabulary, dtype, direction, provider, weighting)._replace(tier=tier)
         for dtype in DTYPES
+        for direction, provider in (("forward+backward", "fused"), ("inplace", "fused_inplace"))
         for vocabulary in VOCABULARIES
         for weighting in ("given", "ref_ce")
         for tier in TIERS
@@ -161,18 +165,21 @@ def _rereads_from_memory(job: Job, card: Card) -> bool:
     return programs * rows_a_program * vocabulary * _itemsize(case) > L2_BYTES
 
 
-def _contestants(direction: str) -> list[str]:
-    """Ours first, then whom it is compared with; the copy is timed once a problem."""
-    providers = [name for name in DIRECTIONS[direction] if name != "cce"]  # its kernel is a peer
-    ours = [name for name in providers if name in OURS]
-    others = [name for name in providers if name not in OURS]
+def _contestants(direction: str, dtype: str) -> list[str]:
+    """Without what is the same as another in float32; the copy is timed once a problem."""
+    same = ("cce", "eager_float") if dtype == "float32" else ("cce",)  # its kernel is a peer
+    providers = [name for name in DIRECTIONS[direction] if name not in same]
     if direction == "forward+backward":
-        others.insert(0, "copy")
-    return ours + others + ([] if direction == "inplace" else list(PEERS))
+        providers.append("copy")
+    providers += [] if direction == "inplace" else list(PEERS)
+    return sorted(providers, key=ORDER.index)
 
 
-def _shape(rows: int, heads: int, vocabulary: int) -> Shape:
-    return 1, rows // heads, heads, vocabulary
+def _job(
+    study: str, vocabulary: int, dtype: str, direction: str, provider: str, weighting: str
+) -> Job:
+    shape = (1, TOKENS, HEADS, vocabulary)
+    return Job(Case(study, shape, dtype, direction, provider, weighting))
 
 
 def _itemsize(case: Case) -> int:

@@ -9,7 +9,7 @@ import torch
 from wmtp.benchmarks.gpu_cases import COPY_SHARE, PREDICTED_CARD, Job
 from wmtp.benchmarks.linear_problem import plan_of
 from wmtp.benchmarks.linear_providers import DIRECTIONS, FLOORS, PROVIDERS
-from wmtp.benchmarks.problem import WEIGHTINGS, Case
+from wmtp.benchmarks.problem import Case
 from wmtp.benchmarks.report import floor_of, gradient_bytes
 
 Record = dict[str, Any]
@@ -19,6 +19,8 @@ SIZES = (
     ((1, 1024, 4, 32000), 4096),
     ((1, 2048, 4, 256000), 2304),
 )
+# Those who are timed after ours, the bare products and eager torch, in this order.
+LATE = ("compiled", "eager_float", "linear_cross_entropy", "cce", "liger")
 FLOPS = 989e12  # a second, of dense bfloat16 products: the data sheet of PREDICTED_CARD
 COLUMNS = (
     "[B, S, H, V] x D", "dtype", "provider", "weights", "median ms", "20-80 %", "TFLOP/s",
@@ -36,19 +38,22 @@ NOTE = (
 
 
 def linear_jobs(absent: Iterable[str] = ()) -> list[Job]:
-    """Everyone who is here at every size; torch.compile after all others of its size."""
-    contestants = [
-        *(("forward+backward", "fused", weighting) for weighting in WEIGHTINGS),
+    """Everyone who is here at every size: ours, the products and eager torch, then the peers.
+
+    A peer may take minutes to tune itself, or a second a call.
+    """
+    both = "forward+backward"
+    ours = [
+        *((both, "fused", weighting) for weighting in ("uniform", "given", "ref_ce")),
         *((direction, floor, "uniform") for direction, floor in DIRECTIONS.items()),
         ("frozen", "fused", "uniform"),
-        *(
-            ("forward+backward", provider, "uniform")
-            for provider in sorted(PROVIDERS, key=lambda name: name == "compiled")
-            if provider != "fused" and provider not in absent
-        ),
+        (both, "eager", "uniform"),
     ]
+    others = [name for name in PROVIDERS if name not in ("fused", "eager", *absent)]
+    others.sort(key=LATE.index)
     return [
         Job(Case("linear", shape, "bfloat16", *contestant, dim=dim))
+        for contestants in (ours, *([(both, other, "uniform")] for other in others))
         for (shape, dim), contestant in product(SIZES, contestants)
     ]
 

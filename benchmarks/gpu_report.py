@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 
 from wmtp.benchmarks.gpu_cases import (
     COPY_SHARE,
+    HEADS,
     PREDICTED_CARD,
-    SIZES,
+    TOKENS,
     Job,
     forced_as,
     predicted_ms,
@@ -115,7 +117,7 @@ def markdown(results: dict[str, Any]) -> str:
     if results["absent"]:
         parts.append("\n".join(f"- absent: {who}, {why}" for who, why in results["absent"].items()))
     if rows := _headline(records):
-        parts += [f"## [1, {SIZES[0][0] // SIZES[0][1]}, {SIZES[0][1]}, V]", _table(HEADLINE, rows)]
+        parts += [f"## [1, {TOKENS}, {HEADS}, V]", _table(HEADLINE, rows)]
     told = [record for record in records if record["outcome"] in ("ok", "predicted")]
     for (study, direction), group in _groups(told):
         columns, cells = (LINEAR_COLUMNS, linear_cells) if study == "linear" else (COLUMNS, _cells)
@@ -123,7 +125,7 @@ def markdown(results: dict[str, Any]) -> str:
         parts += [f"## {study}, {direction}", table]
     others = [record for record in records if record["outcome"] not in ("ok", "predicted")]
     if others:
-        parts += ["## Without a time", "\n".join(map(_without_time, others))]
+        parts += ["## Without a time", "\n".join(_without_time(others))]
     compiled = results.get("compiled", [])
     if missed := [record for record in compiled if record["outcome"] not in ("ok", "refused")]:
         lines = [f"- {record['case']}: {record['outcome']} ({record['why']})" for record in missed]
@@ -132,7 +134,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def plot(records: list[Record], file: Path) -> str | None:
-    """Write loss + gradient at the main size as PNG; returns why not, where that is so."""
+    """Write loss + gradient as PNG; returns why not, where that is so."""
     try:
         import matplotlib as mpl
         import matplotlib.pyplot as plt
@@ -140,15 +142,11 @@ def plot(records: list[Record], file: Path) -> str | None:
         from wmtp.benchmarks.plot import STYLE
     except ImportError as error:
         return f"no picture: {error}"
-    chosen = [
-        record
-        for record in compared(records)
-        if record["study"] == "speed" and record["outcome"] == "ok" and _is_main(record)
-        and record["direction"] != "forward"
-    ]  # fmt: skip
+    timed = filter(_is_headline, compared(records))
+    chosen = [record for record in timed if record["direction"] != "forward"]
     dtypes = list(dict.fromkeys(record["dtype"] for record in chosen))
     if not dtypes:
-        return "no picture: nothing was timed at the main size"
+        return "no picture: no speed was timed"
     mpl.use("Agg")
     with mpl.rc_context(STYLE):
         figure, panels = plt.subplots(
@@ -205,11 +203,7 @@ def _compared(record: Record, copy: float | None) -> Record:
 
 def _headline(records: list[Record]) -> list[list[str]]:
     """A row for each vocabulary and dtype at the main size: what the library promises."""
-    timed = [
-        record
-        for record in records
-        if record["study"] == "speed" and record["outcome"] == "ok" and _is_main(record)
-    ]
+    timed = list(filter(_is_headline, records))
     rows = []
     for shape, dtype in dict.fromkeys(map(_problem, timed)):
         found = {
@@ -254,7 +248,17 @@ def _step_cells(step: Record) -> list[str]:
     return [step["name"], step["outcome"] + seconds, step["why"]]
 
 
-def _without_time(record: Record) -> str:
+def _without_time(records: list[Record]) -> list[str]:
+    """A line a case; of those that there was no time for, a line a step and reason."""
+    not_run = Counter(
+        (record["study"], record["why"]) for record in records if record["outcome"] == "not run"
+    )
+    lines = [_one_without_time(record) for record in records if record["outcome"] != "not run"]
+    lines += [f"- {study}: {count} not run ({why})" for (study, why), count in not_run.items()]
+    return lines
+
+
+def _one_without_time(record: Record) -> str:
     tier = f", tier {forced_as(record['tier'], record['ctas_per_sm'])}" if record["tier"] else ""
     why = f" ({record['why']})" if record["why"] else ""
     return f"- {case_of(record)}{tier}: {record['outcome']}{why}"
@@ -276,9 +280,9 @@ def _problem(record: Record) -> tuple[tuple[int, ...], str]:
     return tuple(record["shape"]), record["dtype"]
 
 
-def _is_main(record: Record) -> bool:
-    batch, length, heads, _ = record["shape"]
-    return (batch * length * heads, heads) == SIZES[0]
+def _is_headline(record: Record) -> bool:
+    timed = record["study"] == "speed" and record["outcome"] == "ok"
+    return timed and record["weighting"] in ("given", "none")
 
 
 def _ratio(peer: Record | None, ours: Record) -> str:

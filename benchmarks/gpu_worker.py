@@ -38,7 +38,13 @@ ONE_CALLS = [(vocabulary, tier) for vocabulary in (1000, 10007) for tier in TIER
 def run_jobs(jobs: list[Job], first: int, seconds: float, records: Path) -> int:
     """Measure jobs[first:] and append what was found; returns the exit status."""
     deadline = time.monotonic() + seconds
-    bench = Bench(Timer())
+    bench, cut_off = Bench(Timer()), []
+
+    def interrupt(*_: Any) -> None:
+        cut_off.append(True)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
     for number, job in enumerate(jobs[first:], first):
         if time.monotonic() > deadline:
             return 0
@@ -46,6 +52,8 @@ def run_jobs(jobs: list[Job], first: int, seconds: float, records: Path) -> int:
         signal.alarm(JOB_SECONDS)
         record = bench.record(job)
         signal.alarm(0)
+        if cut_off:  # some compilers make an error of their own of it, which is not the case's
+            return 0
         with records.open("a") as file:
             file.write(json.dumps(record) + "\n")
         told = forced_as(record["tier"], job.ctas_per_sm)

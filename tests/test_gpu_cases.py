@@ -5,42 +5,54 @@ import torch
 
 from support.gpu_jobs import MAIN, job
 from wmtp.benchmarks.gpu_cases import (
+    DTYPES,
     PREDICTED_CARD,
-    SIZES,
     importance,
     predicted_ms,
     predicted_tier,
     speed_jobs,
     tier_jobs,
 )
+from wmtp.benchmarks.providers import DIRECTIONS
 
 
 def test_most_important_cases_first():
     jobs = speed_jobs(absent=["liger"])
     places = [importance(job) for job in jobs]
     assert places == sorted(places)
-    assert SIZES[0] == (4096, 4)
-    assert jobs[0].case.shape == MAIN
-    assert jobs[0].case.provider == "fused"
-    first_compiled = next(i for i, job in enumerate(jobs) if job.case.provider == "compiled")
-    first_smaller = next(i for i, job in enumerate(jobs) if job.case.shape[:3] != (1, 1024, 4))
-    assert 0 < first_compiled < first_smaller
+    assert (jobs[0].case.shape, jobs[0].case.dtype, jobs[0].case.provider) == (
+        *(MAIN, "bfloat16"), "fused",
+    )  # fmt: skip
+    bf16 = [job.case.provider for job in jobs if job.case.dtype == "bfloat16"]
+    assert [job.case.dtype for job in jobs[: len(bf16)]] == ["bfloat16"] * len(bf16)
+    first = bf16.index("compiled")
+    assert set(bf16[:first]) == {"fused", "fused_inplace", "copy", "eager"}
+    assert not {"fused", "fused_inplace", "copy", "eager"} & set(bf16[first:])
+    assert bf16[-1] == "cce_kernel"
     assert len(set(jobs)) == len(jobs)
     assert "liger" not in {job.case.provider for job in jobs}
-    assert {job.case.provider for job in jobs} >= {"fused", "fused_inplace", "copy", "quack"}
     assert {job.case.provider for job in jobs if job.case.weighting == "none"} == {
         *("quack", "flash_attn", "cce_kernel", "linear_cross_entropy")
     }
 
 
-def test_every_shape_dtype_and_direction_is_there():
-    jobs = speed_jobs()
-    assert {job.case.shape[-1] for job in jobs} == {32000, 50257, 128256, 256000}
-    assert {(j.case.shape[1] * j.case.shape[2], j.case.shape[2]) for j in jobs} == {
-        (rows, heads) for rows in (2**10, 2**12, 2**15) for heads in (1, 4)
+def test_there_is_time_for_every_vocabulary_dtype_and_direction():
+    jobs = speed_jobs(absent=["quack", "flash_attn", "linear_cross_entropy"])
+    assert len(jobs) <= 120
+    assert {job.case.shape for job in jobs} == {
+        (1, 1024, 4, vocabulary) for vocabulary in (32000, 50257, 128256, 256000)
     }
     copies = [job for job in jobs if job.case.provider == "copy"]
-    assert len(copies) == 4 * 6 * 2  # once a problem
+    assert len(copies) == 4 * 2  # once a problem
+    weightings = {
+        (job.case.weighting, *job.case[2:4]) for job in jobs if job.case.shape[3] == 128256
+    }
+    assert weightings >= {
+        (weighting, dtype, direction)
+        for weighting in ("given", "ref_ce", "uniform")
+        for dtype in DTYPES
+        for direction in DIRECTIONS
+    }
 
 
 def test_tiers_are_forced_wherever_they_can_serve():

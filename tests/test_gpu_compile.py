@@ -29,13 +29,14 @@ def test_every_kind_of_call_is_compiled_once_and_together_with_its_likes():
     owners = {}
     for number, share in enumerate(shares):
         for one in share:
-            owners.setdefault((one.case.shape[2:], one.case.dtype, one.case.weighting), number)
+            owners.setdefault(
+                (one.case.shape[2:], one.case.dtype, one.case.dim, one.case.weighting), number
+            )
     assert set(owners.values()) == set(range(5))
     assert all(
-        owners[one.case.shape[2:], one.case.dtype, one.case.weighting] == number
+        owners[one.case.shape[2:], one.case.dtype, one.case.dim, one.case.weighting] == number
         for number, share in enumerate(shares)
         for one in share
-        if not one.case.dim
     )
 
 

@@ -6,6 +6,7 @@ from support.gpu_jobs import BOTH, CountingTimer
 from wmtp.benchmarks import gpu, linear_providers
 from wmtp.benchmarks.gpu_cases import Job
 from wmtp.benchmarks.gpu_linear import (
+    LATE,
     SIZES,
     compared_linear,
     linear_jobs,
@@ -24,17 +25,16 @@ def case(provider="fused", direction=BOTH, shape=(1, 1024, 4, 128256), dim=4096,
     return Case("linear", shape, "bfloat16", direction, provider, weights, dim=dim)
 
 
-def test_the_most_important_size_first_and_compiled_last_of_its_size():
+def test_ours_the_products_and_eager_at_every_size_before_any_peer():
     jobs = linear_jobs()
-    assert [job.case.shape for job in jobs] == [
-        shape for shape, _ in SIZES for _ in range(len(jobs) // len(SIZES))
+    first = [job.case for job in jobs[: 7 * len(SIZES)]]
+    assert [case.shape for case in first] == [shape for shape, _ in SIZES for _ in range(7)]
+    assert {found.provider for found in first} == {"fused", "eager", *linear_providers.FLOORS}
+    later = [job.case for job in jobs[7 * len(SIZES) :]]
+    assert [(case.provider, case.shape) for case in later] == [
+        (peer, shape) for peer in LATE for shape, _ in SIZES
     ]
-    first = [job.case for job in jobs[: len(jobs) // len(SIZES)]]
-    assert {found.provider for found in first} == {
-        *linear_providers.PROVIDERS,
-        *linear_providers.FLOORS,
-    }
-    assert first[-1].provider == "compiled"
+    assert {"fused", "eager", *LATE} == set(linear_providers.PROVIDERS)
     assert (first[0].provider, first[0].dim) == ("fused", 4096)
     assert len(set(jobs)) == len(jobs)
     assert "liger" not in {job.case.provider for job in linear_jobs(absent=["liger"])}

@@ -26,6 +26,8 @@ def made_up():
             timed(job("liger"), 1.0),
             timed(job("fused_inplace", "inplace"), 0.2, 262_144, "row"),
             new_record(job("compiled"), "not run", "out of time"),
+            new_record(job("compiled", "forward"), "not run", "out of time"),
+            new_record(job("liger", "forward"), "refused", "no"),
             new_record(job(shape=(1, 8192, 4, 256000), dtype="float32"), "does not fit"),
         ]
     )
@@ -59,9 +61,13 @@ def test_markdown_by_hand():
         "| 1x1024x4x32000 | bfloat16 | fused | given | row | 0.2500 | 0.2250-0.2750 | 2097 | 80 % "
     )
     assert row + "| 1.000 | 0.1739 *predicted* |" in text
-    assert "fused-given" in text.split("## Without a time")[1]
-    assert "not run (out of time)" in text
-    assert "does not fit\n" in text
+    without = text.split("## Without a time\n\n")[1].splitlines()
+    assert len(without) == 3
+    assert "liger-given" in without[0]
+    assert without[0].endswith(": refused (no)")
+    assert "fused-given" in without[1]
+    assert without[1].endswith(": does not fit")
+    assert without[2] == "- speed: 2 not run (out of time)"
 
 
 def test_every_row_of_a_table_has_its_columns():
@@ -90,7 +96,7 @@ def test_picture(tmp_path):
     assert plot(made_up(), tmp_path / "gpu.png") is None
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "gpu.png").stat().st_size > 10_000
-    assert plot([], tmp_path / "none.png") == "no picture: nothing was timed at the main size"
+    assert plot([], tmp_path / "none.png") == "no picture: no speed was timed"
 
 
 def test_no_picture_without_matplotlib(monkeypatch, tmp_path):

@@ -58,7 +58,7 @@ def test_dry_run_writes_what_is_predicted_and_nothing_else(dry_run):
     assert not any("median_ms" in record for record in results["cases"])
     assert {step["outcome"] for step in results["steps"]} == {"not run"}
     rows = [line for line in (out / "predicted.md").read_text().splitlines() if "fused" in line]
-    assert len(rows) > 200
+    assert len(rows) > 100
     assert all(row.endswith(" *predicted* |") for row in rows)
 
 
@@ -146,6 +146,20 @@ def test_a_failed_step_stops_no_other_and_makes_the_status_1(
     assert len(written["cases"]) == sum(map(len, gpu.all_jobs().values()))
     assert ("## Not compiled" in (tmp_path / "gpu.md").read_text()) == (failing == "compile")
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_steps_that_were_not_asked_for_are_left_out(steps_without_processes, tmp_path):
+    assert gpu.settle(RESULTS, tmp_path, None, ("speed", "tests")) == 0
+    not_run = dict.fromkeys(gpu.LIMITS, "not run") | {"picture": "absent"}
+    assert outcomes(tmp_path) == not_run | {"speed": "ok", "tests": "ok"}
+    assert "| compile | not run | not asked for |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_steps_by_name(capsys):
+    assert [line.split()[0] for line in gpu.plan(("tests", "occupancy"))] == ["occupancy", "tests"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--steps", "tests,speeds"])
+    assert "no step 'speeds': occupancy, compile" in capsys.readouterr().err
 
 
 def test_what_breaks_in_the_suite_itself_costs_one_step(

@@ -33,6 +33,16 @@ def test_split_by_file_and_number(monkeypatch):
     assert split(listed) == [["a.py::x[1]", "a.py::x[2 3]"], ["a.py::y"], ["b.py::z"]]
 
 
+def test_the_slowest_files_begin_first():
+    slow = [f"tests/{name}.py::x" for name in reversed(gpu_tests.SLOWEST)]
+    listed = "\n".join(["tests/test_a.py::x", *slow, "tests/test_z.py::x"])
+    order = [part[0].split("::")[0] for part in split(listed)]
+    names = [*gpu_tests.SLOWEST, "test_a", "test_z"]
+    assert order == [f"tests/{name}.py" for name in names]
+    folder = Path(__file__).parent
+    assert all((folder / f"{name}.py").exists() for name in gpu_tests.SLOWEST)
+
+
 def test_outcomes_are_read_from_the_last_line():
     text = "..F\n3 passed, as it were\n1 failed, 10 passed, 2 skipped, 1 error in 3.21s\n"
     assert outcomes(text) == Counter(passed=10, skipped=2, failed=1, error=1)

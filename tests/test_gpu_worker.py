@@ -1,6 +1,8 @@
 """One job of the GPU suite after the other: compared, counted, timed, or why not."""
 
 import json
+import os
+import signal
 import warnings
 
 import pytest
@@ -46,6 +48,24 @@ def bench_on_cpu(monkeypatch):
 
 def small_jobs(*providers):
     return [job(provider, "forward", SMALL, "float32") for provider in providers]
+
+
+@pytest.mark.usefixtures("bench_on_cpu")
+def test_what_a_compiler_makes_of_a_cut_off_is_no_failure(monkeypatch, tmp_path):
+    def compiler(*inputs):
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise RuntimeError("ptxas failed") from None
+
+    monkeypatch.setitem(problem.PROVIDERS, "compiled", compiler)
+    records, before = tmp_path / "records", signal.getsignal(signal.SIGINT)
+    try:
+        assert gpu_worker.run_jobs(small_jobs("eager", "compiled", "copy"), 0, 60.0, records) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    (found,) = records.read_text().splitlines()
+    assert json.loads(found)["provider"] == "eager"
 
 
 @pytest.mark.usefixtures("bench_on_cpu")

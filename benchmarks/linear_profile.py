@@ -28,7 +28,6 @@ from wmtp.benchmarks.memory_profile import (
 )
 from wmtp.benchmarks.problem import Case, Shape
 from wmtp.benchmarks.report import gradient_bytes
-from wmtp.ops.chunks import default_chunk_bytes
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -149,7 +148,7 @@ def _case(direction: str, provider: str, shape: Shape, setting: LinearSetting) -
         "provider": provider,
         "gradient_bytes": gradients,
         "sum_bytes": linear.weight.numel() * linear.sum_dtype.itemsize if summed else 0,
-        "chunk_bytes": linear.chunk_bytes or default_chunk_bytes(linear.row_bytes),
+        "chunk_bytes": linear.most_chunk_bytes,
     }
     run, derived = True, None
     if setting.device == "cpu":

@@ -76,6 +76,24 @@ def test_the_default_is_2048_rows_and_at_most_1_gib():
     assert default_chunk_bytes(10 * MIB) == 1024 * MIB
 
 
+def test_one_chunk_where_that_takes_no_more_than_the_sum_of_several():
+    """2048 rows of bfloat16 by default; the sum in float32 would take V D 2 bytes more."""
+    dim, vocabulary, heads = 64, 128, 2
+    row_bytes = 2 * vocabulary + 8 * dim
+    most = 2048 + vocabulary * dim * 2 // row_bytes  # rows
+    for rows, chunks in ((most, 1), (most + heads, 2)):
+        hidden = torch.empty(1, rows // heads, heads, dim, dtype=torch.bfloat16)
+        weight = torch.empty(vocabulary, dim, dtype=torch.bfloat16)
+        linear = linear_of(1)._replace(
+            **{"hidden": hidden, "weight": weight, "dtype": torch.bfloat16, "chunk_bytes": None},
+            positions=rows // heads,
+        )
+        assert -(-linear.tokens // linear.chunk_tokens) == chunks
+        assert linear.sum_dtype == (torch.bfloat16 if chunks == 1 else torch.float32)
+        for other in ({"weight_wanted": False}, {"accum_dtype": torch.bfloat16}):
+            assert linear._replace(**other).chunk_tokens == 2048 // heads
+
+
 def test_never_less_than_a_token():
     assert linear_of(1)._replace(chunk_bytes=1).chunk_tokens == 1
 

@@ -77,7 +77,8 @@ def fused_linear_weighted_mtp_loss(
         lm_head_bias: [V], likewise.
         chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
             one token is computed at a time. A weight that autocast converts is copied besides, once
-            a call. Default: 2048 rows' worth, but at most 1 GiB.
+            a call. Default: 2048 rows' worth, but at most 1 GiB; or all rows, where these take no
+            more than such a chunk and the sum that several chunks need (see grad_accum_dtype).
         grad_accum_dtype: in which the chunks' parts of a 16-bit weight's gradient are added up.
             Default: float32; the weight's own dtype saves that memory.
         backend: "auto", "cpu", "triton" or "eager"; the last makes all logits at once.

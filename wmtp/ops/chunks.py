@@ -79,12 +79,14 @@ class Linear(NamedTuple):
     chunk_bytes: int | None
     backend: str
     positions: int  # of S, that may have a target
+    weight_wanted: bool = True  # its gradient
 
     @classmethod
     def of(cls, inputs: LinearInputs, settings: LinearSettings) -> "Linear":
         how = (settings.dtype, settings.accum_dtype, settings.chunk_bytes, settings.backend)
         positions = min(inputs.hidden.shape[1], inputs.target_ids.shape[1])
-        return cls(inputs.hidden, inputs.weight, inputs.bias, *how, positions)
+        wanted = Wanted(*settings.wanted)
+        return cls(inputs.hidden, inputs.weight, inputs.bias, *how, positions, wanted.weight)
 
     @property
     def row_bytes(self) -> int:
@@ -93,9 +95,24 @@ class Linear(NamedTuple):
         return vocab_size * self.dtype.itemsize + dim * (2 * self.dtype.itemsize + 4)
 
     @property
+    def tokens(self) -> int:
+        return len(self.hidden) * self.positions
+
+    @property
+    def most_chunk_bytes(self) -> int:
+        """Of a chunk: as asked for, or by default; if all rows take no more than that and the sum
+        in float32 that several chunks need, there is one chunk."""
+        if self.chunk_bytes:
+            return self.chunk_bytes
+        default = default_chunk_bytes(self.row_bytes)
+        spared = self.accum_dtype.itemsize - self.weight.dtype.itemsize
+        spared *= self.weight.numel() if self.weight_wanted and self.dtype != torch.float16 else 0
+        whole = self.tokens * self.hidden.shape[2] * self.row_bytes
+        return max(default, whole) if whole <= default + spared else default
+
+    @property
     def chunk_tokens(self) -> int:
-        chunk_bytes = self.chunk_bytes or default_chunk_bytes(self.row_bytes)
-        return max(1, chunk_bytes // (self.hidden.shape[2] * self.row_bytes))
+        return max(1, self.most_chunk_bytes // (self.hidden.shape[2] * self.row_bytes))
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -104,8 +121,7 @@ class Linear(NamedTuple):
         One chunk adds up nothing: the weight's own dtype does, except float16, whose range the
         product of one chunk may exceed.
         """
-        tokens = len(self.hidden) * self.positions
-        whole = tokens <= self.chunk_tokens and self.dtype != torch.float16
+        whole = self.tokens <= self.chunk_tokens and self.dtype != torch.float16
         dtype = self.weight.dtype if whole else self.accum_dtype
         return dtype if dtype in (self.dtype, torch.float32) else torch.float32
 
@@ -132,9 +148,10 @@ def make_plan(target_ids: Tensor, linear: Linear, ignore_index: int) -> Plan:
     raise_on_bad_target(targets, valid, vocab_size, ignore_index)
     targets, valid = targets.flatten(0, 1), valid.flatten(0, 1)
     device = linear.hidden.device
+    rows = torch.stack((valid.flatten().nonzero()[:, 0], targets[valid])).to(device)  # one wait
     return Plan(
-        rows=valid.flatten().nonzero()[:, 0].to(device),
-        targets=targets[valid].to(device),
+        rows=rows[0],
+        targets=rows[1],
         chunks=_cut(valid.sum(1), linear.chunk_tokens),
     )
 

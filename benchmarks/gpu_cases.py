@@ -28,7 +28,6 @@ ORDER = (
 
 PREDICTED_CARD = CARDS["cuda:90"]
 COPY_SHARE = 0.9  # of the data sheet's bandwidth: what a device-to-device copy gets
-L2_BYTES = 50 << 20  # the same card's
 
 
 class Job(NamedTuple):
@@ -89,7 +88,7 @@ def tier_jobs() -> list[Job]:
 
 
 def launch_of(job: Job, machine: Any) -> Any:
-    """The launch (tier, block, warps, CTAs) of one of OURS.
+    """The launch (tier, block, warps) of one of OURS.
 
     Args:
         job: provider of OURS.
@@ -127,13 +126,13 @@ def predicted_ms(job: Job, card: Card = PREDICTED_CARD) -> float | None:
 
 
 def predicted_tier(job: Job, card: Card = PREDICTED_CARD) -> str:
-    """The tier with a Triton that knows clusters; "" where none can serve, or none is ours."""
+    """ "" where none can serve, or none is ours."""
     from wmtp.kernels.tiers import Machine
 
     if job.case.provider not in OURS:
         return ""
     try:
-        return launch_of(job, Machine(32, card.most_ctas, card.processors)).tier
+        return launch_of(job, Machine(32, card.processors, card.l2_bytes)).tier
     except ValueError:
         return ""
 
@@ -153,16 +152,18 @@ def _moved(job: Job, card: Card) -> int | None:
 
 def _rereads_from_memory(job: Job, card: Card) -> bool:
     """Whether what the online kernel's programs have under way exceeds the L2."""
-    from wmtp.kernels.tiers import Machine
+    from wmtp.kernels.tiers import L2_SHARE, Machine
 
     case = job.case
     batch, length, heads, vocabulary = case.shape
     rows_a_program = heads if case.weighting == "ref_ce" else 1
-    threads = 32 * launch_of(job, Machine(32, card.most_ctas, card.processors)).num_warps
+    launch = launch_of(job, Machine(32, card.processors, card.l2_bytes))
+    registers = 32 * launch.num_warps * launch.max_registers
     programs = min(
-        batch * length * heads // rows_a_program, card.processors * (card.threads // threads)
+        batch * length * heads // rows_a_program, card.processors * (card.registers // registers)
     )
-    return programs * rows_a_program * vocabulary * _itemsize(case) > L2_BYTES
+    in_flight = programs * rows_a_program * vocabulary * _itemsize(case)
+    return in_flight > L2_SHARE * card.l2_bytes
 
 
 def _contestants(direction: str, dtype: str) -> list[str]:

@@ -67,7 +67,7 @@ def describe(variant: Variant, target: str, binary: Any) -> dict[str, Any]:
     threads = launch.num_warps * _warp(target)
     itemsize = ITEMSIZE[variant.dtype]
     in_loop = launch.tier in ("online", "")
-    tile = variant.constants.get("ROWS", 1) * launch.block * itemsize // launch.num_ctas
+    tile = variant.constants.get("ROWS", 1) * launch.block * itemsize
     widths = accesses.in_loops() if in_loop else accesses.moving(tile // threads)
     granule = 8 * (-(-usage["registers"] // 8)) * threads
     occupancy = min(
@@ -89,7 +89,6 @@ def describe(variant: Variant, target: str, binary: Any) -> dict[str, Any]:
         "tier": launch.tier or None,
         "block": launch.block,
         "threads": threads,
-        "num_ctas": launch.num_ctas,
         "occupancy": occupancy,
         "in_flight": in_flight if variant.streams_logits else None,
         "needed": card.needed_bytes(),

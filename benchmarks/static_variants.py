@@ -4,7 +4,7 @@ A variant is one specialisation; two calls that would run the same binary are on
 
     H             1, 2, 3, 4, 5, 8; the logits of each head, or one row of logits for all of them;
                   of weights every H up to 8
-    V             one of each class of block: a row in less than a CTA, in one, in clusters
+    V             one of each class of block: a row in less than a CTA, in one, in none
     loss          known weights and excess, each tier that serves them, with and without gradient
     at V = 50257  few rows (split), heads in memory of their own (listed), gradients that lie
                   otherwise than the logits (out of phase), signed excess: the last three of H = 4
@@ -34,7 +34,7 @@ class Card(NamedTuple):
     bytes_a_second: float
     latency: float
     processors: int
-    most_ctas: int  # of a cluster
+    l2_bytes: int
 
     def needed_bytes(self) -> int:
         """In flight an SM, for the latency to be hidden."""
@@ -42,10 +42,10 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "cuda:80": Card("A100", 65536, 2048, 164 << 10, 2.0e12, 600e-9, 108, 1),
-    "cuda:90": Card("H100", 65536, 2048, 228 << 10, 3.35e12, 600e-9, 132, 16),
-    "cuda:100": Card("B200", 65536, 2048, 228 << 10, 8.0e12, 700e-9, 148, 16),
-    "hip:gfx942": Card("MI300X", 131072, 2048, 64 << 10, 5.3e12, 800e-9, 304, 1),
+    "cuda:80": Card("A100", 65536, 2048, 164 << 10, 2.0e12, 600e-9, 108, 40 << 20),
+    "cuda:90": Card("H100", 65536, 2048, 228 << 10, 3.35e12, 600e-9, 132, 50 << 20),
+    "cuda:100": Card("B200", 65536, 2048, 228 << 10, 8.0e12, 700e-9, 148, 126 << 20),
+    "hip:gfx942": Card("MI300X", 131072, 2048, 64 << 10, 5.3e12, 800e-9, 304, 4 << 20),
 }
 
 
@@ -67,7 +67,7 @@ class Variant(NamedTuple):
 
     def kind(self) -> tuple[Any, ...]:
         """The class of which a sample holds one."""
-        return self.name, self.launch.num_ctas
+        return self.name
 
 
 def variants(modules: dict[str, Any], target: str) -> Iterator[Variant]:
@@ -99,8 +99,7 @@ def sample(every: list[tuple[str, Variant]], size: int, seed: str) -> list[tuple
 def machine(modules: dict[str, Any], target: str) -> Any:
     tiers, card = modules["tiers"], CARDS[target]
     nvidia = target.startswith("cuda")
-    most_ctas = card.most_ctas if tiers.triton_reduces_across_clusters() else 1
-    return tiers.Machine(32 if nvidia else 64, most_ctas, card.processors, nvidia)
+    return tiers.Machine(32 if nvidia else 64, card.processors, card.l2_bytes, nvidia)
 
 
 def _variants(modules: dict[str, Any], machine: Any) -> Iterator[Variant]:
@@ -135,7 +134,7 @@ def _loss_variants(
                     )
                     yield variant
                     if vocabulary == ODD:
-                        yield from _further(modules, variant)
+                        yield from _further(modules, variant, machine)
 
 
 def _loss_variant(
@@ -162,12 +161,13 @@ def _loss_variant(
     return Variant(name, dtype, vocabulary, kernel, constants, launch, True, gradient)
 
 
-def _further(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
+def _further(modules: dict[str, Any], variant: Variant, machine: Any) -> Iterator[Variant]:
     """What changes little of the stream, each on its own."""
     constants = variant.constants
     gradient, of_four = variant.stores_logits, constants["H"] == 4
     if variant.launch.tier == "online" and (gradient or of_four):
-        yield from _split(modules, variant)
+        steps = modules["tiers"].in_steps(variant.vocabulary, ITEMSIZE[variant.dtype], machine)
+        yield from _split(modules, variant, steps)
     if not (gradient and of_four):
         return
     online = variant.launch.tier == "online"
@@ -186,10 +186,11 @@ def _further(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
         yield variant._replace(name=f"{variant.name} {name}", constants=constants | changed)
 
 
-def _split(modules: dict[str, Any], variant: Variant) -> Iterator[Variant]:
+def _split(modules: dict[str, Any], variant: Variant, launch: Any) -> Iterator[Variant]:
     """The same for rows fewer than the SMs."""
     shared = "shared" in variant.name
-    constants = variant.constants | {"SPLITS": 8}
+    constants = variant.constants | {"SPLITS": 8, "BLOCK": launch.block}
+    variant = variant._replace(launch=launch)
     name = f"{variant.name} split"
     # Its part of the logits is read for the gradient alone.
     yield variant._replace(name=name, constants=constants, streams_logits=variant.stores_logits)
@@ -212,7 +213,7 @@ def _streaming_variants(
 ) -> Iterator[Variant]:
     """The kernels of the cross entropies themselves."""
     tiers = modules["tiers"]
-    launch = tiers.online(vocabulary, ITEMSIZE[dtype], machine)
+    launch = tiers.in_steps(vocabulary, ITEMSIZE[dtype], machine)
     block = {"BLOCK": launch.block}
     gradient = modules["gradient_kernel"].row_gradient_kernel
     for shared in (False, True)[:heads]:

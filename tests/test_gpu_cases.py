@@ -71,16 +71,17 @@ def test_tiers_are_forced_wherever_they_can_serve():
     ("case", "tier", "units"),
     [
         (job(direction="forward"), "online", 1),
-        (job(), "row", 2),
-        (job("fused_inplace", "inplace"), "row", 2),
-        (job(weights="ref_ce"), "token", 2),
-        (job(tier="online"), "online", 3),  # 132 SMs x 8 programs x 64 KB: 67 MB, the L2 is 52
+        # Two programs on each of 132 SMs, 64 KB each: 17 MB, of an L2 of 52.
+        (job(), "online", 2),
+        (job("fused_inplace", "inplace"), "online", 2),
+        (job(weights="ref_ce"), "online", 2),  # one program an SM, 4 x 64 KB: 34 MB
+        (job(tier="row"), "row", 2),
         (job(provider="copy"), "", 2),
-        # H = 4 of 256000 exceed the registers of 16 CTAs; one row does not.
-        (job(weights="ref_ce", shape=(1, 128, 4, 256000)), "online", 3),
-        (job(shape=(1, 128, 4, 256000)), "row", 2),
-        # 16 tokens x 4 x 64 KB lie in the L2 when they are read again.
-        (job(weights="ref_ce", tier="online", shape=(1, 16, 4, 32000)), "online", 2),
+        (job(weights="ref_ce", shape=(1, 256, 4, 128256)), "online", 3),
+        (job(shape=(1, 256, 4, 128256)), "online", 2),
+        (job(shape=(1, 256, 4, 256000)), "online", 3),
+        # 16 tokens x 4 x 512 KB lie in the L2 when they are read again.
+        (job(weights="ref_ce", tier="online", shape=(1, 16, 4, 256000)), "online", 2),
     ],
 )
 def test_prediction_by_hand(case, tier, units):

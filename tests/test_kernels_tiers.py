@@ -79,8 +79,10 @@ def test_every_tier_agrees_with_the_truth(device, tier, dtype, vocabulary):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpt2_vocabulary(device, tier, dtype):
-    logits, target_ids = make((1, 3, 2, 50257), dtype, device, ignored=0.0)
+def test_a_long_odd_vocabulary(device, tier, dtype):
+    """GPT-2's, or what a program's registers hold."""
+    vocabulary = {"online": 50257, "row": 32_003, "token": 16_001}[tier]
+    logits, target_ids = make((1, 3, 2, vocabulary), dtype, device, ignored=0.0)
     options = {} if tier == "row" else {"ref_ce": torch.rand(1, 2).to(device)}
     assert_loss_and_gradient(logits, target_ids, **options)
 
@@ -182,7 +184,7 @@ def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
     from wmtp.kernels import tiers
 
     monkeypatch.setenv("WMTP_TRITON_TIER", "online")
-    monkeypatch.setattr(tiers, "machine", lambda _: tiers.Machine(32, 1, 64))
+    monkeypatch.setattr(tiers, "machine", lambda _: tiers.Machine(32, 64))
     logits, target_ids = make((1, 3, 2, vocabulary), dtype, device, ignored=0.0)
     target_ids[0, 1] = vocabulary - 1
     logits[0, 0, 0, :20_000] = -INF  # whole parts, and some of the next
@@ -208,69 +210,52 @@ def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
 def test_into_how_many_parts(programs, vocabulary, wanted):
     from wmtp.kernels import tiers
 
-    assert tiers.splits(vocabulary, 2, programs, tiers.Machine(32, 1, 132)) == wanted
+    assert tiers.splits(vocabulary, 2, programs, tiers.Machine(32, 132)) == wanted
 
 
-# CTAs of the launch, by hand, of bfloat16 and H = 4; what is not named goes online. A CTA holds
-# 16384 logits, or 32768 where the cluster cannot grow and the row is one head's.
+# (itemsize, rows of a token, excess): V -> tier and warps, by hand, of an H100 and H = 4.
 CHOSEN = {
-    16: {
-        "row": {1000: 1, 32000: 2, 50257: 4, 128256: 8, 256000: 16},
-        "shared": {1000: 1, 32000: 2, 50257: 4, 128256: 8, 256000: 16},
-        "token": {1000: 1, 32000: 8, 50257: 16, 128256: 16},
+    (4, 4, False): {1000: "row 1", 8000: "row 4", 32000: "row 16", 50257: "online 32"},
+    (2, 4, False): {
+        **{1000: "row 1", 8000: "row 4", 16000: "online 8", 32000: "online 16"},
+        **{50257: "online 16", 128256: "online 32", 256000: "online 32"},
     },
-    8: {
-        "row": {1000: 1, 32000: 2, 50257: 4, 128256: 8, 256000: 8},
-        "shared": {1000: 1, 32000: 2, 50257: 4, 128256: 8},
-        "token": {1000: 1, 32000: 8, 50257: 8},
-    },
-    1: {"row": {1000: 1, 32000: 1}, "shared": {1000: 1}, "token": {1000: 1}},
+    (2, 1, True): {1000: "row 1", 16000: "online 8", 128256: "online 32"},  # shared
+    (4, 4, True): {1000: "token 4", 8000: "token 8", 16000: "online 32"},
+    (2, 4, True): {1000: "online 2", 16000: "online 8", 32000: "online 32"},
 }
-CASES = {"row": (4, False), "shared": (1, True), "token": (4, True)}  # rows, excess
 
 
-@pytest.mark.parametrize("most_ctas", CHOSEN)
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_chosen(most_ctas, case):
+@pytest.mark.parametrize("case", CHOSEN)
+def test_what_is_chosen(case):
     from wmtp.kernels.tiers import Machine, choose
 
-    (rows, excess), machine = CASES[case], Machine(32, most_ctas, 132)
-    tier = "token" if case == "token" else "row"
-    for vocabulary in (1000, 32000, 50257, 128256, 256000):
-        found = choose(vocabulary, 4, rows, 2, excess, True, machine)
-        ctas = CHOSEN[most_ctas][case].get(vocabulary)
-        assert (found.tier, found.num_ctas) == ((tier, ctas) if ctas else ("online", 1))
-        assert choose(vocabulary, 4, rows, 2, excess, False, machine).tier == "online"
+    (itemsize, rows, excess), machine = case, Machine(32, 132)
+    for vocabulary, wanted in CHOSEN[case].items():
+        found = choose(vocabulary, 4, rows, itemsize, excess, True, machine)
+        assert f"{found.tier} {found.num_warps}" == wanted, vocabulary
+        once = choose(vocabulary, 4, rows, itemsize, excess, False, machine)
+        assert (once.tier, once.num_warps) <= ("online", 8)
 
 
-@pytest.mark.parametrize(
-    ("version", "reduces"),
-    [("3.6.0", False), ("3.8.0", False), ("3.9.0", True), ("3.10.1+git", True), ("4.0.0", True)],
-)
-def test_clusters_take_a_triton_that_reduces_across_them(monkeypatch, version, reduces):
+def test_a_larger_l2_lets_two_programs_share_an_sm():
+    from wmtp.kernels.tiers import Machine, choose
+
+    for l2_bytes, warps in ((50 << 20, 32), (126 << 20, 16)):
+        machine = Machine(32, 148, l2_bytes)
+        assert choose(128256, 4, 4, 2, False, True, machine).num_warps == warps
+
+
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_what_a_machine_is(monkeypatch, hip):
     from wmtp.kernels import tiers
 
-    monkeypatch.setattr(tiers.triton, "__version__", version)
-    assert tiers.triton_reduces_across_clusters() == reduces
-
-
-# A100, L40, H100, B200, B300, Thor, RTX 5090, DGX Spark.
-@pytest.mark.parametrize(
-    ("capability", "most"),
-    [((8, 0), 1), ((8, 9), 1), ((9, 0), 16), ((10, 0), 16), ((10, 3), 16), ((11, 0), 8),
-     ((12, 0), 8), ((12, 1), 8)],
-)  # fmt: skip
-@pytest.mark.parametrize(("version", "hip"), [("3.9.0", None), ("3.8.0", None), ("3.9.0", "7.0")])
-def test_the_largest_cluster_of_a_card(monkeypatch, capability, most, version, hip):
-    from wmtp.kernels import tiers
-
-    properties = types.SimpleNamespace(multi_processor_count=84, warp_size=64 if hip else 32)
+    properties = types.SimpleNamespace(
+        multi_processor_count=84, warp_size=64 if hip else 32, L2_cache_size=6 << 20
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(tiers.triton, "__version__", version)
-    clusters = version == "3.9.0" and hip is None
-    wanted = tiers.Machine(64 if hip else 32, most if clusters else 1, 84, hip is None)
+    wanted = tiers.Machine(64 if hip else 32, 84, 6 << 20, hip is None)
     assert tiers.machine(torch.device("cuda:1")) == wanted
 
 

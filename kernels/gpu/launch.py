@@ -1,6 +1,5 @@
-"""How the kernel over the logits is launched: in the tier that `tiers.py` chooses, or below it."""
+"""How the kernel over the logits is launched, in the tier that `tiers.py` chooses."""
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -57,34 +56,15 @@ class Call(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-
-
-_without_clusters: set[torch.device] = set()  # where a launch with clusters has failed
+    options: dict[str, int]
 
 
 def launch(case: Case) -> None:
-    """Launch; where one with clusters fails, without them from then on, saying so once a device."""
-    device = case.rows.device
-    machine = tiers.machine(device)
-    alone = machine._replace(most_ctas=1)
-    chosen = choose(case, alone if device in _without_clusters else machine)
-    if chosen.num_ctas == 1 or tiers.forced_tier():
-        return launch_as(chosen, case)
-    try:
-        launch_as(chosen, case)
-    except Exception as error:  # the driver's, the compiler's, the assembler's
-        launch_as(choose(case, alone), case)
-        _without_clusters.add(device)
-        warnings.warn(
-            f"a launch in clusters of {chosen.num_ctas} blocks failed on {device} "
-            f"({type(error).__name__}: {error}): there the loss does without them from now on, "
-            f"and may read its logits twice instead of once",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    for call in prepare(choose(case), case):
+        call.kernel[call.grid](**call.arguments, **call.options)
 
 
-def choose(case: Case, machine: tiers.Machine) -> tiers.Launch:
+def choose(case: Case) -> tiers.Launch:
     return tiers.choose(
         vocab_size=case.rows.shape[-1],
         heads=case.heads,
@@ -92,18 +72,13 @@ def choose(case: Case, machine: tiers.Machine) -> tiers.Launch:
         itemsize=case.rows.element_size(),
         whole_token=case.rule.whole_token,
         gradient=case.grad is not None,
-        machine=machine,
+        machine=tiers.machine(case.rows.device),
         forced=tiers.forced_tier(),
     )
 
 
-def launch_as(chosen: tiers.Launch, case: Case) -> None:
-    for call in prepare(chosen, case):
-        call.kernel[call.grid](**call.arguments, **chosen.options())
-
-
 def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
-    """One call; online, for few rows, two."""
+    """One call, or two."""
     rows, target = case.rows, case.rows if case.grad is None else case.grad
     batch, seq_len, count, vocab_size = rows.shape
     listed = case.head_offsets is not None
@@ -140,14 +115,27 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
         "BY_HEAD": case.by_head,
         "IN_PHASE": same,
     }
-    if chosen.tier != "online":
-        arguments["SUMS_TO_ONE"] = case.rule.sums_to_one and not case.rule.multiplied
-        return [Call(register_kernel, (programs,), arguments)]
+    if chosen.tier == "online":
+        return _online_calls(chosen, case, programs, where, arguments)
+    arguments["SUMS_TO_ONE"] = case.rule.sums_to_one and not case.rule.multiplied
+    return [Call(register_kernel, (programs,), arguments, chosen.options())]
 
-    machine = tiers.machine(rows.device)
+
+def _online_calls(
+    chosen: tiers.Launch,
+    case: Case,
+    programs: int,
+    where: dict[str, Any],
+    arguments: dict[str, Any],
+) -> list[Call]:
+    """One call; for few rows two, over parts of rows."""
+    rows, machine = case.rows, tiers.machine(case.rows.device)
+    batch, seq_len, count, vocab_size = rows.shape
     splits = tiers.splits(vocab_size, rows.element_size(), programs, machine)
     parts, calls = Parts(case.of_heads.offset_ptr, case.of_heads.offset_ptr), []
     if splits > 1:
+        chosen = tiers.in_steps(vocab_size, rows.element_size(), machine)
+        where = {**where, "BLOCK": chosen.block}
         all_rows = batch * seq_len * count
         parts = Parts(
             rows.new_empty((all_rows, splits, 2), dtype=torch.float32),
@@ -157,14 +145,15 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
             **where,
             **parts._asdict(),
             "offset_ptr": case.of_heads.offset_ptr,
-            "HEADS": divided["HEADS"] if count < case.heads else 1,
+            "HEADS": arguments["HEADS"] if count < case.heads else 1,
             "ROWS": count,
             "EVICT": "evict_last" if case.grad is not None else "evict_first",
             "SPLITS": splits,
         }
-        calls = [Call(partial_kernel, (all_rows, splits), of_parts)]
-    arguments |= {**parts._asdict(), "GRAD": case.grad is not None, "SPLITS": splits}
-    return [*calls, Call(online_kernel, (programs, splits), arguments)]
+        calls = [Call(partial_kernel, (all_rows, splits), of_parts, chosen.options())]
+    last = {**arguments, **where, **parts._asdict(), "SPLITS": splits}
+    last["GRAD"] = case.grad is not None
+    return [*calls, Call(online_kernel, (programs, splits), last, chosen.options())]
 
 
 class Parts(NamedTuple):

@@ -12,7 +12,6 @@ A program holds the rows [ROWS, V] of a token, or one of them, and the heads the
                          found it
     grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
 
-The rows may lie in the registers of a whole cluster of CTAs (num_ctas): Triton reduces across it.
 A row without a valid target is not read; its gradient is 0, and so is that of a row without weight.
 All arithmetic is float32.
 """
@@ -24,7 +23,6 @@ from wmtp.kernels.heads import (
     head_offset,
     head_targets,
     of_agreeing,
-    of_head,
     position,
     settle_heads,
     with_weight,
@@ -38,9 +36,6 @@ from wmtp.kernels.rows import (
     inner_part,
 )
 
-# Two units of 16-bit logits; in float32 half of the lanes idle, since Triton 3.9 cannot spread
-# fewer over a cluster.
-EDGE_LANES = tl.constexpr(128)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # float32
 
 
@@ -86,7 +81,6 @@ def register_kernel(
     BY_HEAD: tl.constexpr,  # the gradient has a scale for each head
     SUMS_TO_ONE: tl.constexpr,  # over a token's valid heads
     IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
-    CLUSTER: tl.constexpr,  # of several CTAs, which have no barrier of their own
     BLOCK: tl.constexpr,  # >= V
 ):
     SHARED: tl.constexpr = HEADS != ROWS
@@ -112,12 +106,12 @@ def register_kernel(
 
     # In place, another thread of this program will overwrite it: see the barrier below.
     x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0).to(tl.float32)
-    lane = tl.arange(0, EDGE_LANES)[None, :]  # [1, EDGE_LANES]
+    lane = tl.arange(0, 2 * UNIT)[None, :]
     column = edge_columns(lane, peel[:, None], inner[:, None], UNIT)
-    edge_inside = (lane < 2 * UNIT) & (column >= 0) & (column < vocab_size)
+    edge_inside = (column >= 0) & (column < vocab_size)
     edge_ptr = logits_ptr + begin[:, None] + column
     edge = tl.load(edge_ptr, mask=edge_inside & read[:, None], other=float("-inf"))
-    edge = edge.to(tl.float32)  # [ROWS, EDGE_LANES]
+    edge = edge.to(tl.float32)  # [ROWS, 2 UNIT]
     offset = tl.arange(0, BLOCK)[None, :]  # [1, BLOCK]
     inner_inside = offset < inner[:, None]
     inner_begin = first_unit(begin, UNIT) if IN_PHASE else begin + peel
@@ -152,32 +146,15 @@ def register_kernel(
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
     scale = row_c / s  # [ROWS]
     g = scale[:, None] * edge
-    if CLUSTER:
-        g = minus_targets(g, column, target, c, head, SHARED, H)
     g = tl.where(live[:, None], g, 0.0).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + grad_begin[:, None] + column, g, mask=edge_inside & real)
     grad_ptr_inner = grad_ptr + first_unit(grad_begin, UNIT)[:, None] + offset
     g_inner = scale[:, None] * x
-    if CLUSTER:
-        g_inner = minus_targets(g_inner, peel[:, None] + offset, target, c, head, SHARED, H)
     g_inner = tl.where(live[:, None], g_inner, 0.0).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr_inner, g_inner, mask=inner_inside & real)
-    if not CLUSTER:
-        if SHARED:
-            c = of_agreeing(target, c)
-        entry = scale * tl.exp(x_target - shift) - c  # [HEADS]
-        tl.debug_barrier()  # another thread has stored there
-        written = (target >= 0) & live
-        tl.store(grad_ptr + grad_begin + target, entry.to(grad_ptr.dtype.element_ty), mask=written)
-
-
-@triton.jit
-def minus_targets(g, column, target, c, head, SHARED: tl.constexpr, H: tl.constexpr):
-    """g [ROWS, columns] - c_k where column is target_k, k the row's head or, shared, every head."""
     if SHARED:
-        onehots = tl.where(column == of_head(target, head, 0), of_head(c, head, 0), 0.0)
-        for k in tl.static_range(1, H):
-            onehots += tl.where(column == of_head(target, head, k), of_head(c, head, k), 0.0)
-    else:
-        onehots = tl.where(column == target[:, None], c[:, None], 0.0)
-    return g - onehots
+        c = of_agreeing(target, c)
+    entry = scale * tl.exp(x_target - shift) - c  # [HEADS]
+    tl.debug_barrier()  # another thread has stored there
+    written = (target >= 0) & live
+    tl.store(grad_ptr + grad_begin + target, entry.to(grad_ptr.dtype.element_ty), mask=written)

@@ -1,29 +1,31 @@
 """Which kernel computes loss + gradient, and how it is launched: a table, not a search at run time.
 
     tier     holds in registers      reads + writes    needs
-    token    the H rows of a token   1 + 1             H x BLOCK logits in at most 16 CTAs
-    row      one row                 1 + 1             weights of one row; BLOCK logits in as many
+    token    the H rows of a token   1 + 1             H x BLOCK logits in one CTA
+    row      one row                 1 + 1             weights of one row; BLOCK logits in one CTA
     online   nothing                 2 + 1             nothing
 
-BLOCK is the power of two that holds V. A program is a cluster of CTAs:
+BLOCK is the power of two that holds V. What an H100 said of them (benchmarks/README.md):
 
-    logits a CTA   a thread   registers   CTAs an SM   when
-    <= 16384       64         <= 128      2 and more   one head's row on NVIDIA, mostly: one CTA
-                                                       loads while another stores. Preferred, as
-                                                       long as the largest cluster suffices: 16,
-                                                       on sm_120 8
-    <= 16384       64         <= 255      1 and more   several heads in a program
-    32768          64         <= 128      1            one head's row, beyond one CTA of 16384
-                                                       where there are no clusters
-    32768          128        <= 255      1            clusters and several rows: 512 threads of
-                                                       128 registers would spill, or fail to compile
-    any            32         <= 128      1 and more   AMD, whose 64 lanes do
-    online         16 or 8    <= 64       4 and more   enough to have a B200's bytes in flight
+    logits                           the fastest    why
+    float32, as many as fit a CTA    registers      1 + 1 at 73 to 95 % of a copy
+    16 bits, rows of <= 8192         registers      1 + 1; a longer row is alone on its SM, which
+                                                    loads nothing while it stores
+    all others                       online         its second read is from the L2, where the rows
+                                                    in flight fit it
 
-More than four rows of a token in one CTA hold 16384 at most: their edges take registers too.
-More than one CTA needs Triton >= 3.9 (3.8 fails to reduce across a cluster) and sm_90. Weights
-that need the whole token take it; others the row, whose clusters are smaller. Without a
-gradient there is nothing to keep, and the online kernel reads once.
+In registers a thread holds 64 logits at most 128 registers, or 128 of several rows; on AMD, whose
+waves have 64 lanes, 32. More than four rows of a token hold 16384 at most: their edges take
+registers too. Clusters of CTAs, which hold longer rows, were slower than online in every case.
+
+Online, the rows in flight are made few where a row is read twice:
+
+    programs' bytes   threads   a thread and step   programs an SM
+    two fit the L2    512       4 vectors           2
+    they do not       1024      2 vectors           1
+    rows < 48 KiB     <= 256    2 vectors           4 and more
+
+Without a gradient there is nothing to keep and nothing is read twice.
 """
 
 import os
@@ -32,19 +34,22 @@ from typing import NamedTuple
 import torch
 import triton
 
-from wmtp.kernels.rows import OPTIONS, launch_shape, warp_size
+from wmtp.kernels.rows import OPTIONS, VECTOR_BYTES, launch_shape, warp_size
 
 TIERS = ("token", "row", "online")
-PREFERRED, MOST = 16384, 32768  # logits a CTA
+MOST, MOST_OF_SEVERAL = 32768, 16384  # logits that a CTA holds
+MOST_OF_16_BITS = 8192  # that are held sooner than read twice
 REGISTERS = 65536  # an NVIDIA SM's
+LONG_ROW_BYTES = 48 << 10
+L2_SHARE = 0.7  # of the L2 that what was read stays in, beside the gradient that is written
 
 
 class Machine(NamedTuple):
-    """What the choice depends on, of the device and of Triton."""
+    """What the choice depends on, of the device."""
 
     warp_size: int
-    most_ctas: int  # of a cluster; 1: none
     processors: int  # SMs
+    l2_bytes: int = 50 << 20
     nvidia: bool = True
 
 
@@ -54,40 +59,22 @@ class Launch(NamedTuple):
     tier: str
     block: int
     num_warps: int
-    num_ctas: int = 1
     max_registers: int | None = None  # a thread's
 
     def options(self) -> dict[str, int]:
         """Triton's; AMD's compiler knows the first two alone."""
         found = {**OPTIONS, "num_warps": self.num_warps}
-        if self.num_ctas > 1:
-            found["num_ctas"] = self.num_ctas
         if self.max_registers is not None:
             found["maxnreg"] = self.max_registers
         return found
 
 
 def machine(device: torch.device) -> Machine:
-    if device.type != "cuda":  # the interpreter takes any cluster, and ignores it
-        return Machine(32, 16, 1)
+    if device.type != "cuda":
+        return Machine(32, 1)
+    found = torch.cuda.get_device_properties(device)
     nvidia = torch.version.hip is None
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    most_ctas = 1
-    if nvidia and triton_reduces_across_clusters():
-        most_ctas = largest_cluster(torch.cuda.get_device_capability(device))
-    return Machine(warp_size(device), most_ctas, processors, nvidia)
-
-
-def triton_reduces_across_clusters() -> bool:
-    major, minor = triton.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (3, 9)
-
-
-def largest_cluster(capability: tuple[int, int]) -> int:
-    """CTAs. 8 on every card that has clusters at all; more on the data centre's (sm_90, sm_10x)."""
-    if capability < (9, 0):
-        return 1
-    return 16 if capability < (11, 0) else 8
+    return Machine(warp_size(device), found.multi_processor_count, found.L2_cache_size, nvidia)
 
 
 def choose(
@@ -118,15 +105,17 @@ def choose(
     if forced and forced not in TIERS:
         raise ValueError(f"WMTP_TRITON_TIER must be one of {', '.join(TIERS)}, got {forced!r}")
     token = whole_token and rows > 1
-    below = online(vocab_size, itemsize, machine, 80 if token else 64)
-    if forced == "online" or not gradient:
-        return below
-    tier = forced or ("token" if token else "row")
     if forced == "row" and token:
         raise ValueError(
             "WMTP_TRITON_TIER=row cannot serve weights that need all rows of a token, as those "
             "from ref_ce: use token or online"
         )
+    if not gradient:
+        return in_steps(vocab_size, itemsize, machine)
+    online = _online(vocab_size, itemsize, rows if token else 1, machine)
+    if forced == "online":
+        return online
+    tier = forced or ("token" if token else "row")
     held = rows if tier == "token" else 1
     found = _in_registers(tier, held, vocab_size, rows < heads, machine)
     if found is None and forced:
@@ -134,7 +123,9 @@ def choose(
             f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers "
             f"here: use online"
         )
-    return found or below
+    if found and (forced or itemsize == 4 or (not token and found.block <= MOST_OF_16_BITS)):
+        return found
+    return online
 
 
 def _in_registers(
@@ -144,12 +135,9 @@ def _in_registers(
     block = max(triton.next_power_of_2(vocab_size), 128)
     held = triton.next_power_of_2(rows)
     logits = block * held
-    num_ctas = min(max(logits // PREFERRED, 1), machine.most_ctas)
-    logits //= num_ctas
-    alone = num_ctas == 1
-    if logits > (PREFERRED if shared or (alone and held > 4) else MOST):
+    if logits > (MOST_OF_SEVERAL if shared or held > 4 else MOST):
         return None
-    crowded = logits == MOST and not (alone and rows == 1)
+    crowded = logits == MOST and rows > 1
     of_a_thread = (128 if crowded else 64) if machine.nvidia else 32
     # The edges of several rows are spread over the threads as well: a warp for each, or more.
     fewest = machine.warp_size * (max(held, 4) if rows > 1 else 1)
@@ -158,8 +146,7 @@ def _in_registers(
         return None
     one_head = rows == 1 and not shared
     most = 128 if one_head and of_a_thread <= 64 else min(255, REGISTERS // threads)
-    limit = _cap(most, machine) if alone else None  # in clusters it is the limit that spills
-    return Launch(tier, block, threads // machine.warp_size, num_ctas, limit)
+    return Launch(tier, block, threads // machine.warp_size, _cap(most, machine))
 
 
 def _cap(registers: int, machine: Machine) -> int | None:
@@ -167,15 +154,27 @@ def _cap(registers: int, machine: Machine) -> int | None:
     return registers if machine.nvidia else None
 
 
-def online(vocab_size: int, itemsize: int, machine: Machine, most: int = 64) -> Launch:
-    """Rows in steps; the weights of a token's heads take a few registers more."""
+def in_steps(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
+    """Rows that are read once, by programs of which an SM takes several."""
     shape = launch_shape(vocab_size, itemsize, machine.warp_size)
-    return Launch("online", *shape, max_registers=_cap(most, machine))
+    return Launch("online", *shape, max_registers=_cap(64, machine))
+
+
+def _online(vocab_size: int, itemsize: int, rows: int, machine: Machine) -> Launch:
+    """Rows that are read twice: where a program's are long, few programs, of many threads."""
+    row_bytes = vocab_size * itemsize
+    if row_bytes < LONG_ROW_BYTES or not machine.nvidia:
+        return in_steps(vocab_size, itemsize, machine)
+    two_programs = 2 * machine.processors * rows * row_bytes
+    two_fit = two_programs <= L2_SHARE * machine.l2_bytes
+    threads, vectors = (512, 4) if two_fit else (1024, 2)
+    block = threads * vectors * VECTOR_BYTES.value // itemsize
+    return Launch("online", block, threads // machine.warp_size, _cap(64, machine))
 
 
 def one_program(machine: Machine) -> Launch:
     """Over all tokens: it has an SM to itself."""
-    return Launch("", 0, 8, max_registers=_cap(255, machine))
+    return Launch("", 0, 8, _cap(255, machine))
 
 
 def splits(vocab_size: int, itemsize: int, programs: int, machine: Machine) -> int:
@@ -189,15 +188,13 @@ def constants(launch: Launch, heads: int, rows: int, whole_token: bool) -> dict[
     """How a program of the launch divides the work: the kernel's constexprs of these names."""
     together = launch.tier == "token" or (launch.tier == "online" and whole_token and rows > 1)
     shared = rows < heads
-    all_heads = triton.next_power_of_2(heads)
     if launch.tier == "online":
-        held = {"ROWS": rows if together else 1, "SHARED": shared}
+        held: dict[str, int | bool] = {"ROWS": rows if together else 1, "SHARED": shared}
     else:
         held = {"ROWS": triton.next_power_of_2(rows) if together else 1}
-        held["CLUSTER"] = launch.num_ctas > 1
     return {
         **held,
-        "HEADS": all_heads if together or shared else 1,
+        "HEADS": triton.next_power_of_2(heads) if together or shared else 1,
         "PROGRAMS": 1 if together or shared else heads,
     }
 

@@ -63,6 +63,7 @@ def be_the_package() -> None:
 if __name__ == "__main__":
     be_the_package()
 
+from wmtp.benchmarks import sass  # noqa: E402
 from wmtp.benchmarks.static_compile import (  # noqa: E402
     compile_variant,
     complaint,
@@ -276,6 +277,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="variants whose name matches this pattern")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(CARDS)}; all by default")
+    parser.add_argument("--sass", type=Path, help="put the table of sass.py there, and no more")
     options = parser.parse_args()
     if options.cubins is not None and options.known is not None:
         parser.error("--known has no binaries: leave it out with --cubins")
@@ -292,6 +294,11 @@ def main() -> None:
     import triton
 
     options, version = arguments(), triton.__version__
+    if options.sass is not None:
+        rows = sass.table(load_kernels(), "cuda:90")
+        sass.add_table(options.sass, version, rows)
+        print("\n".join(map(json.dumps, rows)))
+        return
     known, rows, complaints, faults = Known(options.known), [], 0, 0
     for part in [[target] for target in options.targets] if options.summary else [options.targets]:
         of_part, work = [], chosen(options, part)

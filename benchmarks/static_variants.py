@@ -70,11 +70,15 @@ class Variant(NamedTuple):
         return self.name
 
 
-def variants(modules: dict[str, Any], target: str) -> Iterator[Variant]:
-    """Every binary that the launchers can ask for on this target, once."""
+def variants(modules: dict[str, Any], target: str, once: bool = True) -> Iterator[Variant]:
+    """Every binary that the launchers can ask for on this target.
+
+    Args:
+        once: one that serves several vocabularies stands for all of them.
+    """
     found = set()
     for variant in _variants(modules, machine(modules, target)):
-        if variant.specialisation() not in found:
+        if not once or variant.specialisation() not in found:
             found.add(variant.specialisation())
             yield variant
 

@@ -22,6 +22,7 @@ from wmtp.kernels.rows import (
     UNIT_BYTES,
     aligned_base,
     edge_columns,
+    exp,
     first_unit,
     in_phase,
     inner_part,
@@ -93,7 +94,7 @@ def write_gradient(
 @triton.jit
 def of_softmax(x, shift, scale):
     """scale exp(x - shift), in x's dtype."""
-    return (scale * tl.exp(x.to(tl.float32) - shift)).to(x.dtype)
+    return (scale * exp(x.to(tl.float32) - shift)).to(x.dtype)
 
 
 @triton.jit(**ONE_BINARY)
@@ -143,10 +144,10 @@ def row_gradient_kernel(
     m = tl.max(tl.load(row_max_ptr + head_ptr, mask=valid, other=float("-inf")), axis=0)
     log_s = tl.load(log_sum_ptr + head_ptr, mask=valid, other=float("-inf"))
     bad = tl.sum(tl.where(log_s == log_s, 0.0, log_s), axis=0)
-    scale = tl.sum(c, axis=0) * tl.exp(-(tl.max(log_s, axis=0) + bad))
+    scale = tl.sum(c, axis=0) * exp(-(tl.max(log_s, axis=0) + bad))
     target = tl.where(valid, target, -1)
     x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0)
-    entry = scale * tl.exp(x_target.to(tl.float32) - m) - of_agreeing(target, c)
+    entry = scale * exp(x_target.to(tl.float32) - m) - of_agreeing(target, c)
     write_gradient(
         logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, m, scale, target, entry,
         IN_PHASE, BLOCK,

@@ -27,7 +27,7 @@ from wmtp.kernels.heads import (
     settle_heads,
 )
 from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
-from wmtp.kernels.rows import ONE_BINARY, cross_entropy, row_max_sum
+from wmtp.kernels.rows import ONE_BINARY, cross_entropy, exp, row_max_sum
 
 
 @triton.jit(**ONE_BINARY)
@@ -130,7 +130,7 @@ def online_kernel(
             live = tl.max((row_c != 0).to(tl.int32), axis=0) > 0
             row_m = of_head(m, head, row)
             scale = tl.sum(row_c, axis=0) / of_head(s, head, row)  # []
-            entry = scale * tl.exp(x_target - row_m) - of_agreeing(row_target, row_c)
+            entry = scale * exp(x_target - row_m) - of_agreeing(row_target, row_c)
             index = first.to(tl.int64) + (row - first)
             row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
             row_grad = grad_begin + head_offset(index, grad_stride_h, offset_ptr, H, GRAD_LISTED)

@@ -12,7 +12,14 @@ import triton
 import triton.language as tl
 
 from wmtp.kernels.heads import head_offset, head_targets, position
-from wmtp.kernels.rows import ONE_BINARY, UNIT_BYTES, finite_or_zero, rounded_product, row_max_sum
+from wmtp.kernels.rows import (
+    ONE_BINARY,
+    UNIT_BYTES,
+    exp,
+    finite_or_zero,
+    rounded_product,
+    row_max_sum,
+)
 
 
 @triton.jit
@@ -80,6 +87,6 @@ def whole_of_parts(partial_ptr, row, read, SPLITS: tl.constexpr):
     part_m = tl.load(part_ptr, mask=read[:, None], other=0.0)
     part_s = tl.load(part_ptr + 1, mask=read[:, None], other=1.0)
     m = tl.max(part_m, axis=1)
-    factor = tl.exp(part_m - finite_or_zero(m)[:, None])
+    factor = exp(part_m - finite_or_zero(m)[:, None])
     s = tl.sum(rounded_product(part_s, factor), axis=1)
     return m, tl.where(read, s, 1.0)

@@ -32,6 +32,7 @@ from wmtp.kernels.rows import (
     UNIT_BYTES,
     cross_entropy,
     edge_columns,
+    exp,
     first_unit,
     inner_part,
 )
@@ -122,7 +123,7 @@ def register_kernel(
     m = tl.maximum(tl.max(x, axis=1), tl.max(edge, axis=1))  # [ROWS]
     # Finite, so that -inf gives 0 and +inf gives inf, beside which all others are 0.
     shift = tl.where(m == float("-inf"), 0.0, tl.minimum(m, LARGEST))
-    x, edge = tl.exp(x - shift[:, None]), tl.exp(edge - shift[:, None])
+    x, edge = exp(x - shift[:, None]), exp(edge - shift[:, None])
     s = tl.sum(x, axis=1) + tl.sum(edge, axis=1)  # [ROWS]
     head_m, head_s = m, s
     if SHARED:
@@ -154,7 +155,7 @@ def register_kernel(
     tl.store(grad_ptr_inner, g_inner, mask=inner_inside & real)
     if SHARED:
         c = of_agreeing(target, c)
-    entry = scale * tl.exp(x_target - shift) - c  # [HEADS]
+    entry = scale * exp(x_target - shift) - c  # [HEADS]
     tl.debug_barrier()  # another thread has stored there
     written = (target >= 0) & live
     tl.store(grad_ptr + grad_begin + target, entry.to(grad_ptr.dtype.element_ty), mask=written)

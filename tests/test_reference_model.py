@@ -1,4 +1,5 @@
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from wmtp.trainers import ConfigError, RunFolder, TrainConfig
 from wmtp.trainers.config import LOSSES
 from wmtp.trainers.reference_model import (
     LinearReference,
+    WholeReference,
     find_reference,
     load_reference,
     prepare_reference,
@@ -161,7 +163,7 @@ def agree(model):
     ids = torch.randint(0, 300, (2, 16))
     expected = next_token_cross_entropy(model.eval()(ids).logits, ids, backend="eager")
     prepared = {way: prepare_reference(model, CPU, way) for way in LOSSES}
-    assert prepared["fused"] is prepared["eager"] is model
+    assert all(isinstance(prepared[way], WholeReference) for way in ("fused", "eager"))
     for way, reference in prepared.items():
         found = reference_ce(reference, ids, ids, way)
         torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-5)
@@ -197,7 +199,7 @@ def test_logits_that_are_a_product_are_never_made(name, settings, dtype, monkeyp
 )
 def test_what_is_more_than_a_product_is_read_as_logits(name, settings, loud):
     model = hugging_face(name, **settings)
-    assert agree(louder(model) if loud else model) is model
+    assert isinstance(agree(louder(model) if loud else model), WholeReference)
 
 
 def test_a_head_that_is_not_all_between_states_and_logits():
@@ -206,7 +208,35 @@ def test_a_head_that_is_not_all_between_states_and_logits():
     after = hugging_face("Llama")  # whose logits are below what cuts them
     after.lm_head.register_forward_hook(lambda _, inputs, output: output.clamp(max=9.0))
     for model in (before, after):
-        assert agree(model) is model
+        assert isinstance(agree(model), WholeReference)
+
+
+DOCUMENTS = torch.tensor([[0] * 7 + [1] * 9, [3] * 16])
+
+
+@pytest.mark.parametrize("way", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "settings"), [("Llama", {}), ("Gemma2", {"final_logit_softcapping": 30.0})]
+)
+def test_packed_documents_are_read_apart(name, settings, way):
+    model = louder(hugging_face(name, **settings))
+    ids = torch.randint(0, 300, (2, 16))
+    reference = prepare_reference(model, CPU, way)
+    found = reference_ce(reference, ids, ids, way, DOCUMENTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parts = [reference_ce(reference, part, part, way) for part in ids[:1].split((7, 9), 1)]
+        whole = reference_ce(reference, ids[1:], ids[1:], way)
+    torch.testing.assert_close(torch.cat((found[:1, :6], found[:1, 7:]), 1), torch.cat(parts, 1))
+    torch.testing.assert_close(found[1:], whole)
+
+
+def test_a_reference_that_reads_packed_documents_as_one_text_says_so(monkeypatch):
+    monkeypatch.setattr("wmtp.once._said", set())
+    ids, logits = torch.randint(0, 300, (2, 16)), torch.randn(2, 16, 300)
+    with pytest.warns(RuntimeWarning, match="reads packed documents as one text"):
+        found = reference_ce(lambda _: logits, ids, ids, "fused", DOCUMENTS)
+    assert torch.equal(found, next_token_cross_entropy(logits, ids))
 
 
 def test_our_own_model_of_one_head():

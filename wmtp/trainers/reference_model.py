@@ -21,6 +21,8 @@ from wmtp.linear import linear_next_token_cross_entropy
 from wmtp.loss import next_token_cross_entropy
 from wmtp.models import MTPOutput, MTPTransformer
 from wmtp.models.storage import is_model_folder, load_model_folder
+from wmtp.models.transformer import positions_within
+from wmtp.once import warn_once
 from wmtp.trainers.config import ConfigError
 from wmtp.trainers.losses import logits_backend
 from wmtp.trainers.reference_tokenizer import check_same_tokenizer
@@ -39,13 +41,23 @@ class LinearReference:
 
     def states(self, input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
         """Of documents that do not see each other, where it can tell them apart."""
-        known = (document_ids,) if self.knows_documents else ()
+        known = () if document_ids is None else (document_ids,)
         return self.hidden_states(input_ids, *known)
 
     def __call__(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """The logits [B, S, V]."""
         states = self.states(input_ids, document_ids)
         return F.linear(states, self.lm_head.weight, self.lm_head.bias)
+
+
+@dataclass(frozen=True)
+class WholeReference:
+    """One of which nothing is known but its logits, and that it tells documents apart."""
+
+    logits: Callable[..., Any]  # of input_ids [B, S] and document_ids [B, T >= S]
+
+    def __call__(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Any:
+        return self.logits(input_ids, document_ids)
 
 
 @torch.no_grad()
@@ -61,12 +73,19 @@ def reference_ce(
     Args:
         reference: from `prepare_reference`.
         input_ids: [B, T-1] or [B, T]. target_ids: [B, T].
-        document_ids: [B, T] of packed rows: only a model of ours tells documents apart.
+        document_ids: [B, T] of packed rows; a model that cannot tell documents apart reads a row
+            as one text, which is said once.
         way: of `TrainConfig.loss`; "linear" makes no logits tensor of a `LinearReference`.
 
     Raises:
         ConfigError: what it returns is no logits.
     """
+    if document_ids is not None and not _knows_documents(reference):
+        warn_once(
+            "the reference reads packed documents as one text: where one begins, it knows the one "
+            "before; train without --pack, or use another reference"
+        )
+        document_ids = None
     if way == "linear" and isinstance(reference, LinearReference):
         return linear_next_token_cross_entropy(
             reference.states(input_ids, document_ids),
@@ -74,9 +93,13 @@ def reference_ce(
             target_ids,
             lm_head_bias=reference.lm_head.bias,
         )
-    known = (document_ids,) if isinstance(reference, LinearReference) else ()
+    known = () if document_ids is None else (document_ids,)
     logits = _logits(reference(input_ids, *known))
     return next_token_cross_entropy(logits, target_ids, backend=logits_backend(way))
+
+
+def _knows_documents(reference: Reference) -> bool:
+    return getattr(reference, "knows_documents", isinstance(reference, WholeReference))
 
 
 def _logits(output: Any) -> Tensor:
@@ -101,7 +124,7 @@ def prepare_reference(reference: Reference, device: torch.device, way: str = "li
 
     Returns:
         A `LinearReference` of a model of ours, and under way="linear" of a Hugging Face model that
-        is one; anything else as it was given.
+        is one; a `WholeReference` of another that tells documents apart; else what was given.
 
     Raises:
         ConfigError: a model of ours with several heads.
@@ -111,28 +134,60 @@ def prepare_reference(reference: Reference, device: torch.device, way: str = "li
     reference.to(device).eval().requires_grad_(False)
     if isinstance(reference, MTPTransformer):
         return _own_parts(reference)
-    parts = _hugging_face_parts(reference) if way == "linear" else None
+    if (base := getattr(reference, "base_model", None)) is None:
+        return reference
+    knows = _tells_documents_apart(base)
+    parts = _hugging_face_parts(reference, knows) if way == "linear" else None
+    if parts is None and knows:
+        return WholeReference(_with_documents(reference))
     return reference if parts is None else parts
 
 
 def _own_parts(model: MTPTransformer) -> LinearReference:
     _check_one_head(model, "the reference")
 
-    def states(input_ids: Tensor, document_ids: Tensor | None) -> Tensor:
+    def states(input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         output: MTPOutput = model(input_ids, document_ids)
         return output.head_hidden_states[:, :, 0]
 
     return LinearReference(states, model.unembed, knows_documents=True)
 
 
-def _hugging_face_parts(model: Any) -> LinearReference | None:
+def _with_documents(model: Any) -> Callable[..., Any]:
+    """The model, called with documents as its library knows them: by positions that begin anew."""
+
+    def call(input_ids: Tensor, document_ids: Tensor | None = None) -> Any:
+        if document_ids is None:
+            return model(input_ids=input_ids)
+        positions = positions_within(document_ids[:, : input_ids.shape[1]])[:, 0]
+        return model(input_ids=input_ids, position_ids=positions, use_cache=False)
+
+    return call
+
+
+@torch.no_grad()
+def _tells_documents_apart(base: Any) -> bool:
+    """Whether a document gets the same states behind another as alone: tried on a few ids."""
+    device = next(base.parameters()).device
+    ids = torch.arange(8, device=device)[None] % getattr(base.config, "vocab_size", 8)
+    try:
+        packed = _with_documents(base)(ids, torch.arange(8, device=device)[None] // 5)
+        alone = base(input_ids=ids[:, 5:])
+        packed, alone = packed.last_hidden_state[:, 5:], alone.last_hidden_state
+    except (TypeError, AttributeError):  # it takes no position_ids, or returns something else
+        return False
+    return bool((packed - alone).abs().max() <= 1e-2 * alone.abs().max())
+
+
+def _hugging_face_parts(model: Any, knows_documents: bool) -> LinearReference | None:
     """None where there is more between the last hidden state and the logits, or it is not seen."""
     if not (hasattr(model, "get_output_embeddings") and hasattr(model, "base_model")):
         return None
     base, head = model.base_model, model.get_output_embeddings()
     if type(head) is not nn.Linear or not _is_linear(model, base, head):  # not a quantised one
         return None
-    return LinearReference(lambda ids: base(input_ids=ids).last_hidden_state, head)
+    outputs = _with_documents(base)
+    return LinearReference(lambda *ids: outputs(*ids).last_hidden_state, head, knows_documents)
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from support.agreement import (
     loss_and_gradients,
     make_case,
 )
+from support.covering import in_pairs
+from support.instruction_sets import ALL, HERE
 from wmtp import fused_weighted_mtp_loss
 from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES
@@ -35,8 +37,11 @@ def run_python(code):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("climbs", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.float32, torch.float64],
+    climbs=[False, True],
+)
 def test_exponential(dtype, climbs):
     """The probability of a column over that of a column where x = 0 is exp(x).
 
@@ -88,8 +93,11 @@ def test_every_16_bit_value_is_read_exactly(dtype):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.bfloat16, torch.float16],
+    scale=[1e-6, 1.0, 1e5],
+)
 def test_16_bit_gradient_is_the_fp32_one_rounded_once(dtype, scale):
     """Give or take the 2e-7 of 16-bit storage's shorter polynomial; through float16's subnormals
     and beyond its largest number."""
@@ -103,8 +111,11 @@ def test_16_bit_gradient_is_the_fp32_one_rounded_once(dtype, scale):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.bfloat16, torch.float16],
+    inplace=[False, True],
+)
 def test_16_bit_gradient_is_rounded_to_nearest_even(dtype, inplace):
     """Every pair of neighbours, from the middle; 1024 equal logits have probability 2^-10."""
     bits = torch.arange(2**15, dtype=torch.int16)
@@ -192,5 +203,7 @@ def test_import_loads_no_library():
     run_python("import wmtp; assert wmtp.backends.cpu_library.load.cache_info().currsize == 0")
 
 
+@pytest.mark.parametrize("instruction_set", ALL, indirect=True)
 def test_every_instruction_set_answers_to_its_name(instruction_set):
+    """Those that this machine lacks are skipped here, and left out everywhere else."""
     assert cpu.instruction_set() == instruction_set

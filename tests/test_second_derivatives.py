@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from support.agreement import make_case
+from support.covering import in_pairs
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.checks import REDUCTIONS
 from wmtp.reference import compute_weighted_mtp_loss
@@ -79,10 +80,9 @@ def twice(form, scalar, first, second, call=compute_weighted_mtp_loss, **options
     return found
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("scalar", SCALARS)
-@pytest.mark.parametrize(("form", "first", "second"), PAIRS)
-def test_every_pair_is_right_or_raises(form, first, second, scalar, reduction):
+@in_pairs(inputs=PAIRS, scalar=SCALARS, reduction=REDUCTIONS)
+def test_every_pair_is_right_or_raises(inputs, scalar, reduction):
+    form, first, second = inputs
     wanted = twice(form, scalar, first, second, reduction=reduction)
     fused = (form, scalar, first, second, fused_weighted_mtp_loss)
     if first != "head_weights" and wanted is not None:

@@ -9,6 +9,7 @@ from support.agreement import (
     GRADIENT_TOLERANCE,
     WEIGHTINGS,
     assert_agrees,
+    assert_no_worse,
     correctly_rounded,
     largest,
     make_case,
@@ -46,8 +47,7 @@ def test_written_in_forward_for_every_weighting(monkeypatch, dtype, weighting, r
     logits = case.logits.requires_grad_()
     (gradient,) = torch.autograd.grad(loss_of(case, logits), logits)
     truth, eager = true_gradient(case), true_gradient(case, dtype=dtype)
-    allowed = largest(eager - truth) + 2 * GRADIENT_TOLERANCE[dtype] * largest(truth)
-    assert largest(gradient.double() - truth) <= allowed
+    assert_no_worse(gradient, eager, truth, 2 * GRADIENT_TOLERANCE[dtype] * largest(truth))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -73,7 +73,7 @@ def test_an_upstream_gradient_of_one_is_no_work(monkeypatch, dtype):
 def test_bfloat16_gradients_are_right_to_the_last_bit(target, weighting):
     """What forward writes, and the gradient of the cross entropies."""
     backend, device = target
-    case = make_case((2, 9, 4, 517), torch.bfloat16, weighting, device)
+    case = make_case((1, 9, 4, 517), torch.bfloat16, weighting, device)
     exact = case.cast(torch.float64)
     grads = []
     for each, function in (
@@ -102,8 +102,7 @@ def test_any_upstream_gradient(dtype, upstream):
     if upstream != upstream:
         assert gradient.isnan().any()
         return
-    allowed = largest(eager - truth) + 2 * GRADIENT_TOLERANCE[dtype] * largest(truth)
-    assert largest(gradient.double() - truth) <= allowed
+    assert_no_worse(gradient, eager, truth, 2 * GRADIENT_TOLERANCE[dtype] * largest(truth))
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])

@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_kernels import make, weighted_loss
-from test_kernels_tiers import assert_loss_and_gradient
 
+from support.kernel_outputs import assert_loss_and_gradient, make, weighted_loss
 from wmtp import kernels
 
 V = 16_500  # bfloat16: two CTAs, or one of twice as many logits

@@ -4,9 +4,18 @@ nowhere else.
 
 import pytest
 import torch
-from test_kernels import IGNORED, INF, NAN, assert_close, make, true_gradient, truth, weighted_loss
 
 from support.agreement import kernel_gradient
+from support.kernel_outputs import (
+    IGNORED,
+    INF,
+    NAN,
+    assert_close,
+    make,
+    true_gradient,
+    truth,
+    weighted_loss,
+)
 from wmtp import kernels
 
 

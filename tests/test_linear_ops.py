@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_linear import SOME, gradients, make_case
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from support.agreement import operator_call
+from support.linear_cases import SOME, gradients, make_case
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.arguments import loss_inputs
 from wmtp.records import LinearInputs, LinearSettings, flat

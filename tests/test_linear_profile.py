@@ -1,14 +1,11 @@
 """`wmtp profile --linear`: what is counted, what holds of it, what does not fit, the outputs."""
 
-import io
 import json
-import re
 
 import pytest
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
 
+from support.command_line import printed, unwrapped, wmtp
 from wmtp.benchmarks import linear_profile
 from wmtp.benchmarks.linear_profile import (
     LinearSetting,
@@ -24,7 +21,6 @@ from wmtp.benchmarks.linear_profile import (
 from wmtp.benchmarks.memory import linear_peak_bytes
 from wmtp.benchmarks.memory_profile import MEBI, SPARE
 from wmtp.benchmarks.plot import plot_linear_profile
-from wmtp.cli.app import app
 
 BOTH = "forward+backward"
 SETTING = LinearSetting(64, 2, torch.bfloat16, "cpu", "cpu", MEBI)
@@ -38,18 +34,8 @@ def found(results, provider, direction=BOTH):
     ]
 
 
-def printed(*parts):
-    text = io.StringIO()
-    Console(file=text, width=80).print(*parts)
-    return text.getvalue()
-
-
-def unwrapped(text):
-    return " ".join(re.sub("[│╭╮╰╯─]", "", text).split())
-
-
 def profile(*arguments):
-    return CliRunner().invoke(app, ["profile", *map(str, arguments)])
+    return wmtp("profile", *arguments)
 
 
 def test_sweep_goes_over_v_then_over_s():

@@ -1,14 +1,12 @@
 """`wmtp profile`: what is measured, what does not fit, the backend, the snapshot, the outputs."""
 
-import io
 import json
 import re
 
 import pytest
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
 
+from support.command_line import printed, unwrapped, wmtp
 from wmtp.benchmarks import memory_profile
 from wmtp.benchmarks.memory import loss_peak_bytes, peak_bytes
 from wmtp.benchmarks.memory_profile import (
@@ -23,7 +21,6 @@ from wmtp.benchmarks.memory_profile import (
 )
 from wmtp.benchmarks.plot import plot_profile
 from wmtp.benchmarks.providers import absent
-from wmtp.cli.app import app
 
 SMALL = Setting(16, 2, torch.bfloat16, "cpu", "cpu")
 SHAPE = (1, 64, 2, 1000)
@@ -60,19 +57,9 @@ def peaks(results):
     }
 
 
-def printed(*parts):
-    text = io.StringIO()
-    Console(file=text, width=80).print(*parts)
-    return text.getvalue()
-
-
-def unwrapped(text):
-    return " ".join(re.sub("[│╭╮╰╯─]", "", text).split())
-
-
 def profile(*arguments):
     small = ("--vocab", "300,500", "--seq-len", "8", "--horizon", "2")
-    return CliRunner().invoke(app, ["profile", *small, *map(str, arguments)])
+    return wmtp("profile", *small, *arguments)
 
 
 def test_every_vocabulary_direction_and_provider_has_its_peak(uncompiled):
@@ -260,7 +247,7 @@ def test_command_tabulates_draws_and_writes(uncompiled, on_cpu, monkeypatch, tmp
 
 def test_command_refuses_what_is_no_vocabulary():
     for vocab in ("12,x", "0", ""):
-        done = CliRunner().invoke(app, ["profile", "--vocab", vocab])
+        done = wmtp("profile", "--vocab", vocab)
         assert done.exit_code == 2
         assert "--vocab takes positive whole numbers" in unwrapped(done.output)
 

@@ -7,7 +7,7 @@ from support.agreement import make_case
 from wmtp import fused_weighted_mtp_loss
 from wmtp.benchmarks.memory import peak_bytes
 
-SHAPE = (2, 9, 3, 37)
+SHAPE = (2, 5, 3, 37)
 
 
 def stacked_and_listed(weighting="given", dtype=torch.float32, device="cpu", shape=SHAPE):

@@ -13,6 +13,7 @@ from support.agreement import (
     kernel_gradient,
     relative_error,
 )
+from support.covering import in_pairs
 from support.kernel_outputs import (
     DTYPES,
     IGNORED,
@@ -54,24 +55,31 @@ def assert_gradient(logits, target_ids, shared=False):
         assert (grad[~valid] == 0).all()
 
 
-@pytest.mark.parametrize(("dtype", "vocabulary"), VOCABULARIES)
-def test_agrees_with_the_truth(device, dtype, vocabulary):
+@in_pairs(
+    storage=VOCABULARIES,
+    weighting=["uniform", "given", "abs", "signed"],
+    normalize=[True, False],
+)
+def test_agrees_with_the_truth(device, storage, weighting, normalize):
+    dtype, vocabulary = storage
     logits, target_ids = make((2, 4, 3, vocabulary), dtype, device)
     weights = torch.rand(2, 4, 3).to(device)
     weights[0, 1] = 0.0
     weights[1, 3] = NAN  # nothing follows the last token: its weights are not looked at
     ref_ce = (4 * torch.rand(2, 3)).to(device)
-    for options in (
-        {},
-        {"normalize": False},
-        {"weights": weights},
-        {"weights": weights, "normalize": False},
-        {"ref_ce": ref_ce},
-        {"ref_ce": ref_ce, "signed": True, "normalize": False},
-    ):
-        found = forward(logits, target_ids, **options)
-        assert_close(found, truth(logits, target_ids, **options))
-    assert_gradient(logits, target_ids)
+    options = {
+        "uniform": {},
+        "given": {"weights": weights},
+        "abs": {"ref_ce": ref_ce},
+        "signed": {"ref_ce": ref_ce, "signed": True},
+    }[weighting]
+    found = forward(logits, target_ids, normalize=normalize, **options)
+    assert_close(found, truth(logits, target_ids, normalize=normalize, **options))
+
+
+@pytest.mark.parametrize(("dtype", "vocabulary"), VOCABULARIES)
+def test_gradient_agrees_with_the_truth(device, dtype, vocabulary):
+    assert_gradient(*make((2, 4, 3, vocabulary), dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

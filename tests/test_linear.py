@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from support.covering import in_pairs
 from support.linear_cases import (
     LOW,
     SOME,
@@ -29,9 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CHUNKS = {torch.float64: 1, torch.float32: SOME, torch.bfloat16: SOME, torch.float16: None}
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(dtype=FLOAT_DTYPES, weighting=WEIGHTINGS, reduction=REDUCTIONS)
 def test_agrees_with_eager(dtype, weighting, reduction):
     chunk_bytes = CHUNKS[dtype]
     leaves, options = make_case(dtype, weighting, bias=reduction != "sum", reduction=reduction)
@@ -152,9 +151,11 @@ def test_one_hidden_state_for_all_heads():
     )
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (2, 1), (1, 2)])
-@pytest.mark.parametrize("weighting", ["uniform", "ref_ce"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@in_pairs(
+    dtype=[torch.float32, torch.float16],
+    weighting=["uniform", "ref_ce"],
+    shape=[(0, 5), (2, 0), (2, 1), (1, 2)],
+)
 def test_no_target_is_a_loss_of_zero(dtype, weighting, shape):
     batch, length = shape
     hidden = torch.randn(batch, length, 3, 4, dtype=dtype, requires_grad=True)

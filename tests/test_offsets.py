@@ -9,6 +9,7 @@ import torch
 from torch.autograd import grad
 
 from support.agreement import assert_identical, loss_and_gradients, make_case, relative_error
+from support.covering import in_pairs
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, mtp_cross_entropy
 from wmtp.reference import compute_weighted_mtp_loss
 
@@ -45,12 +46,12 @@ def test_two_equal_logits_of_1e8_cost_log_2(backend):
         assert result.ce_per_head[0, :2, 0].tolist() == pytest.approx([math.log(2)] * 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("weighting", ["given", "signed"])
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(backend, dtype) for backend in BACKENDS for dtype in OFFSETS
-     if (backend, dtype) != ("triton", torch.float64)],
-)  # fmt: skip
+@in_pairs(
+    backend=BACKENDS,
+    dtype=OFFSETS,
+    weighting=["given", "signed"],
+    where=lambda backend, dtype, _: (backend, dtype) != ("triton", torch.float64),
+)
 def test_an_offset_changes_no_bit(backend, dtype, weighting):
     """The gradient that forward writes, and the one of the cross entropies."""
     function = partial(fused_weighted_mtp_loss, backend=backend)

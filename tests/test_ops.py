@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from support.agreement import make_case, operator_call
+from support.covering import in_pairs
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.arguments import loss_inputs
 from wmtp.backends import cpu
@@ -109,9 +110,7 @@ def compilers():
     return [as_it_is, aot_eager, inductor]
 
 
-@pytest.mark.parametrize("compiler", compilers(), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+@in_pairs(compiler=compilers(), dtype=[torch.float32, torch.float16], weighting=["given", "ref_ce"])
 def test_loss_and_gradient_are_one_pass(kernel_calls, compiler, dtype, weighting):
     case = make_case((2, 5, 3, 20), dtype, weighting)
     logits = case.logits.requires_grad_()

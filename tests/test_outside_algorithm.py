@@ -75,11 +75,11 @@ def test_it_is_compared(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "runs"
     done = wmtp(
-        *("compare", "--algo", "mtp-baseline", "--algo", FOCAL, "--set", "focus=1", *SMALL),
-        *("--data", str(corpus), "--out", str(out)),
+        *("compare", "--algo", FOCAL, "--set", "focus=1", *SMALL),
+        *("--data", corpus, "--out", out),
     )
     assert done.exit_code == 0, done.output
-    assert list(json.loads((out / "compare.json").read_text())) == ["mtp-baseline", FOCAL]
+    assert list(json.loads((out / "compare.json").read_text())) == [FOCAL]
     config = json.loads((out / "support.outside_algorithms-FocalTrainer/config.json").read_text())
     assert config["settings"] == {"focus": 1.0}
 

@@ -1,7 +1,7 @@
 """Covering arrays of strength two: far fewer rows than the product of the axes, in which any two
 values of different axes still meet. What fails for one value, or for two together, still fails."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 # Fixtures with values of their own, which a row may choose too.
 FIXTURES = ("instruction_set", "tier")
 
-Row = tuple[int, ...]  # of each axis the number of a value
+Row = tuple[Hashable, ...]  # of each axis a value, or its number
 
 
 def pairwise(
@@ -24,22 +24,28 @@ def pairwise(
     """
     values = [list(axis) for axis in axes]
 
-    def of(row: Row) -> tuple[Any, ...]:
+    def of(row: tuple[int, ...]) -> tuple[Any, ...]:
         return tuple(axis[number] for axis, number in zip(values, row, strict=True))
 
     rows = [row for row in product(*(range(len(axis)) for axis in values)) if where(*of(row))]
-    missing = {pair for row in rows for pair in _pairs(row)}
+    return [of(rows[number]) for number in covering(rows)]
+
+
+def covering(rows: Sequence[Row]) -> list[int]:
+    """The numbers of some of the rows, in which all pairs of values are that are in any."""
+    pairs = [set(_pairs(row)) for row in rows]
+    missing = set().union(*pairs)
     chosen = []
     while missing:  # the first of the rows with most of the missing pairs
-        best = max(rows, key=lambda row: len(missing.intersection(_pairs(row))))
-        missing.difference_update(_pairs(best))
-        chosen.append(of(best))
+        best = max(range(len(rows)), key=lambda number: len(missing & pairs[number]))
+        missing -= pairs[best]
+        chosen.append(best)
     return chosen
 
 
-def _pairs(row: Row) -> list[tuple[tuple[int, int], ...]]:
+def _pairs(row: Row) -> Iterable[Any]:
     """One axis alone has no pairs: its values stand for them."""
-    return list(combinations(enumerate(row), min(2, len(row))))
+    return combinations(enumerate(row), min(2, len(row)))
 
 
 def in_pairs(

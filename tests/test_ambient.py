@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from support.agreement import make_case
+from support.backends import ON_CPU
 from support.covering import in_pairs
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, next_token_cross_entropy
 
@@ -91,9 +92,6 @@ def answer(op, form, weighting, forward=nullcontext, backward=nullcontext, backe
 FORMS = [(logits_op, "tensor"), (logits_op, "list"), (logits_op, "shared"), (linear_op, "tensor")]
 
 
-BACKENDS = ["cpu", "eager", "triton"][: 2 if torch.cuda.is_available() else 3]
-
-
 def can_be(name, form, weighting, backend):
     """Eager torch multiplies, forward and backward, in what autocast says. Triton's interpreter
     makes tensors of its own, and is slow: there one of each."""
@@ -103,7 +101,7 @@ def can_be(name, form, weighting, backend):
     return backend == "cpu" or (name != "default device meta" and (form, weighting) in once)
 
 
-@in_pairs(name=AMBIENT, form=FORMS, weighting=["given", "ref_ce"], backend=BACKENDS, where=can_be)
+@in_pairs(name=AMBIENT, form=FORMS, weighting=["given", "ref_ce"], backend=ON_CPU, where=can_be)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_the_answer_is_the_one_without(name, form, weighting, backend):
     op, form = form

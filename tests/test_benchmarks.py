@@ -138,7 +138,7 @@ def test_a_provider_that_disagrees_fails_the_suite(monkeypatch, tmp_path):
         "providers.PROVIDERS['fused'] = lambda *arguments: 2 * providers.eager(*arguments)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p spoil")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p spoil --exitfirst")
     with pytest.raises(RuntimeError, match="fused disagrees with eager torch"):
         report.run_suites(["loss"], "tiny")
 

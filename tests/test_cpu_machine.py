@@ -157,12 +157,23 @@ def test_offsets_beyond_32_bits():
 
 
 @needs_kernel
-def test_forked_child_of_a_threaded_parent():
-    """OpenMP's threads do not survive a fork; a child that waited for them would never return."""
+def test_a_process_of_its_own():
+    """Nothing is loaded at import. Scripts set the default device to their GPU; the logits here are
+    on the CPU all the same. OpenMP's threads do not survive a fork; a child that waited for them
+    would never return."""
     run_python(
         """
-        import os, time, torch
-        from wmtp import mtp_cross_entropy
+        import os, time, torch, wmtp
+        from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy
+        assert wmtp.backends.cpu_library.load.cache_info().currsize == 0
+
+        logits = torch.randn(1, 4, 2, 9, requires_grad=True)
+        ids = torch.zeros(1, 4, dtype=torch.int64)
+        with torch.device("meta"):
+            loss = fused_weighted_mtp_loss(logits, ids).loss
+            loss.backward()
+        assert loss.device.type == logits.grad.device.type == "cpu"
+
         torch.set_num_threads(2)
         logits, ids = torch.randn(1, 40, 2, 20000), torch.zeros(1, 40, dtype=torch.int64)
         expected = mtp_cross_entropy(logits, ids, backend="cpu")
@@ -180,27 +191,6 @@ def test_forked_child_of_a_threaded_parent():
         assert done and status == 0, status if done else "the child hangs"
         """
     )
-
-
-@needs_kernel
-def test_another_default_device_does_not_matter():
-    """Scripts set it to their GPU; the logits here are on the CPU all the same."""
-    run_python(
-        """
-        import torch
-        from wmtp import fused_weighted_mtp_loss
-        logits = torch.randn(1, 4, 2, 9, requires_grad=True)
-        ids = torch.zeros(1, 4, dtype=torch.int64)
-        with torch.device("meta"):
-            loss = fused_weighted_mtp_loss(logits, ids).loss
-            loss.backward()
-        assert loss.device.type == logits.grad.device.type == "cpu"
-        """
-    )
-
-
-def test_import_loads_no_library():
-    run_python("import wmtp; assert wmtp.backends.cpu_library.load.cache_info().currsize == 0")
 
 
 @pytest.mark.parametrize("instruction_set", ALL, indirect=True)

@@ -168,11 +168,11 @@ def test_two_runs_give_the_same_bits(device, tier):
     assert torch.equal(first[-1][0], second[-1][0])
 
 
-def test_a_forced_tier_that_cannot_serve_raises(monkeypatch):
-    logits, target_ids = make((1, 4, 2, 33), torch.float32, "cpu")
+def test_a_forced_tier_that_cannot_serve_raises(monkeypatch, device):
+    logits, target_ids = make((1, 4, 2, 33), torch.float32, device)
     monkeypatch.setenv("WMTP_TRITON_TIER", "row")
     with pytest.raises(ValueError, match="need all rows of a token"):
-        weighted_loss(logits, target_ids, ref_ce=torch.zeros(1, 3))
+        weighted_loss(logits, target_ids, ref_ce=torch.zeros(1, 3, device=device))
     monkeypatch.setenv("WMTP_TRITON_TIER", "fastest")
     with pytest.raises(ValueError, match="must be one of token, row, online, got 'fastest'"):
         weighted_loss(logits, target_ids)

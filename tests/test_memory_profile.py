@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from support.backends import ON_CPU
 from support.command_line import printed, unwrapped, wmtp
 from wmtp.benchmarks import memory_profile
 from wmtp.benchmarks.memory import loss_peak_bytes, peak_bytes
@@ -171,7 +172,7 @@ def test_any_other_error_is_not_taken_for_a_lack_of_memory(uncompiled, monkeypat
         profile_losses([5000], SMALL)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "cpu"])
 def test_the_backend_is_that_of_the_fused_losses(backend):
     def peak(provider, direction):
         shape = (1, 8, 2, 300)

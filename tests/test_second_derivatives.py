@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from support.agreement import make_case
+from support.backends import FUSED_ON_CPU
 from support.covering import in_pairs
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.checks import REDUCTIONS
@@ -95,11 +96,9 @@ def test_every_pair_is_right_or_raises(inputs, scalar, reduction):
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", FUSED_ON_CPU)
 def test_weights_that_are_pushed_by_their_own_gradient(backend):
     """(loss + 10 |dloss/da|^2).backward(), with its part through the weights' gradient."""
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("not interpreted on GPUs")
     case = make_case((B, S, H, V))
 
     def gradients(dtype, **options):

@@ -86,12 +86,15 @@ class Known:
 
     def __init__(self, file: Path | None):
         self._file = file
-        lines = file.read_text().splitlines() if file is not None and file.exists() else []
         self._rows = {}
-        for line in lines:
-            if line.endswith("}"):  # the last may be cut short
-                known = json.loads(line)
-                self._rows[known["key"]] = known["row"]
+        if file is None or not file.exists():
+            return
+        whole, _, cut_short = file.read_text().rpartition("\n")
+        if cut_short:  # of a run that was killed; more would be written behind it
+            file.write_text(whole + "\n" * bool(whole))
+        for line in whole.splitlines():
+            known = json.loads(line)
+            self._rows[known["key"]] = known["row"]
 
     def get(self, key: str) -> Row | None:
         return self._rows.get(key)

@@ -2,7 +2,7 @@
 
 import os
 import runpy
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 # A graph that was compiled with an operator as it was yesterday is not to be found again.
@@ -20,7 +20,7 @@ if (links := Path(__file__).parents[1] / "benchmarks" / "__init__.py").exists():
 import pytest
 from torch.utils import deterministic
 
-from support import interpreter
+from support import instruction_sets, interpreter
 from wmtp import kernels
 from wmtp.backends import cpu_library
 
@@ -115,27 +115,31 @@ def tier(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=["avx512_bf16", "avx512", "avx2", "baseline"])
+@pytest.fixture(params=instruction_sets.HERE)
 def instruction_set(request, one_thread):
     """The C++ kernel with every instruction set of this machine."""
-    if reason := cpu_library.unavailable():
-        pytest.skip(f"no CPU kernel: {reason}")
-    try:
-        cpu_library.select_instruction_set(cpu_library.load(), request.param)
-    except RuntimeError as missing:
-        if request.param == "baseline":
-            raise
-        pytest.skip(str(missing))
+    if reason := instruction_sets.why_not(request.param):
+        pytest.skip(reason)
     yield request.param
     cpu_library.select_instruction_set(cpu_library.load(), "")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """Without a device one skip a file says how many of its tests want one; `-m gpu` lists them."""
     if torch.cuda.is_available():
         return
+    by_file = defaultdict(list)
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device on this machine"))
+            by_file[item.path].append(item)
+    for ones in by_file.values():
+        reason = f"no CUDA or ROCm device on this machine: {len(ones)} tests of this file need one"
+        for item in ones:
+            item.add_marker(pytest.mark.skip(reason=reason))
+    others = {item for ones in by_file.values() for item in ones[1:]}
+    if others and not config.getoption("markexpr"):
+        config.hook.pytest_deselected(items=list(others))
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.hookimpl(wrapper=True)

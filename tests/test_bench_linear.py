@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from typer.testing import CliRunner
 
+from support.command_line import wmtp
 from support.made_up import columns_of, made_up
 from wmtp.benchmarks import bench_linear, linear_providers, report
 from wmtp.benchmarks.linear_problem import LOSS_TOLERANCE, LinearProblem
@@ -19,7 +19,6 @@ from wmtp.benchmarks.plot import plot_linear
 from wmtp.benchmarks.problem import WEIGHTINGS, Case
 from wmtp.benchmarks.tables import tables
 from wmtp.benchmarks.timing import suite
-from wmtp.cli.app import app
 
 BOTH, FROZEN = linear_providers.DIRECTIONS
 SHAPE, DIM = (1, 64, 2, 1000), 16
@@ -225,7 +224,7 @@ def test_command_runs_the_suite_alone(monkeypatch, tmp_path):
     json_file, plot_file = tmp_path / "linear.json", tmp_path / "linear.png"
     files = ["--json", str(json_file), "--plot", str(plot_file)]
     for option in (["--linear"], ["--only", "linear"], ["--linear", "--only", "linear"]):
-        done = CliRunner().invoke(app, ["bench", *option, "--quick", *files])
+        done = wmtp("bench", *option, "--quick", *files)
         assert done.exit_code == 0, done.output
         assert json.loads(json_file.read_text())["command"] == "wmtp bench --quick --linear"
     assert asked == [(["linear"], "quick")] * 3
@@ -234,5 +233,5 @@ def test_command_runs_the_suite_alone(monkeypatch, tmp_path):
 
 
 def test_command_refuses_another_suite_beside_it():
-    done = CliRunner().invoke(app, ["bench", "--linear", "--only", "loss"])
+    done = wmtp("bench", "--linear", "--only", "loss")
     assert (done.exit_code, "leave out --only loss" in done.output) == (2, True)

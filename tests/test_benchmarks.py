@@ -12,15 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from typer.testing import CliRunner
 
+from support.command_line import wmtp
 from support.made_up import columns_of, made_up
 from wmtp.benchmarks import bench_loss, bench_scaling, memory, problem, providers, report
 from wmtp.benchmarks.memory import available_bytes, loss_peak_bytes, peak_bytes
 from wmtp.benchmarks.plot import plot_loss
 from wmtp.benchmarks.problem import WEIGHTINGS, Case, Problem
 from wmtp.benchmarks.tables import STUDIES, tables
-from wmtp.cli.app import app
 
 SHAPE = (1, 64, 2, 1000)
 # Those that compile take long, and are compared whenever they are timed.
@@ -139,7 +138,7 @@ def test_a_provider_that_disagrees_fails_the_suite(monkeypatch, tmp_path):
         "providers.PROVIDERS['fused'] = lambda *arguments: 2 * providers.eager(*arguments)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("PYTEST_ADDOPTS", "-p spoil")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p spoil --exitfirst")
     with pytest.raises(RuntimeError, match="fused disagrees with eager torch"):
         report.run_suites(["loss"], "tiny")
 
@@ -305,7 +304,7 @@ def test_command_runs_tabulates_and_writes(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "run_suites", run_suites)
     json_file, plot_file = tmp_path / "new" / "loss.json", tmp_path / "loss.png"
     command = ["bench", "--quick", "--runs", "2", "--only", "loss"]
-    done = CliRunner().invoke(app, [*command, "--json", str(json_file), "--plot", str(plot_file)])
+    done = wmtp(*command, "--json", str(json_file), "--plot", str(plot_file))
     assert done.exit_code == 0, done.output
     assert asked == [(["loss"], "quick")] * 2
     assert done.output.count("the case") == 2
@@ -319,7 +318,7 @@ def test_command_runs_tabulates_and_writes(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("command", ["bench", "profile"])
 def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(command):
-    done = CliRunner().invoke(app, [command, "--json", "/dev/null/results.json"])
+    done = wmtp(command, "--json", "/dev/null/results.json")
     assert done.exit_code == 1
     assert "error: cannot write /dev/null/results.json: " in done.output
     assert "choose another --json" in done.output
@@ -329,7 +328,7 @@ def test_a_disk_that_fills_up_costs_the_file_and_not_the_table(monkeypatch):
     results = {"machine_info": {"cpu": {}}, "benchmarks": []}
     monkeypatch.setattr(report, "run_suites", lambda *_: results)
     monkeypatch.setattr(report, "gather", lambda *_: loss_results((1, 2, 2, 10), 1.0))
-    done = CliRunner().invoke(app, ["bench", "--quick", "--json", "/dev/full"])
+    done = wmtp("bench", "--quick", "--json", "/dev/full")
     assert done.exit_code == 1
     assert "loss, forward" in done.output
     assert "error: cannot write /dev/full: No space left on device" in done.output
@@ -340,5 +339,5 @@ def test_command_says_what_failed(monkeypatch):
         raise RuntimeError("fused disagrees")
 
     monkeypatch.setattr(report, "run_suites", run_suites)
-    done = CliRunner().invoke(app, ["bench", "--quick"])
+    done = wmtp("bench", "--quick")
     assert (done.exit_code, "fused disagrees" in done.output) == (1, True)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_linear import SOME, gradients, make_case
 from torch.utils.checkpoint import checkpoint
 
+from support.linear_cases import SOME, gradients, make_case
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.labels import has_target, shift_to_heads

@@ -9,8 +9,8 @@ import time
 
 import pytest
 from PIL import Image
-from test_cli import SMALL, unwrapped, wmtp
 
+from support.command_line import SMALL, unwrapped, wmtp
 from wmtp.cli import compare as command
 from wmtp.cli import plot
 from wmtp.cli.child import run_child

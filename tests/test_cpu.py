@@ -18,6 +18,8 @@ from support.agreement import (
     loss_and_gradients,
     make_case,
 )
+from support.covering import in_pairs
+from support.instruction_sets import HERE
 from wmtp import fused_weighted_mtp_loss, next_token_cross_entropy
 from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES, REDUCTIONS
@@ -29,9 +31,12 @@ pytestmark = pytest.mark.usefixtures("instruction_set", "unwritten_is_nan")
 fused = partial(fused_weighted_mtp_loss, backend="cpu")
 
 
-@pytest.mark.parametrize("V", [1, 2, 3, 7, 17, 100, 1000, 4096, 4097, 50257])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_any_vocabulary(V, dtype):
+@in_pairs(
+    instruction_set=HERE,
+    dtype=FLOAT_DTYPES,
+    V=[1, 2, 3, 7, 17, 100, 1000, 4096, 4097, 50257],
+)
+def test_any_vocabulary(dtype, V):
     assert_agrees(fused, make_case((1, 3 if V > 9999 else 8, 4, V), dtype, "given"))
 
 
@@ -42,16 +47,13 @@ def test_vocabulary_of_one_has_nothing_to_learn(dtype):
     assert torch.count_nonzero(result.ce_per_head) == torch.count_nonzero(gradient) == 0
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, weighting=WEIGHTINGS, reduction=REDUCTIONS)
 def test_weightings_and_reductions(dtype, weighting, reduction):
     case = make_case((2, 9, 4, 101), dtype, weighting, ignored=0.3, reduction=reduction)
     assert_agrees(fused, case)
 
 
-@pytest.mark.parametrize("spread", [0.1, 8.0])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, spread=[0.1, 8.0])
 def test_flat_and_confident_logits(dtype, spread):
     case = make_case((2, 9, 4, 1500), dtype, ignored=0.3)
     case.logits *= spread / 3
@@ -76,8 +78,7 @@ def test_strides(dtype):
     assert all(tensor.is_contiguous() for tensor in outputs)
 
 
-@pytest.mark.parametrize("V", [1, 3, 100, 5001])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, V=[1, 3, 100, 5001])
 def test_shared_heads(dtype, V):
     """One row of logits for all heads: equal to the same row copied, the gradients summed."""
     case = make_case((2, 9, 4, V), dtype, "given", ignored=0.3)
@@ -105,9 +106,12 @@ def shared_rows(logits):
     return logits[:, :, :1].contiguous().expand(logits.shape)
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=FLOAT_DTYPES,
+    weighting=["given", "ref_ce"],
+    shared=[False, True],
+)
 def test_inplace_gradient(dtype, weighting, shared):
     """Over the logits goes what otherwise goes to new memory; the other outputs are the same."""
     case = make_case((2, 9, 4, 301), dtype, weighting, ignored=0.3).cast(dtype)
@@ -126,9 +130,7 @@ def accumulating(values):
     return values if values is None or values.dtype == torch.float64 else values.float()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, shared=[False, True], reduction=REDUCTIONS)
 def test_gradient_written_with_the_loss_is_that_of_its_row_scalars(dtype, shared, reduction):
     """row_scalar is dloss/dce, with the denominator, and so is the gradient times factors[1]."""
     case = make_case((2, 9, 4, 301), dtype, "given", ignored=0.3)
@@ -170,8 +172,7 @@ def test_next_token_ce(dtype):
     torch.testing.assert_close(ref_ce.double(), expected, rtol=rtol, atol=rtol * 1e-2)
 
 
-@pytest.mark.parametrize("V", [5, 9000])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, V=[5, 9000])
 def test_non_finite_logits_as_in_eager(dtype, V):
     inf, nan = math.inf, math.nan
     case = make_case((1, 9, 1, V), dtype)
@@ -263,8 +264,11 @@ def test_target_outside_the_vocabulary(bad):
     assert torch.equal(logits, case.logits)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("bad", [-0.5, math.nan, math.inf])
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.float32, torch.float64],
+    bad=[-0.5, math.nan, math.inf],
+)
 def test_bad_weight(bad, dtype):
     case = make_case((2, 9, 4, 10), dtype, ignored=0)
     weights = torch.ones(2, 9, 4, dtype=dtype)

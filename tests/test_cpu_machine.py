@@ -17,6 +17,8 @@ from support.agreement import (
     loss_and_gradients,
     make_case,
 )
+from support.covering import in_pairs
+from support.instruction_sets import ALL, HERE
 from wmtp import fused_weighted_mtp_loss
 from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES
@@ -35,8 +37,11 @@ def run_python(code):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("climbs", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.float32, torch.float64],
+    climbs=[False, True],
+)
 def test_exponential(dtype, climbs):
     """The probability of a column over that of a column where x = 0 is exp(x).
 
@@ -88,8 +93,11 @@ def test_every_16_bit_value_is_read_exactly(dtype):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e5])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.bfloat16, torch.float16],
+    scale=[1e-6, 1.0, 1e5],
+)
 def test_16_bit_gradient_is_the_fp32_one_rounded_once(dtype, scale):
     """Give or take the 2e-7 of 16-bit storage's shorter polynomial; through float16's subnormals
     and beyond its largest number."""
@@ -103,8 +111,11 @@ def test_16_bit_gradient_is_the_fp32_one_rounded_once(dtype, scale):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.bfloat16, torch.float16],
+    inplace=[False, True],
+)
 def test_16_bit_gradient_is_rounded_to_nearest_even(dtype, inplace):
     """Every pair of neighbours, from the middle; 1024 equal logits have probability 2^-10."""
     bits = torch.arange(2**15, dtype=torch.int16)
@@ -146,12 +157,23 @@ def test_offsets_beyond_32_bits():
 
 
 @needs_kernel
-def test_forked_child_of_a_threaded_parent():
-    """OpenMP's threads do not survive a fork; a child that waited for them would never return."""
+def test_a_process_of_its_own():
+    """Nothing is loaded at import. Scripts set the default device to their GPU; the logits here are
+    on the CPU all the same. OpenMP's threads do not survive a fork; a child that waited for them
+    would never return."""
     run_python(
         """
-        import os, time, torch
-        from wmtp import mtp_cross_entropy
+        import os, time, torch, wmtp
+        from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy
+        assert wmtp.backends.cpu_library.load.cache_info().currsize == 0
+
+        logits = torch.randn(1, 4, 2, 9, requires_grad=True)
+        ids = torch.zeros(1, 4, dtype=torch.int64)
+        with torch.device("meta"):
+            loss = fused_weighted_mtp_loss(logits, ids).loss
+            loss.backward()
+        assert loss.device.type == logits.grad.device.type == "cpu"
+
         torch.set_num_threads(2)
         logits, ids = torch.randn(1, 40, 2, 20000), torch.zeros(1, 40, dtype=torch.int64)
         expected = mtp_cross_entropy(logits, ids, backend="cpu")
@@ -171,26 +193,7 @@ def test_forked_child_of_a_threaded_parent():
     )
 
 
-@needs_kernel
-def test_another_default_device_does_not_matter():
-    """Scripts set it to their GPU; the logits here are on the CPU all the same."""
-    run_python(
-        """
-        import torch
-        from wmtp import fused_weighted_mtp_loss
-        logits = torch.randn(1, 4, 2, 9, requires_grad=True)
-        ids = torch.zeros(1, 4, dtype=torch.int64)
-        with torch.device("meta"):
-            loss = fused_weighted_mtp_loss(logits, ids).loss
-            loss.backward()
-        assert loss.device.type == logits.grad.device.type == "cpu"
-        """
-    )
-
-
-def test_import_loads_no_library():
-    run_python("import wmtp; assert wmtp.backends.cpu_library.load.cache_info().currsize == 0")
-
-
+@pytest.mark.parametrize("instruction_set", ALL, indirect=True)
 def test_every_instruction_set_answers_to_its_name(instruction_set):
+    """Those that this machine lacks are skipped here, and left out everywhere else."""
     assert cpu.instruction_set() == instruction_set

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from support.agreement import assert_agrees, cpu_loss, make_case
+from support.covering import in_pairs
+from support.instruction_sets import HERE
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy
 from wmtp.checks import FLOAT_DTYPES
 
@@ -16,8 +18,11 @@ fused = partial(fused_weighted_mtp_loss, backend="cpu")
 BLOCK, PROBE, SLACK = 4096, 256, 40  # kernels/cpu/row.h
 
 
-@pytest.mark.parametrize("position", ["first", "last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.float32, torch.bfloat16],
+    position=["first", "last"],
+)
 def test_infinite_first_block_and_late_maximum(dtype, position):
     """-inf for the whole first block (4096), or a maximum that is met last."""
     case = make_case((1, 3, 4, 9001), dtype, ignored=0)
@@ -56,9 +61,12 @@ def saw(logits):
     return logits + 50.0 * (columns // BLOCK % 2) + 25.0 * (columns // BLOCK)
 
 
-@pytest.mark.parametrize("shape", [rising, falling, late_jump, saw])
-@pytest.mark.parametrize("V", [4095, 4096, 4097, 8193, 20001])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=FLOAT_DTYPES,
+    V=[4095, 4096, 4097, 8193, 20001],
+    shape=[rising, falling, late_jump, saw],
+)
 def test_rows_that_climb_out_of_their_shift(dtype, V, shape):
     case = make_case((1, 4, 2, V), dtype, "given", ignored=0)
     case.logits = shape(case.logits).to(dtype).contiguous()
@@ -66,9 +74,12 @@ def test_rows_that_climb_out_of_their_shift(dtype, V, shape):
     assert_agrees(fused, case)
 
 
-@pytest.mark.parametrize("climb", [SLACK - 1, SLACK, SLACK + 0.25, 2 * SLACK + 0.5])
-@pytest.mark.parametrize("place", [PROBE - 1, PROBE, BLOCK - 1, BLOCK, 9000])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=FLOAT_DTYPES,
+    place=[PROBE - 1, PROBE, BLOCK - 1, BLOCK, 9000],
+    climb=[SLACK - 1, SLACK, SLACK + 0.25, 2 * SLACK + 0.5],
+)
 def test_one_column_above_the_others(dtype, place, climb):
     """Within the slack it is summed with the first shift, beyond it the block is done again."""
     case = make_case((1, 4, 1, 9001), dtype, ignored=0)

@@ -12,11 +12,12 @@ from support.agreement import (
     assert_agrees,
     assert_identical,
     cpu_loss,
-    every_pair,
     largest,
     loss_and_gradients,
     make_case,
 )
+from support.covering import in_pairs
+from support.instruction_sets import HERE
 from wmtp import fused_weighted_mtp_loss
 from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES
@@ -53,21 +54,19 @@ def test_every_number_of_threads_gives_the_same_numbers(dtype):
 @pytest.mark.parametrize("shape", FEW_TOKENS, ids=str)
 def test_few_tokens_are_split_by_columns(shape):
     """Sums of parts round differently: were they the same bits each time, there were no parts."""
-    differ = 0
     for seed in range(8):
         case = make_case(shape, ignored=0, seed=seed)
         torch.set_num_threads(1)
         alone = cpu_loss(case.logits, case.target_ids, gradient="new").grad
         torch.set_num_threads(2)
         together = cpu_loss(case.logits, case.target_ids, gradient="new").grad
-        differ += not torch.equal(alone, together)
-    assert differ
+        if not torch.equal(alone, together):
+            return
+    pytest.fail("no seed tells two threads from one")
 
 
 @every_instruction_set
-@pytest.mark.parametrize(
-    ("shape", "weighting", "threads"), every_pair(FEW_TOKENS, ["given", "ref_ce"], [2, 5]), ids=str
-)
+@in_pairs(instruction_set=HERE, shape=FEW_TOKENS, weighting=["given", "ref_ce"], threads=[2, 5])
 def test_teams_agree_with_the_truth_and_with_one_thread(shape, weighting, threads):
     case = make_case(shape, weighting=weighting, ignored=0)
     if weighting == "given":
@@ -82,20 +81,17 @@ def test_teams_agree_with_the_truth_and_with_one_thread(shape, weighting, thread
 
 
 @every_instruction_set
-@pytest.mark.parametrize("order", [False, True], ids=["rising", "falling"])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_teams_on_rows_whose_parts_are_far_apart(dtype, order):
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, falling=[False, True])
+def test_teams_on_rows_whose_parts_are_far_apart(dtype, falling):
     """Each thread has a shift of its own; all but one hold next to nothing of the sum."""
     torch.set_num_threads(3)
     case = make_case((1, 5, 2, 40_000), dtype, ignored=0)
-    case.logits = case.logits.sort(-1, descending=order).values * 10
+    case.logits = case.logits.sort(-1, descending=falling).values * 10
     assert_agrees(fused, case)
 
 
 @every_instruction_set
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("excess", [False, True])
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, excess=[False, True], shared=[False, True])
 def test_teams_in_place(dtype, excess, shared):
     """A thread overwrites its columns only when all have read what they need of the row."""
     torch.set_num_threads(3)
@@ -114,8 +110,11 @@ def test_teams_in_place(dtype, excess, shared):
 
 
 @every_instruction_set
-@pytest.mark.parametrize("column", [0, 40_000, 79_999])
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@in_pairs(
+    instruction_set=HERE,
+    poison=[math.nan, math.inf, -math.inf],
+    column=[0, 40_000, 79_999],
+)
 def test_teams_with_a_special_value_in_one_part(poison, column):
     case = make_case((1, 4, 1, 80_000), ignored=0)
     case.target_ids.fill_(5)

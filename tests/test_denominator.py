@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from support.covering import in_pairs
+from support.tiny_runs import in_processes
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, loss_denominator
 from wmtp.weightings import Critic, Excess, Uniform
 
@@ -46,10 +47,7 @@ WHOLE = slice(None)
 PARTS = [slice(first, first + 2) for first in range(0, 8, 2)]
 
 
-@pytest.mark.parametrize("reduction", DIVIDED)
-@pytest.mark.parametrize("name", rules(WHOLE))
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("op", ["logits", "linear"])
+@in_pairs(op=["logits", "linear"], masked=[False, True], name=rules(WHOLE), reduction=DIVIDED)
 def test_four_unequal_micro_batches_are_the_batch(op, masked, name, reduction):
     logits, ids = batch()
     states = logits if op == "logits" else torch.randn(8, 6, 3, 5, dtype=torch.float64)
@@ -80,10 +78,8 @@ def test_four_unequal_micro_batches_are_the_batch(op, masked, name, reduction):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-def _rank(rank, folder, reduction):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{reduction}", rank=rank, world_size=2
-    )
+def _rank(folder, reduction):
+    rank = dist.get_rank()
     logits, ids = batch()
     rows = PARTS[3] if rank == 0 else PARTS[2]  # of which one has no target
     divisor = loss_denominator(ids[rows], 3, reduction=reduction)
@@ -93,19 +89,19 @@ def _rank(rank, folder, reduction):
     loss.backward()
     total = loss.detach().clone()
     dist.all_reduce(total)
-    torch.save((total, leaf.grad), f"{folder}/{reduction}{rank}.pt")
+    torch.save((total, leaf.grad), folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "head_mean"])
 def test_two_processes_are_the_batch(reduction, tmp_path):
-    mp.spawn(_rank, (str(tmp_path), reduction), nprocs=2)
+    assert in_processes(2, _rank, tmp_path, reduction) == [0, 0]
     logits, ids = batch()
     leaf = logits[4:].clone().requires_grad_()
     loss = fused_weighted_mtp_loss(leaf, ids[4:], reduction=reduction).loss
     loss.backward()
-    of_rank = [torch.load(tmp_path / f"{reduction}{rank}.pt") for rank in (0, 1)]
+    of_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     torch.testing.assert_close(of_rank[0][0], loss.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.cat((of_rank[1][1], of_rank[0][1])), leaf.grad)
 

@@ -1,7 +1,7 @@
 """Runs that are struck and damaged at random end as if nothing had been: none lost, none different.
 
-WMTP_FAULTS: how many runs, of the three algorithms in turn. WMTP_FAULTS_SEED: others. The same seed
-draws the same faults, but for what follows on a kill by the clock.
+WMTP_FAULTS: how many runs, of the three algorithms in turn (`make faults`: 60). WMTP_FAULTS_SEED:
+others. The same seed draws the same faults, but for what follows on a kill by the clock.
 """
 
 import os
@@ -12,7 +12,7 @@ import pytest
 from support.faults.rounds import Round, Runs
 from support.tiny_runs import ALGORITHMS
 
-RUNS = int(os.environ.get("WMTP_FAULTS", "6"))
+RUNS = int(os.environ.get("WMTP_FAULTS", "3"))
 SEED = int(os.environ.get("WMTP_FAULTS_SEED", "0"))
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_cli import SMALL, wmtp
 
 from support import tiny_runs
+from support.command_line import SMALL, wmtp
 from wmtp.files import FREE, FileError, shown, writing
 from wmtp.trainers import RunFolder, TrainConfig
 

@@ -9,11 +9,14 @@ from support.agreement import (
     GRADIENT_TOLERANCE,
     WEIGHTINGS,
     assert_agrees,
+    assert_no_worse,
     correctly_rounded,
     largest,
     make_case,
     relative_error,
 )
+from support.covering import in_pairs
+from support.instruction_sets import HERE
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.backends import cpu
 from wmtp.benchmarks.memory import peak_bytes
@@ -35,9 +38,7 @@ def true_gradient(case, upstream=1.0, dtype=torch.float64):
     return torch.autograd.grad(loss_of(exact, logits, function) * upstream, logits)[0].double()
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, weighting=WEIGHTINGS, reduction=REDUCTIONS)
 @pytest.mark.usefixtures("instruction_set")
 def test_written_in_forward_for_every_weighting(monkeypatch, dtype, weighting, reduction):
     """The gradient of the loss alone, with a row_gradient that would be found out."""
@@ -46,8 +47,7 @@ def test_written_in_forward_for_every_weighting(monkeypatch, dtype, weighting, r
     logits = case.logits.requires_grad_()
     (gradient,) = torch.autograd.grad(loss_of(case, logits), logits)
     truth, eager = true_gradient(case), true_gradient(case, dtype=dtype)
-    allowed = largest(eager - truth) + 2 * GRADIENT_TOLERANCE[dtype] * largest(truth)
-    assert largest(gradient.double() - truth) <= allowed
+    assert_no_worse(gradient, eager, truth, 2 * GRADIENT_TOLERANCE[dtype] * largest(truth))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -73,7 +73,7 @@ def test_an_upstream_gradient_of_one_is_no_work(monkeypatch, dtype):
 def test_bfloat16_gradients_are_right_to_the_last_bit(target, weighting):
     """What forward writes, and the gradient of the cross entropies."""
     backend, device = target
-    case = make_case((2, 9, 4, 517), torch.bfloat16, weighting, device)
+    case = make_case((1, 9, 4, 517), torch.bfloat16, weighting, device)
     exact = case.cast(torch.float64)
     grads = []
     for each, function in (
@@ -102,8 +102,7 @@ def test_any_upstream_gradient(dtype, upstream):
     if upstream != upstream:
         assert gradient.isnan().any()
         return
-    allowed = largest(eager - truth) + 2 * GRADIENT_TOLERANCE[dtype] * largest(truth)
-    assert largest(gradient.double() - truth) <= allowed
+    assert_no_worse(gradient, eager, truth, 2 * GRADIENT_TOLERANCE[dtype] * largest(truth))
 
 
 @pytest.mark.parametrize("scale", [1.0, 65536.0])
@@ -139,7 +138,7 @@ def test_normalizer_is_a_constant(target):
         function = function or partial(compute_weighted_mtp_loss, horizon=3)
         loss_of(case, logits, function, normalizer=normalizer).backward()
         assert normalizer.grad is None
-    assert not loss_of(case, logits.detach(), normalizer=normalizer).requires_grad
+        assert not loss_of(case, logits.detach(), function, normalizer=normalizer).requires_grad
 
 
 def test_heads_of_a_leaf_that_share_storage_keep_their_own_gradients(target):
@@ -309,9 +308,7 @@ def test_gradient_of_weights_alone_costs_none_of_logits():
     assert torch.count_nonzero(weights.grad)
 
 
-@pytest.mark.parametrize("upstream", [1, 0.5])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+@in_pairs(weighting=["given", "ref_ce"], dtype=DTYPES, upstream=[1, 0.5])
 def test_a_leafs_gradient_is_all_the_memory_it_takes(dtype, weighting, upstream):
     case = make_case((1, 256, 2, 4000), dtype, weighting)
     logits = case.logits.requires_grad_()

@@ -5,6 +5,7 @@ import traceback
 import pytest
 import torch
 
+from support.command_line import SMALL, wmtp
 from support.tiny_runs import make_trainer
 from wmtp.data import Batch
 from wmtp.data.batches import Rows
@@ -116,10 +117,8 @@ def test_weights_whose_sum_is_beyond_float32_are_recorded_as_they_train(
 
 
 def test_the_command_says_it_in_one_line(corpus, tmp_path):
-    from test_outside_algorithm import train
-
     words = ["--algo", "support.outside_algorithms:WordsTrainer", "--data", corpus]
-    result = train(*words, "--out", tmp_path / "run")
+    result = wmtp("train", *SMALL, *words, "--out", tmp_path / "run")
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)
     errors = [line for line in result.output.splitlines() if line.startswith("error: ")]

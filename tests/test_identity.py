@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from test_cli import SMALL, unwrapped, wmtp
 
+from support.command_line import SMALL, unwrapped, wmtp
 from support.tiny_runs import read_metrics, write_corpus
 from wmtp.trainers.identity import differences
 

@@ -1,26 +1,14 @@
 """inplace=True: the gradient takes the logits' storage, and nobody mistakes it for logits."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.utils.checkpoint
 
 from support.agreement import GRADIENT_TOLERANCE, largest, make_case
+from support.in_place import NOT_TWICE, OVERWRITTEN, TAKEN, cpu_loss, new_logits
 from wmtp import fused_weighted_mtp_loss
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.checks import FLOAT_DTYPES
-
-MODIFIED = "modified by an inplace operation"
-TAKEN = "an earlier backward has it: pass inplace=False to go backward twice"
-OVERWRITTEN = "overwritten by their gradient"
-NOT_TWICE = r"inplace=True .* pass inplace=False"
-cpu_loss = partial(fused_weighted_mtp_loss, backend="cpu")
-
-
-def new_logits(*shape, dtype=torch.float32):
-    """Not a leaf, as a model's are not."""
-    return torch.randn(*shape, dtype=dtype, requires_grad=True) * 1
 
 
 @pytest.mark.parametrize("shared", [False, True])

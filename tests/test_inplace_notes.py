@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_inplace import MODIFIED, OVERWRITTEN, cpu_loss, new_logits
 
+from support.in_place import MODIFIED, OVERWRITTEN, cpu_loss, new_logits
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.inplace import _notes
 from wmtp.reference import compute_weighted_mtp_loss

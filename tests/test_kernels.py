@@ -11,97 +11,27 @@ from support.agreement import (
     GRADIENT_TOLERANCE,
     correctly_rounded,
     kernel_gradient,
-    kernel_loss,
     relative_error,
+)
+from support.covering import in_pairs
+from support.kernel_outputs import (
+    DTYPES,
+    IGNORED,
+    INF,
+    NAN,
+    PLACEMENTS,
+    SHARED,
+    VOCABULARIES,
+    assert_close,
+    forward,
+    make,
+    placed,
+    true_gradient,
+    truth,
 )
 from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import shift_to_heads
-from wmtp.reference import cross_entropy_per_head, max_and_log_sum
-from wmtp.weightings.excess import excess_head_weights
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Less than a block and more, of any alignment: each dtype has an odd one and an even one.
-VOCABULARIES = [
-    *((torch.float32, 1), (torch.float32, 130), (torch.bfloat16, 7), (torch.bfloat16, 1000)),
-    *((torch.float16, 33), (torch.float16, 1000)),
-]
-SHARED = [(torch.float32, 1001), (torch.bfloat16, 1001), (torch.float16, 7)]
-# Elements before the first row and between rows; heads outermost or not; V.
-PLACEMENTS = [
-    *((1, 0, False, 131), (3, 5, True, 131), (64, 0, True, 1000)),
-    *((0, 1, False, 7), (0, 1, False, 1000), (71, 64, False, 1000)),
-]
-IGNORED = -100
-NAN, INF = math.nan, math.inf
-
-
-def make(shape, dtype, device, ignored=0.2):
-    """Logits, and targets of which some are ignored."""
-    target_ids = torch.randint(shape[-1], shape[:2])
-    target_ids[torch.rand(shape[:2]) < ignored] = IGNORED
-    return (3 * torch.randn(shape)).to(dtype).to(device), target_ids.to(device)
-
-
-def forward(logits, target_ids, weights=None, ref_ce=None, signed=False, normalize=True):
-    """Without gradient, the denominator being 1: the outputs that `truth` returns."""
-    *outputs, _grad = weighted_loss(
-        logits, target_ids, weights, ref_ce, signed, normalize, gradient="none"
-    )
-    return outputs
-
-
-def weighted_loss(
-    logits, target_ids, weights=None, ref_ce=None, signed=False, normalize=True, gradient="new"
-):
-    """(token_loss, row_scalar, weight_sum, ce, row_max, log_sum, gradient)."""
-    out = kernel_loss(
-        kernels,
-        *(logits, target_ids, weights, ref_ce),
-        excess="signed" if signed else "abs",
-        reduction="token_mean" if normalize else "sum",
-        normalizer=torch.ones((), device=logits.device),
-        gradient=gradient,
-    )
-    torch.testing.assert_close(out.loss, out.token_loss.sum(), equal_nan=True)
-    assert torch.equal(out.valid_mask, ~(out.weight_sum <= 1e-8))
-    of_rows = (out.ce, out.row_max, out.log_sum)
-    return out.token_loss, out.row_scalar, out.weight_sum, *of_rows, (out.grad, out.factors[1])
-
-
-def truth(logits, target_ids, weights=None, ref_ce=None, signed=False, normalize=True):
-    """The contract's outputs in fp64 on the CPU, out of the reference's parts."""
-    logits, target_ids = logits.double().cpu(), target_ids.cpu()
-    ce = cross_entropy_per_head(logits, target_ids)
-    valid = shift_to_heads(target_ids, ce.shape[2], IGNORED) != IGNORED
-    of_rows = (torch.where(valid, value, 0.0) for value in max_and_log_sum(logits))
-    w = valid.double()
-    if weights is not None:
-        w = torch.where(valid, weights.double().cpu(), 0.0)
-    elif ref_ce is not None:
-        excess = "signed" if signed else "abs"
-        w = excess_head_weights(ce, ref_ce.double().cpu(), target_ids, 0.7, excess)
-    weight_sum = w.sum(-1)
-    row_scalar = w
-    if normalize:
-        row_scalar = torch.where((weight_sum <= 1e-8)[..., None], 0.0, w / weight_sum[..., None])
-    return (row_scalar * ce).sum(-1), row_scalar, weight_sum, ce, *of_rows
-
-
-def assert_close(found, wanted, rtol=2e-5, atol=2e-6):
-    """Tuples of fp32 outputs against fp64; NaN and inf must stand in the same places."""
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(
-            ours.double().cpu(), theirs, rtol=rtol, atol=atol, equal_nan=True
-        )
-
-
-def true_gradient(logits, target_ids, row_scalar, dtype=torch.float64):
-    """d/dlogits of sum(row_scalar ce), by autograd through the reference in `dtype`."""
-    rows = logits.detach().cpu().to(dtype).requires_grad_()
-    ce = cross_entropy_per_head(rows, target_ids.cpu())
-    (grad,) = torch.autograd.grad((row_scalar.cpu().to(ce.dtype) * ce).sum(), rows)
-    return grad.double()
+from wmtp.reference import cross_entropy_per_head
 
 
 def assert_gradient(logits, target_ids, shared=False):
@@ -125,24 +55,31 @@ def assert_gradient(logits, target_ids, shared=False):
         assert (grad[~valid] == 0).all()
 
 
-@pytest.mark.parametrize(("dtype", "vocabulary"), VOCABULARIES)
-def test_agrees_with_the_truth(device, dtype, vocabulary):
+@in_pairs(
+    storage=VOCABULARIES,
+    weighting=["uniform", "given", "abs", "signed"],
+    normalize=[True, False],
+)
+def test_agrees_with_the_truth(device, storage, weighting, normalize):
+    dtype, vocabulary = storage
     logits, target_ids = make((2, 4, 3, vocabulary), dtype, device)
     weights = torch.rand(2, 4, 3).to(device)
     weights[0, 1] = 0.0
     weights[1, 3] = NAN  # nothing follows the last token: its weights are not looked at
     ref_ce = (4 * torch.rand(2, 3)).to(device)
-    for options in (
-        {},
-        {"normalize": False},
-        {"weights": weights},
-        {"weights": weights, "normalize": False},
-        {"ref_ce": ref_ce},
-        {"ref_ce": ref_ce, "signed": True, "normalize": False},
-    ):
-        found = forward(logits, target_ids, **options)
-        assert_close(found, truth(logits, target_ids, **options))
-    assert_gradient(logits, target_ids)
+    options = {
+        "uniform": {},
+        "given": {"weights": weights},
+        "abs": {"ref_ce": ref_ce},
+        "signed": {"ref_ce": ref_ce, "signed": True},
+    }[weighting]
+    found = forward(logits, target_ids, normalize=normalize, **options)
+    assert_close(found, truth(logits, target_ids, normalize=normalize, **options))
+
+
+@pytest.mark.parametrize(("dtype", "vocabulary"), VOCABULARIES)
+def test_gradient_agrees_with_the_truth(device, dtype, vocabulary):
+    assert_gradient(*make((2, 4, 3, vocabulary), dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,19 +87,6 @@ def test_gpt2_vocabulary(device, dtype):
     logits, target_ids = make((1, 3, 2, 50257), dtype, device, ignored=0.0)
     assert_close(forward(logits, target_ids), truth(logits, target_ids))
     assert_gradient(logits, target_ids)
-
-
-def placed(logits, lead, gap, heads_first=False):
-    """The same numbers, `lead` elements into a storage of NaN, rows `gap` elements apart."""
-    batch, length, heads, vocabulary = logits.shape
-    row = vocabulary + gap
-    strides = (length * heads * row, heads * row, row, 1)
-    if heads_first:
-        strides = (length * row, row, batch * length * row, 1)
-    storage = torch.full((lead + batch * length * heads * row,), NAN).to(logits)
-    view = storage.as_strided(logits.shape, strides, lead)
-    view.copy_(logits)
-    return view, storage
 
 
 @pytest.mark.parametrize(("lead", "gap", "heads_first", "vocabulary"), PLACEMENTS)
@@ -178,11 +102,10 @@ def test_any_offset_and_stride(device, dtype, vocabulary, lead, gap, heads_first
     assert_gradient(logits, target_ids)
 
 
-def test_storage_that_is_itself_unaligned(device):
-    plain, target_ids = make((1, 3, 2, 131), torch.float32, device)
+@pytest.mark.skipif(not kernels.interpreted(), reason="a device's allocator aligns all storages")
+def test_storage_that_is_itself_unaligned():
+    plain, target_ids = make((1, 3, 2, 131), torch.float32, "cpu")
     storage = torch.zeros(plain.numel() * 4 + 64, dtype=torch.uint8)
-    if device == "cuda":
-        pytest.skip("the device's allocator aligns all storages")
     start = 4 - storage.data_ptr() % 4 + 4
     logits = torch.frombuffer(storage.numpy(), dtype=torch.float32, offset=start)[: plain.numel()]
     logits = logits.view(plain.shape).copy_(plain)

@@ -185,11 +185,12 @@ def test_the_summary_counts_by_target_and_kernel_and_keeps_other_versions(tmp_pa
 def test_rows_made_before_are_not_made_again(tmp_path):
     file = tmp_path / "rows.jsonl"
     arguments = ("--sample", "1", "--dtype", "bf16", "--only", "^scale", "--known", str(file))
-    first = check(*arguments)
-    line = json.loads(file.read_text())
+    other = {"key": "of another compiler, or kernel", "row": {"registers": 77}}
+    file.write_text(json.dumps(other) + "\n" + '{"key": "cut sh')
+    (row,) = check(*arguments)
+    assert row["registers"] != 77
+    line = json.loads(file.read_text().splitlines()[-1])
+    assert {**row, **line["row"]} == row
     line["row"]["registers"] = 77
-    file.write_text(json.dumps(line) + "\n" + '{"key": "cut sh')
+    file.write_text(json.dumps(other) + "\n" + json.dumps(line) + "\n")
     assert [row["registers"] for row in check(*arguments)] == [77]
-    line["key"] = "of another compiler, or kernel"
-    file.write_text(json.dumps(line) + "\n")
-    assert check(*arguments) == first

@@ -4,9 +4,19 @@ nowhere else.
 
 import pytest
 import torch
-from test_kernels import IGNORED, INF, NAN, assert_close, make, true_gradient, truth, weighted_loss
 
 from support.agreement import kernel_gradient
+from support.covering import in_pairs
+from support.kernel_outputs import (
+    IGNORED,
+    INF,
+    NAN,
+    assert_close,
+    make,
+    true_gradient,
+    truth,
+    weighted_loss,
+)
 from wmtp import kernels
 
 
@@ -91,11 +101,10 @@ def test_a_shared_row_without_weight_spoils_nothing(device, tier):
     assert found[3][0, 1, 2] == INF
 
 
-@pytest.mark.parametrize("signed", [True, False])
+# A row alone does not know excess weights.
+@in_pairs(tier=["token", "online"], signed=[True, False])
 def test_infinite_references_do_as_in_eager(device, tier, signed):
     """Signed, +inf gives a weight of 0; all else is NaN, for that token alone."""
-    if tier == "row":
-        pytest.skip("a row alone does not know excess weights")
     logits, target_ids = make((1, 6, 2, 33), torch.float32, device, ignored=0.0)
     target_ids[0, 5] = IGNORED  # its reference does not count, and is not read
     ref_ce = torch.tensor([[1.0, INF, 2.0, -INF, NAN]]).to(device)

@@ -25,6 +25,8 @@ PLACES = {
     torch.float32: list(itertools.product(range(0, BOUNDARY, 4), INTO)),
     torch.bfloat16: list(zip(range(0, BOUNDARY, 2), itertools.cycle(INTO), strict=False)),
 }
+# Each phase once: for what finds its place as the loss of one head does.
+EACH_PHASE = list(zip(range(0, BOUNDARY, 4), itertools.cycle(INTO), strict=False))
 
 
 class Placed:
@@ -77,10 +79,9 @@ def tiers(monkeypatch):
     return (monkeypatch.setenv("WMTP_TRITON_TIER", tier) for tier in turns)
 
 
-def placed(dtype, same_phase):
+def placed(places, same_phase):
     """(place of the logits, of their gradient): every one of the first, with the same phase but
     otherwise into its storage, or with another phase."""
-    places = PLACES[dtype]
     for i, (phase, into) in enumerate(places):
         other_into = INTO[(INTO.index(into) + 1 + i % 2) % 3]
         other = (phase, other_into) if same_phase else places[(5 * i + 3) % len(places)]
@@ -91,7 +92,7 @@ def placed(dtype, same_phase):
 @pytest.mark.parametrize("dtype", PLACES, ids=str)
 def test_a_gradient_anywhere(tiers, dtype, same_phase):
     logits, target_ids, wanted = make_row(dtype)
-    for place, grad_place in placed(dtype, same_phase):
+    for place, grad_place in placed(PLACES[dtype], same_phase):
         next(tiers)
         ours, grad = Placed(logits, place), Placed(torch.full_like(logits, math.nan), grad_place)
         launch_on(ours.tensor, target_ids, grad.tensor)
@@ -117,8 +118,8 @@ def test_heads_each_anywhere(tiers, in_place):
     """Heads of memory of their own; the gradient at a third place, or over them."""
     dtype = torch.float32
     logits, target_ids, wanted = make_row(dtype, heads=2)
-    anywhere = itertools.cycle(PLACES[dtype][9:])
-    for places in placed(dtype, False):
+    anywhere = itertools.cycle(EACH_PHASE[9:])
+    for places in placed(EACH_PHASE, False):
         next(tiers)
         heads = [Placed(logits[:, :, k], place) for k, place in enumerate(places)]
         lowest = min((head.tensor for head in heads), key=torch.Tensor.data_ptr)
@@ -142,7 +143,7 @@ def test_the_gradient_of_cross_entropies_anywhere(monkeypatch, same_phase):
     logits, target_ids, wanted = make_row(torch.float32)
     logits, wanted = (torch.cat((t, torch.zeros_like(t)), 1) for t in (logits, wanted))
     of_rows = (*max_and_log_sum(logits), torch.ones(1, 2, 1))
-    for place, grad_place in placed(torch.float32, same_phase):
+    for place, grad_place in placed(EACH_PHASE, same_phase):
         ours, grad = Placed(logits, place), Placed(torch.full_like(logits, math.nan), grad_place)
         monkeypatch.setattr(torch, "empty_like", lambda *_, grad=grad, **__: grad.tensor)
         assert_right(

@@ -4,7 +4,12 @@ import types
 
 import pytest
 import torch
-from test_kernels import (
+
+pytest.importorskip("triton")
+
+
+from support.covering import in_pairs
+from support.kernel_outputs import (
     DTYPES,
     IGNORED,
     INF,
@@ -13,69 +18,54 @@ from test_kernels import (
     SHARED,
     VOCABULARIES,
     assert_close,
+    assert_loss_and_gradient,
     make,
     placed,
-    true_gradient,
     truth,
     weighted_loss,
 )
-
-from support.agreement import GRADIENT_TOLERANCE, correctly_rounded, relative_error
 from wmtp import fused_weighted_mtp_loss
+from wmtp.kernels import tiers
 from wmtp.labels import has_target
 
-TIERS = ["token", "row", "online"]
+WEIGHTINGS = ["uniform", "given", "abs", "signed"]
 
 
-def weightings(shape, device):
-    """Arguments of `weighted_loss`; those with ref_ce last."""
+def weighted(weighting, shape, device):
+    """Arguments of `weighted_loss`."""
     weights = torch.rand(shape[:3])
     weights[0, 1] = 0.0
     ref_ce = (4 * torch.rand(shape[0], shape[1] - 1)).to(device)
-    return [
-        {},
-        {"weights": weights.to(device), "normalize": False},
-        {"ref_ce": ref_ce},
-        {"ref_ce": ref_ce, "signed": True, "normalize": False},
-    ]
+    return {
+        "uniform": {},
+        "given": {"weights": weights.to(device), "normalize": False},
+        "abs": {"ref_ce": ref_ce},
+        "signed": {"ref_ce": ref_ce, "signed": True, "normalize": False},
+    }[weighting]
 
 
-def assert_loss_and_gradient(logits, target_ids, shared=False, gradient="new", **options):
-    """Against the fp64 truth; the gradient no worse than eager torch's in that dtype."""
-    plain = logits.clone()
-    *found, (grad, factor) = weighted_loss(logits, target_ids, gradient=gradient, **options)
-    wanted = truth(plain, target_ids, **options)
-    assert_close(found, wanted)
-    _, row_scalar, *_ = wanted
-    exact = true_gradient(plain, target_ids, row_scalar)
-    eager = true_gradient(plain, target_ids, row_scalar, logits.dtype)
-    if shared:  # the H-th part of the sum
-        exact, eager = exact.mean(2, keepdim=True), eager.mean(2, keepdim=True)
-    assert grad.shape == exact.shape
-    assert grad.dtype == logits.dtype
-    allowed = relative_error(eager, exact) + GRADIENT_TOLERANCE[logits.dtype]
-    assert relative_error(grad.double().cpu() * factor.item(), exact) <= allowed
-    if logits.dtype == torch.bfloat16:
-        assert correctly_rounded(grad.cpu(), exact) >= 0.99
-    valid = has_target(target_ids, logits.shape[2], IGNORED)
-    assert (grad[~(valid.any(-1, keepdim=True) if shared else valid)] == 0).all()
-    return grad
+def serves(tier, storage, weighting, inplace):
+    """A row alone does not know excess weights."""
+    return tier != "row" or weighting in ("uniform", "given")
 
 
-def serves(tier, options):
-    return tier != "row" or "ref_ce" not in options
-
-
-@pytest.mark.parametrize(("dtype", "vocabulary"), VOCABULARIES)
-def test_every_tier_agrees_with_the_truth(device, tier, dtype, vocabulary):
+@in_pairs(
+    tier=tiers.TIERS,
+    storage=VOCABULARIES,
+    weighting=WEIGHTINGS,
+    inplace=[False, True],
+    where=serves,
+)
+def test_every_tier_agrees_with_the_truth(device, tier, storage, weighting, inplace):
+    dtype, vocabulary = storage
     shape = (2, 4, 3, vocabulary)
     logits, target_ids = make(shape, dtype, device)
-    for options in filter(lambda options: serves(tier, options), weightings(shape, device)):
-        new = assert_loss_and_gradient(logits, target_ids, **options)
-    inplace = logits.clone()  # of the last weighting, which asks for most
-    grad = assert_loss_and_gradient(inplace, target_ids, gradient="inplace", **options)
-    assert grad.data_ptr() == inplace.data_ptr()
-    assert torch.equal(grad, new)
+    options = weighted(weighting, shape, device)
+    new = assert_loss_and_gradient(logits, target_ids, **options)
+    if inplace:
+        grad = assert_loss_and_gradient(logits, target_ids, gradient="inplace", **options)
+        assert grad.data_ptr() == logits.data_ptr()
+        assert torch.equal(grad, new)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -99,7 +89,8 @@ def test_shared_heads(device, tier, dtype, vocabulary):
     rows, target_ids = make((2, 4, 1, vocabulary), dtype, device)
     target_ids[0, 1:4] = target_ids[0, 1].clamp(min=0)  # heads that agree on the target
     logits = rows.expand(-1, -1, 4, -1)
-    for options in weightings((2, 4, 4), device)[1::2]:
+    for weighting in ("given", "signed"):
+        options = weighted(weighting, (2, 4, 4), device)
         assert_loss_and_gradient(logits, target_ids, shared=True, **options)
     inplace = rows.clone().expand(-1, -1, 4, -1)
     assert_loss_and_gradient(inplace, target_ids, shared=True, gradient="inplace")
@@ -148,7 +139,7 @@ def test_offsets_pass_two_to_the_31(device, tier, tmp_path, monkeypatch):
 def test_all_tiers_give_the_same_loss_and_gradient(device, monkeypatch):
     logits, target_ids = make((2, 4, 4, 517), torch.float32, device)
     outputs = []
-    for tier in TIERS:
+    for tier in tiers.TIERS:
         monkeypatch.setenv("WMTP_TRITON_TIER", tier)
         leaf = logits.clone().requires_grad_()
         loss = fused_weighted_mtp_loss(leaf, target_ids, backend="triton").loss
@@ -166,11 +157,11 @@ def test_two_runs_give_the_same_bits(device, tier):
     assert torch.equal(first[-1][0], second[-1][0])
 
 
-def test_a_forced_tier_that_cannot_serve_raises(monkeypatch):
-    logits, target_ids = make((1, 4, 2, 33), torch.float32, "cpu")
+def test_a_forced_tier_that_cannot_serve_raises(monkeypatch, device):
+    logits, target_ids = make((1, 4, 2, 33), torch.float32, device)
     monkeypatch.setenv("WMTP_TRITON_TIER", "row")
     with pytest.raises(ValueError, match="need all rows of a token"):
-        weighted_loss(logits, target_ids, ref_ce=torch.zeros(1, 3))
+        weighted_loss(logits, target_ids, ref_ce=torch.zeros(1, 3, device=device))
     monkeypatch.setenv("WMTP_TRITON_TIER", "fastest")
     with pytest.raises(ValueError, match="must be one of token, row, online, got 'fastest'"):
         weighted_loss(logits, target_ids)
@@ -181,8 +172,6 @@ def test_a_forced_tier_that_cannot_serve_raises(monkeypatch):
     ("dtype", "vocabulary"), [(torch.float32, 32_768), (torch.bfloat16, 33_333)]
 )
 def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
-    from wmtp.kernels import tiers
-
     monkeypatch.setenv("WMTP_TRITON_TIER", "online")
     monkeypatch.setattr(tiers, "machine", lambda _: tiers.Machine(32, 64))
     logits, target_ids = make((1, 3, 2, vocabulary), dtype, device, ignored=0.0)
@@ -208,8 +197,6 @@ def test_few_rows_are_split(device, monkeypatch, dtype, vocabulary):
     [(1, 256_000, 8), (1, 32_000, 1), (16, 256_000, 8), (40, 256_000, 2), (132, 256_000, 1)],
 )
 def test_into_how_many_parts(programs, vocabulary, wanted):
-    from wmtp.kernels import tiers
-
     assert tiers.splits(vocabulary, 2, programs, tiers.Machine(32, 132)) == wanted
 
 
@@ -228,28 +215,22 @@ CHOSEN = {
 
 @pytest.mark.parametrize("case", CHOSEN)
 def test_what_is_chosen(case):
-    from wmtp.kernels.tiers import Machine, choose
-
-    (itemsize, rows, excess), machine = case, Machine(32, 132)
+    (itemsize, rows, excess), machine = case, tiers.Machine(32, 132)
     for vocabulary, wanted in CHOSEN[case].items():
-        found = choose(vocabulary, 4, rows, itemsize, excess, True, machine)
+        found = tiers.choose(vocabulary, 4, rows, itemsize, excess, True, machine)
         assert f"{found.tier} {found.num_warps}" == wanted, vocabulary
-        once = choose(vocabulary, 4, rows, itemsize, excess, False, machine)
+        once = tiers.choose(vocabulary, 4, rows, itemsize, excess, False, machine)
         assert (once.tier, once.num_warps) <= ("online", 8)
 
 
 def test_a_larger_l2_lets_two_programs_share_an_sm():
-    from wmtp.kernels.tiers import Machine, choose
-
     for l2_bytes, warps in ((50 << 20, 32), (126 << 20, 16)):
-        machine = Machine(32, 148, l2_bytes)
-        assert choose(128256, 4, 4, 2, False, True, machine).num_warps == warps
+        machine = tiers.Machine(32, 148, l2_bytes)
+        assert tiers.choose(128256, 4, 4, 2, False, True, machine).num_warps == warps
 
 
 @pytest.mark.parametrize("hip", [None, "7.0"])
 def test_what_a_machine_is(monkeypatch, hip):
-    from wmtp.kernels import tiers
-
     properties = types.SimpleNamespace(
         multi_processor_count=84, warp_size=64 if hip else 32, L2_cache_size=6 << 20
     )

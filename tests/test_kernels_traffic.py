@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from support.agreement import every_pair
+from support.covering import in_pairs
 from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import has_target
 from wmtp.records import RowInputs
@@ -23,19 +23,9 @@ from wmtp.benchmarks.traffic import (
 
 ODD, ALIGNED = 8191, 8192
 DTYPES = [torch.float32, torch.bfloat16]
-# The row tier, which does not serve all weightings, last: the others meet both vocabularies.
-CASES = [
-    (tier, weighting, vocabulary)
-    for tier, weighting, vocabulary in every_pair(
-        ("token", "online", "row"), WEIGHTINGS, [ODD, ALIGNED]
-    )
-    if serves(tier, weighting)
-]
 
 
-@pytest.mark.parametrize(
-    ("weighting", "dtype", "vocabulary"), every_pair(WEIGHTINGS, DTYPES, [ODD, ALIGNED])
-)
+@in_pairs(weighting=WEIGHTINGS, dtype=DTYPES, vocabulary=[ODD, ALIGNED])
 def test_forward_reads_the_valid_logits_once(weighting, dtype, vocabulary):
     moved = measure(weighting, "", False, vocabulary, dtype)
     assert 1.0 <= moved.read <= 1.01
@@ -45,7 +35,12 @@ def test_forward_reads_the_valid_logits_once(weighting, dtype, vocabulary):
     assert moved.others <= 0.01
 
 
-@pytest.mark.parametrize(("tier", "weighting", "vocabulary"), CASES)
+@in_pairs(
+    tier=TIERS,
+    weighting=WEIGHTINGS,
+    vocabulary=[ODD, ALIGNED],
+    where=lambda tier, weighting, _: serves(tier, weighting),
+)
 def test_loss_and_gradient_write_once_and_read_once_or_twice(tier, weighting, vocabulary):
     moved = measure(weighting, tier, True, vocabulary)
     reads = 2 if tier == "online" else 1

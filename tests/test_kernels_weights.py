@@ -1,12 +1,11 @@
 """weights_kernel and finish_kernel against the fp64 truth: any H, any denominator, no token."""
 
-import itertools
-
 import pytest
 import torch
-from test_kernels import DTYPES, IGNORED, make
 
 from support.agreement import GRADIENT_TOLERANCE, relative_error
+from support.covering import in_pairs
+from support.kernel_outputs import DTYPES, IGNORED, make
 from wmtp import fused_weighted_mtp_loss
 from wmtp.reference import compute_weighted_mtp_loss
 
@@ -46,37 +45,56 @@ def assert_right(logits, target_ids, **options):
     assert relative_error(grad, rounded) <= 2 * GRADIENT_TOLERANCE[logits.dtype]
 
 
-@pytest.mark.parametrize("heads", range(1, 9))
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_every_weighting_and_normalizer_with_any_number_of_heads(device, heads, reduction):
+@in_pairs(
+    heads=range(1, 9),
+    reduction=REDUCTIONS,
+    weighting=["uniform", "given", "ref_ce"],
+    normalizer=[None, 7.0],
+    dtype=DTYPES,
+)
+def test_every_weighting_and_normalizer_with_any_number_of_heads(
+    device, heads, reduction, weighting, normalizer, dtype
+):
     weights = torch.rand(1, 4, heads, device=device)
     weights[0, 1] = 0.0
-    ref_ce = 4 * torch.rand(1, 3, device=device)
-    given = [{}, {"head_weights": weights}, {"ref_ce": ref_ce}]
-    for number, (options, normalizer) in enumerate(itertools.product(given, (None, 7.0))):
-        dtype = DTYPES[(number + heads) % 3]
-        logits, target_ids = make((1, 4, heads, 5), dtype, device)
-        assert_right(logits, target_ids, reduction=reduction, normalizer=normalizer, **options)
+    options = {
+        "uniform": {},
+        "given": {"head_weights": weights},
+        "ref_ce": {"ref_ce": 4 * torch.rand(1, 3, device=device)},
+    }[weighting]
+    logits, target_ids = make((1, 4, heads, 5), dtype, device)
+    assert_right(logits, target_ids, reduction=reduction, normalizer=normalizer, **options)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("normalizer", [torch.tensor(0.0), None, 3.0])
+@in_pairs(
+    dtype=DTYPES,
+    reduction=REDUCTIONS,
+    normalizer=[torch.tensor(0.0), None, 3.0],
+    weighting=["uniform", "given", "ref_ce", "of 0"],
+)
 def test_nothing_to_learn_from_is_a_loss_of_0_whatever_divides_it(
-    device, dtype, reduction, normalizer
+    device, dtype, reduction, normalizer, weighting
 ):
     logits, target_ids = make((1, 4, 2, 9), dtype, device)
-    nothing = torch.full_like(target_ids, IGNORED)
-    zeros = torch.zeros(1, 4, 2, device=device)
-    ref_ce = torch.rand(1, 3, device=device)
-    cases = [(nothing, {}), (nothing, {"head_weights": zeros + 1}), (nothing, {"ref_ce": ref_ce})]
-    for labels, options in [*cases, (target_ids, {"head_weights": zeros})]:
-        options = {"reduction": reduction, "normalizer": normalizer, **options}
-        loss, grad = loss_and_gradient(
-            fused_weighted_mtp_loss, logits, labels, backend="triton", **options
-        )
-        assert loss == 0
-        assert (grad == 0).all()
+    options = {
+        "uniform": {},
+        "given": {"head_weights": torch.ones(1, 4, 2, device=device)},
+        "ref_ce": {"ref_ce": torch.rand(1, 3, device=device)},
+        "of 0": {"head_weights": torch.zeros(1, 4, 2, device=device)},
+    }[weighting]
+    if weighting != "of 0":
+        target_ids.fill_(IGNORED)
+    loss, grad = loss_and_gradient(
+        fused_weighted_mtp_loss,
+        logits,
+        target_ids,
+        backend="triton",
+        reduction=reduction,
+        normalizer=normalizer,
+        **options,
+    )
+    assert loss == 0
+    assert (grad == 0).all()
 
 
 @pytest.mark.parametrize("weights", ["given", "ref_ce"])
@@ -105,7 +123,7 @@ SIZES = [2e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e30, 1e38, 3e38]
 
 @pytest.mark.parametrize(
     ("size", "dtype"),
-    list(zip([2e-45, 1e-42, 1e-40, 1e-38, 1e-30, 1e30, 1e38, 3e38], 3 * DTYPES, strict=False)),
+    list(zip(SIZES, 3 * DTYPES, strict=False)),
 )
 def test_weight_mean_of_weights_of_any_size(device, dtype, size):
     logits, target_ids = make((1, 5, 2, 5), dtype, device)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_linear import LOW, SOME, cast, gradients, make_case, truth
 from torch.utils.checkpoint import checkpoint
 
+from support.linear_cases import LOW, SOME, cast, gradients, make_case, truth
 from wmtp import fused_linear_weighted_mtp_loss
 from wmtp.checks import REDUCTIONS
 

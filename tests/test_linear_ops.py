@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_linear import SOME, gradients, make_case
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from support.agreement import operator_call
+from support.covering import in_pairs
+from support.linear_cases import SOME, gradients, make_case
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.arguments import loss_inputs
 from wmtp.records import LinearInputs, LinearSettings, flat
@@ -38,9 +39,11 @@ def arguments_of(leaves, options, dtype, wanted=(True, True, True), chunk_bytes=
     return tuple(flat(inputs, settings))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce"])
-@pytest.mark.parametrize("chunk_bytes", [SOME, None])
+@in_pairs(
+    dtype=[torch.float32, torch.bfloat16],
+    weighting=["uniform", "given", "ref_ce"],
+    chunk_bytes=[SOME, None],
+)
 def test_opcheck_linear_loss(weighting, dtype, chunk_bytes):
     leaves, options = make_case(dtype, weighting, bias=True, shape=(2, 4, 2, 3, 9))
     if weighting == "given":
@@ -58,12 +61,17 @@ def test_opcheck_linear_gradient(wanted):
     torch.library.opcheck(torch.ops.wmtp.linear_gradient.default, arguments)
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+@pytest.mark.parametrize(
+    ("weighting", "dtype", "compiler"),
+    [
+        ("given", torch.float32, "aot_eager"),
+        ("ref_ce", torch.float32, "aot_eager"),
+        ("given", torch.bfloat16, "aot_eager"),
+        ("ref_ce", torch.bfloat16, "inductor"),  # to machine code, which takes longest
+    ],
+    ids=str,
+)
 def test_compiled_whole(weighting, dtype, compiler):
-    if compiler == "inductor" and (dtype, weighting) != (torch.bfloat16, "ref_ce"):
-        pytest.skip("one case is compiled to machine code")
     leaves, options = make_case(dtype, weighting, bias=True)
     compiled = torch.compile(
         fused_linear_weighted_mtp_loss, fullgraph=True, backend=compiler, dynamic=True

@@ -1,14 +1,12 @@
 """`wmtp profile --linear`: what is counted, what holds of it, what does not fit, the outputs."""
 
-import io
+import functools
 import json
-import re
 
 import pytest
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
 
+from support.command_line import printed, unwrapped, wmtp
 from wmtp.benchmarks import linear_profile
 from wmtp.benchmarks.linear_profile import (
     LinearSetting,
@@ -24,7 +22,6 @@ from wmtp.benchmarks.linear_profile import (
 from wmtp.benchmarks.memory import linear_peak_bytes
 from wmtp.benchmarks.memory_profile import MEBI, SPARE
 from wmtp.benchmarks.plot import plot_linear_profile
-from wmtp.cli.app import app
 
 BOTH = "forward+backward"
 SETTING = LinearSetting(64, 2, torch.bfloat16, "cpu", "cpu", MEBI)
@@ -38,18 +35,8 @@ def found(results, provider, direction=BOTH):
     ]
 
 
-def printed(*parts):
-    text = io.StringIO()
-    Console(file=text, width=80).print(*parts)
-    return text.getvalue()
-
-
-def unwrapped(text):
-    return " ".join(re.sub("[│╭╮╰╯─]", "", text).split())
-
-
 def profile(*arguments):
-    return CliRunner().invoke(app, ["profile", *map(str, arguments)])
+    return wmtp("profile", *arguments)
 
 
 def test_sweep_goes_over_v_then_over_s():
@@ -93,15 +80,20 @@ def test_the_sum_of_a_16_bit_gradient_is_counted_where_there_is_one():
         assert found(results, "fused", direction)[0]["sum_bytes"] == 0
 
 
+@functools.cache
+def profiled(length, dtype):
+    """Of every provider in every direction: once for all tests that look at one of them."""
+    return profile_linear([(length, 20000)], SETTING._replace(dtype=dtype))
+
+
 @pytest.mark.parametrize("provider", ["eager", "eager_float"])
 @pytest.mark.parametrize("direction", [BOTH, "frozen"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_what_is_derived_is_what_is_measured(provider, direction, dtype):
-    setting = SETTING._replace(dtype=dtype)
-    (case,) = found(profile_linear([(256, 20000)], setting), provider, direction)
+    (case,) = found(profiled(256, dtype), provider, direction)
     assert case["derived_bytes"] == case["peak_bytes"]
     # Few rows, where the moment of the peak may change with V: never more.
-    (case,) = found(profile_linear([(4, 20000)], setting), provider, direction)
+    (case,) = found(profiled(4, dtype), provider, direction)
     assert 0 < case["derived_bytes"] <= case["peak_bytes"]
 
 

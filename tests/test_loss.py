@@ -9,11 +9,11 @@ import wmtp
 from support.agreement import (
     WEIGHTINGS,
     assert_agrees,
-    every_pair,
     loss_and_gradients,
     make_case,
     relative_error,
 )
+from support.covering import in_pairs
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.checks import REDUCTIONS
 from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, next_token_ce
@@ -21,12 +21,10 @@ from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, ne
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize(
-    ("weighting", "reduction", "dtype"), every_pair(WEIGHTINGS, REDUCTIONS, DTYPES), ids=str
-)
+@in_pairs(weighting=WEIGHTINGS, reduction=REDUCTIONS, dtype=DTYPES)
 def test_agrees_with_the_truth(target, dtype, weighting, reduction):
     backend, device = target
-    case = make_case((2, 6, 3, 133), dtype, weighting, device, reduction=reduction)
+    case = make_case((2, 4, 3, 133), dtype, weighting, device, reduction=reduction)
     assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
 
 
@@ -66,7 +64,7 @@ def layouts():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_strides(target, layout, dtype):
     backend, device = target
-    case = make_case((2, 5, 3, 37), dtype, "given", device)
+    case = make_case((2, 4, 3, 37), dtype, "given", device)
 
     def strided(logits, *args, **options):
         return fused_weighted_mtp_loss(layout(logits), *args, **options, backend=backend)
@@ -74,11 +72,7 @@ def test_any_strides(target, layout, dtype):
     assert_agrees(strided, case)
 
 
-@pytest.mark.parametrize(
-    ("weighting", "dtype", "unit_stride"),
-    every_pair(["uniform", "given", "ref_ce"], DTYPES, [True, False]),
-    ids=str,
-)
+@in_pairs(weighting=["uniform", "given", "ref_ce"], dtype=DTYPES, unit_stride=[True, False])
 def test_heads_that_share_one_set_of_logits(target, weighting, dtype, unit_stride):
     backend, device = target
     case = make_case((2, 6, 3, 50), dtype, weighting, device)
@@ -122,10 +116,10 @@ def test_next_token_cross_entropy(target, dtype):
     torch.testing.assert_close(ref_ce.double(), truth, rtol=2e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize(
-    ("weighting", "shape", "reduction"),
-    every_pair(WEIGHTINGS, [(0, 4, 2, 7), (2, 1, 2, 7), (1, 3, 2, 7)], REDUCTIONS),
-    ids=str,
+@in_pairs(
+    weighting=WEIGHTINGS,
+    shape=[(0, 4, 2, 7), (2, 1, 2, 7), (1, 3, 2, 7)],
+    reduction=REDUCTIONS,
 )
 def test_no_valid_token_means_zero(target, weighting, shape, reduction):
     backend, device = target
@@ -137,19 +131,16 @@ def test_no_valid_token_means_zero(target, weighting, shape, reduction):
     assert torch.count_nonzero(gradient) == 0
 
 
-@pytest.mark.parametrize(
-    ("weighting", "poison", "where"),
-    every_pair(
-        WEIGHTINGS,
-        [float("nan"), float("inf"), float("-inf")],
-        ["target", "elsewhere", "all"],
-    ),
+@in_pairs(
+    weighting=WEIGHTINGS,
+    poison=[float("nan"), float("inf"), float("-inf")],
+    place=["target", "elsewhere", "all"],
 )
-def test_non_finite_logits_behave_as_in_eager(target, weighting, poison, where):
+def test_non_finite_logits_behave_as_in_eager(target, weighting, poison, place):
     backend, device = target
     case = make_case((1, 5, 2, 37), torch.float32, weighting, device, ignored=0)
     goal = case.target_ids[0, 2 + 1 + 1]
-    column = {"target": goal, "elsewhere": (goal + 1) % 37, "all": slice(None)}[where]
+    column = {"target": goal, "elsewhere": (goal + 1) % 37, "all": slice(None)}[place]
     case.logits[0, 2, 1, column] = poison
     result, gradient = loss_and_gradients(partial(fused_weighted_mtp_loss, backend=backend), case)
     truth, true_gradient = loss_and_gradients(compute_weighted_mtp_loss, case, horizon=2)

@@ -1,14 +1,13 @@
 """`wmtp profile`: what is measured, what does not fit, the backend, the snapshot, the outputs."""
 
-import io
 import json
 import re
 
 import pytest
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
 
+from support.backends import ON_CPU
+from support.command_line import printed, unwrapped, wmtp
 from wmtp.benchmarks import memory_profile
 from wmtp.benchmarks.memory import loss_peak_bytes, peak_bytes
 from wmtp.benchmarks.memory_profile import (
@@ -23,7 +22,6 @@ from wmtp.benchmarks.memory_profile import (
 )
 from wmtp.benchmarks.plot import plot_profile
 from wmtp.benchmarks.providers import absent
-from wmtp.cli.app import app
 
 SMALL = Setting(16, 2, torch.bfloat16, "cpu", "cpu")
 SHAPE = (1, 64, 2, 1000)
@@ -60,19 +58,9 @@ def peaks(results):
     }
 
 
-def printed(*parts):
-    text = io.StringIO()
-    Console(file=text, width=80).print(*parts)
-    return text.getvalue()
-
-
-def unwrapped(text):
-    return " ".join(re.sub("[│╭╮╰╯─]", "", text).split())
-
-
 def profile(*arguments):
     small = ("--vocab", "300,500", "--seq-len", "8", "--horizon", "2")
-    return CliRunner().invoke(app, ["profile", *small, *map(str, arguments)])
+    return wmtp("profile", *small, *arguments)
 
 
 def test_every_vocabulary_direction_and_provider_has_its_peak(uncompiled):
@@ -184,7 +172,7 @@ def test_any_other_error_is_not_taken_for_a_lack_of_memory(uncompiled, monkeypat
         profile_losses([5000], SMALL)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "cpu"])
 def test_the_backend_is_that_of_the_fused_losses(backend):
     def peak(provider, direction):
         shape = (1, 8, 2, 300)
@@ -260,7 +248,7 @@ def test_command_tabulates_draws_and_writes(uncompiled, on_cpu, monkeypatch, tmp
 
 def test_command_refuses_what_is_no_vocabulary():
     for vocab in ("12,x", "0", ""):
-        done = CliRunner().invoke(app, ["profile", "--vocab", vocab])
+        done = wmtp("profile", "--vocab", vocab)
         assert done.exit_code == 2
         assert "--vocab takes positive whole numbers" in unwrapped(done.output)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from support.agreement import make_case
+from support.backends import FUSED_ON_CPU
+from support.covering import in_pairs
 from wmtp import (
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,
@@ -12,8 +14,6 @@ from wmtp import (
     next_token_cross_entropy,
 )
 
-OF_CPU_TENSORS = pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted on GPUs")
-BACKENDS = ["cpu", pytest.param("triton", marks=OF_CPU_TENSORS)]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -70,9 +70,7 @@ def problems(dtype):
     }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", problems(torch.float32))
+@in_pairs(name=problems(torch.float32), dtype=[torch.float32, torch.bfloat16], backend=FUSED_ON_CPU)
 def test_the_same_numbers_wherever_they_lie(name, dtype, backend):
     function, arguments, options = problems(dtype)[name]
     wanted = answers(function, arguments, {**options, "backend": backend})
@@ -83,7 +81,7 @@ def test_the_same_numbers_wherever_they_lie(name, dtype, backend):
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FUSED_ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_head_of_a_list(dtype, backend):
     case = make_case((1, 4, 3, 19), dtype, "given")

@@ -9,10 +9,11 @@ import torch
 from torch.autograd import grad
 
 from support.agreement import assert_identical, loss_and_gradients, make_case, relative_error
+from support.backends import FUSED_ON_CPU, ON_CPU
+from support.covering import in_pairs
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, mtp_cross_entropy
 from wmtp.reference import compute_weighted_mtp_loss
 
-BACKENDS = ("eager", "cpu", "triton")
 # The offset, and a unit of logits that it leaves exact.
 OFFSETS = {
     torch.float64: (2.0**40, 2.0**-9),
@@ -32,7 +33,7 @@ def offset_case(dtype, weighting="given"):
     return case, moved
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_two_equal_logits_of_1e8_cost_log_2(backend):
     logits, target_ids = torch.full((1, 3, 1, 2), 1e8), torch.tensor([[0, 1, 0]])
     hidden, weight = torch.full((1, 3, 1, 1), 1e4), torch.full((2, 1), 1e4)
@@ -45,12 +46,12 @@ def test_two_equal_logits_of_1e8_cost_log_2(backend):
         assert result.ce_per_head[0, :2, 0].tolist() == pytest.approx([math.log(2)] * 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("weighting", ["given", "signed"])
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [(backend, dtype) for backend in BACKENDS for dtype in OFFSETS
-     if (backend, dtype) != ("triton", torch.float64)],
-)  # fmt: skip
+@in_pairs(
+    backend=ON_CPU,
+    dtype=OFFSETS,
+    weighting=["given", "signed"],
+    where=lambda backend, dtype, _: (backend, dtype) != ("triton", torch.float64),
+)
 def test_an_offset_changes_no_bit(backend, dtype, weighting):
     """The gradient that forward writes, and the one of the cross entropies."""
     function = partial(fused_weighted_mtp_loss, backend=backend)
@@ -58,7 +59,7 @@ def test_an_offset_changes_no_bit(backend, dtype, weighting):
     assert_identical(found, wanted)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", FUSED_ON_CPU)
 def test_second_backward_at_an_offset(backend):
     _, case = offset_case(torch.float32, "uniform")
     exact = case.cast(torch.float64).logits.requires_grad_()
@@ -90,7 +91,7 @@ def test_the_truth_differentiates_twice_at_an_offset():
     assert torch.autograd.gradgradcheck(lambda logits: function(logits).loss, small)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_infinite_logits_beside_the_largest_finite_ones(backend):
     """-inf is a probability of 0, +inf an infinite cross entropy, NaN stays in its row."""
     largest = torch.finfo(torch.float32).max

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.tiny_runs import ALGORITHMS, differences, read_metrics, train_in_processes
 from wmtp.data.batches import Rows
 
-STEPS, BATCH = 20, 8
+STEPS, BATCH = 10, 8
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from support.agreement import make_case, operator_call
+from support.backends import FUSED_ON_CPU
+from support.covering import in_pairs
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.arguments import loss_inputs
 from wmtp.backends import cpu
 from wmtp.records import Inputs, Settings, flat
 from wmtp.reference import max_and_log_sum
 from wmtp.weightings import Excess, Given, Uniform
-
-INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="not interpreted on GPUs")
-BACKENDS = ["cpu", pytest.param("triton", marks=INTERPRETED)]
 
 
 def loss_arguments(weighting, backend, shape=(2, 4, 2, 9), reduction="token_mean", normalizer=None):
@@ -34,7 +33,7 @@ def loss_arguments(weighting, backend, shape=(2, 4, 2, 9), reduction="token_mean
 
 @pytest.mark.parametrize(
     ("backend", "ahead"),
-    [("cpu", True), ("cpu", False), pytest.param("triton", False, marks=INTERPRETED)],
+    [("cpu", True), *((backend, False) for backend in FUSED_ON_CPU)],
 )
 @pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce"])
 def test_opcheck_weighted_loss(backend, ahead, weighting):
@@ -71,7 +70,7 @@ def test_opcheck_shared_heads():
     torch.library.opcheck(torch.ops.wmtp.weighted_loss.default, tuple(flat(inputs, settings)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", FUSED_ON_CPU)
 def test_opcheck_the_others(backend):
     case = make_case((2, 4, 2, 9))
     of_rows = (*max_and_log_sum(case.logits), torch.rand(2, 4, 2))
@@ -109,9 +108,7 @@ def compilers():
     return [as_it_is, aot_eager, inductor]
 
 
-@pytest.mark.parametrize("compiler", compilers(), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("weighting", ["given", "ref_ce"])
+@in_pairs(compiler=compilers(), dtype=[torch.float32, torch.float16], weighting=["given", "ref_ce"])
 def test_loss_and_gradient_are_one_pass(kernel_calls, compiler, dtype, weighting):
     case = make_case((2, 5, 3, 20), dtype, weighting)
     logits = case.logits.requires_grad_()

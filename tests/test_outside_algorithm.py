@@ -5,21 +5,18 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from support.command_line import SMALL, wmtp
 from support.tiny_runs import make_trainer, read_metrics, train_in_processes
-from wmtp.cli.app import app
 from wmtp.trainers import ConfigError, find_trainer
 
-SMALL = ["--tiny", "--steps=6", "--batch-size=2", "--seq-len=16", "--horizon=3"]
-SMALL += ["--vocab-size=290", "--save-every=2", "--lr=0.01"]
 FOCAL = "support.outside_algorithms:FocalTrainer"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def train(*arguments):
-    return CliRunner().invoke(app, ["train", *SMALL, *map(str, arguments)])
+    return wmtp("train", *SMALL, "--save-every=2", *arguments)
 
 
 def test_what_the_hook_returns_is_what_trains_and_what_is_recorded(data, tmp_path):
@@ -77,15 +74,12 @@ def test_it_is_compared(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(__import__("pathlib").Path(__file__).parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     out = tmp_path / "runs"
-    done = CliRunner().invoke(
-        app,
-        [
-            *("compare", "--algo", "mtp-baseline", "--algo", FOCAL, "--set", "focus=1", *SMALL),
-            *("--data", str(corpus), "--out", str(out)),
-        ],
+    done = wmtp(
+        *("compare", "--algo", FOCAL, "--set", "focus=1", *SMALL),
+        *("--data", corpus, "--out", out),
     )
     assert done.exit_code == 0, done.output
-    assert list(json.loads((out / "compare.json").read_text())) == ["mtp-baseline", FOCAL]
+    assert list(json.loads((out / "compare.json").read_text())) == [FOCAL]
     config = json.loads((out / "support.outside_algorithms-FocalTrainer/config.json").read_text())
     assert config["settings"] == {"focus": 1.0}
 

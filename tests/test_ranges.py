@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch.autograd import grad
 
 from support.agreement import GRADIENT_TOLERANCE, LOSS_TOLERANCE, largest
+from support.covering import in_pairs
+from support.instruction_sets import HERE
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.checks import FLOAT_DTYPES, REDUCTIONS
 from wmtp.reduction import accumulation_dtype
@@ -60,8 +62,7 @@ def assert_in_range(found, wanted, dtype, acc):
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, reduction=REDUCTIONS)
 def test_weights_and_logits_of_any_size_on_every_instruction_set(dtype, reduction):
     sizes_of_weights("cpu", dtype, reduction)
 
@@ -92,13 +93,15 @@ def sizes_of_weights(backend, dtype, reduction):
                 assert_in_range(found, wanted, dtype, acc)
 
 
-@pytest.mark.parametrize(
-    ("reduction", "weight"),
-    [("token_mean", weight) for weight in WEIGHTS if weight > 1e-8]  # others do not count
-    + [("weight_mean", weight) for weight in WEIGHTS],
+@in_pairs(
+    op=["logits", "linear"],
+    backend=BACKENDS,
+    weight=WEIGHTS,
+    reduction=["token_mean", "weight_mean"],
+    where=lambda op, backend, weight, reduction: (
+        weight > 1e-8 or reduction == "weight_mean"  # a token whose weights are less has none
+    ),
 )
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", ["logits", "linear"])
 def test_only_the_ratios_of_weights_matter_to_a_mean(op, backend, weight, reduction):
     """Equal ones, of any size that float32 has: their sum may be infinite, or next to 0."""
     target_ids = torch.randint(17, (2, 5))
@@ -117,9 +120,12 @@ def test_only_the_ratios_of_weights_matter_to_a_mean(op, backend, weight, reduct
 
 
 @pytest.mark.usefixtures("instruction_set")
-@pytest.mark.parametrize("climb", [0.0, 39.0, 80.0])
-@pytest.mark.parametrize("weight", [1e-30, 1e-20, 1e-15, 1e20, 1e38])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@in_pairs(
+    instruction_set=HERE,
+    dtype=[torch.float32, torch.bfloat16],
+    weight=[1e-30, 1e-20, 1e-15, 1e20, 1e38],
+    climb=[0.0, 39.0, 80.0],
+)
 def test_gradients_of_any_size_have_all_their_digits(dtype, weight, climb):
     """Where the maximum is met late, exponentials as large as e^40 meet a factor of e^-40."""
     logits = torch.randn(1, 2, 1, 9001)
@@ -140,11 +146,13 @@ def test_gradients_of_any_size_have_all_their_digits(dtype, weight, climb):
     assert seen[0, 0].any()
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 0.7, 1e3])
-@pytest.mark.parametrize("size", [1.0, 1e4, 1e30, 1e37])
-@pytest.mark.parametrize("excess", ["abs", "signed"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", ["logits", "linear"])
+@in_pairs(
+    op=["logits", "linear"],
+    backend=BACKENDS,
+    excess=["abs", "signed"],
+    size=[1.0, 1e4, 1e30, 1e37],
+    temperature=[1e-3, 0.7, 1e3],
+)
 def test_excesses_of_any_size_over_any_temperature(op, backend, excess, size, temperature):
     logits, target_ids = torch.rand(2, 5, 3, 17) * size, torch.randint(17, (2, 5))
     how = {"excess": excess, "temperature": temperature, "ref_ce": torch.rand(2, 4) * size}
@@ -161,11 +169,13 @@ def test_excesses_of_any_size_over_any_temperature(op, backend, excess, size, te
     assert_right_or_infinite(found[1], wanted[1], min(rtol, 0.5), 0.0)
 
 
-@pytest.mark.parametrize("excess", ["abs", "signed"])
-@pytest.mark.parametrize("reference", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("op", ["logits", "linear"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_pairs(
+    backend=BACKENDS,
+    op=["logits", "linear"],
+    reduction=REDUCTIONS,
+    reference=[math.inf, -math.inf, math.nan],
+    excess=["abs", "signed"],
+)
 def test_references_that_are_not_finite(backend, op, reduction, reference, excess):
     """A signed excess of -inf is a weight of 0; all else is NaN, in its tokens' gradients alone."""
     logits, target_ids = torch.randn(1, 6, 2, 9), torch.tensor([[1, 2, 3, 4, 5, -100]])
@@ -190,9 +200,11 @@ def test_references_that_are_not_finite(backend, op, reduction, reference, exces
         assert gradient[~spoiled].isfinite().all()
 
 
-@pytest.mark.parametrize("weighting", ["uniform", "ref_ce"])
-@pytest.mark.parametrize("size", [1.0, 300.0, 3000.0, 60000.0])
-@pytest.mark.parametrize("accum_dtype", [torch.float16, None], ids=str)
+@in_pairs(
+    accum_dtype=[torch.float16, None],
+    size=[1.0, 300.0, 3000.0, 60000.0],
+    weighting=["uniform", "ref_ce"],
+)
 def test_float16_sums_of_large_numbers(accum_dtype, size, weighting):
     """g @ weight sums up to twice the largest weight, and g.T @ hidden as much as there are rows:
     in float16's range, as in eager torch."""

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from support.agreement import GRADIENT_TOLERANCE
+from support.covering import in_pairs
+from support.instruction_sets import HERE
 from wmtp.backends import BACKENDS, cpu
 from wmtp.checks import FLOAT_DTYPES
 
@@ -40,11 +42,10 @@ def test_rows(target, rows, vocabulary, dtype):
     assert_agrees(BACKENDS[backend].rows_ce_, rows, vocabulary, dtype, device)
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "vocabulary"), [(1, 1), (6, 130), (3, 9001)])
+@in_pairs(instruction_set=HERE, dtype=FLOAT_DTYPES, shape=[(1, 1), (6, 130), (3, 9001)])
 @pytest.mark.usefixtures("instruction_set")
-def test_rows_with_every_instruction_set(rows, vocabulary, dtype):
-    assert_agrees(cpu.rows_ce_, rows, vocabulary, dtype)
+def test_rows_with_every_instruction_set(shape, dtype):
+    assert_agrees(cpu.rows_ce_, *shape, dtype)
 
 
 def test_no_rows():

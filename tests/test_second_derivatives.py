@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from support.agreement import make_case
+from support.backends import FUSED_ON_CPU
+from support.covering import in_pairs
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.checks import REDUCTIONS
 from wmtp.reference import compute_weighted_mtp_loss
@@ -79,10 +81,9 @@ def twice(form, scalar, first, second, call=compute_weighted_mtp_loss, **options
     return found
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("scalar", SCALARS)
-@pytest.mark.parametrize(("form", "first", "second"), PAIRS)
-def test_every_pair_is_right_or_raises(form, first, second, scalar, reduction):
+@in_pairs(inputs=PAIRS, scalar=SCALARS, reduction=REDUCTIONS)
+def test_every_pair_is_right_or_raises(inputs, scalar, reduction):
+    form, first, second = inputs
     wanted = twice(form, scalar, first, second, reduction=reduction)
     fused = (form, scalar, first, second, fused_weighted_mtp_loss)
     if first != "head_weights" and wanted is not None:
@@ -95,11 +96,9 @@ def test_every_pair_is_right_or_raises(form, first, second, scalar, reduction):
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", FUSED_ON_CPU)
 def test_weights_that_are_pushed_by_their_own_gradient(backend):
     """(loss + 10 |dloss/da|^2).backward(), with its part through the weights' gradient."""
-    if backend == "triton" and torch.cuda.is_available():
-        pytest.skip("not interpreted on GPUs")
     case = make_case((B, S, H, V))
 
     def gradients(dtype, **options):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 from support.agreement import make_case
+from support.tiny_runs import in_processes
 from wmtp import (
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,
@@ -136,24 +136,21 @@ def check_a_sharded_batch_is_the_whole_one(mesh):
     torch.testing.assert_close(total, whole.detach())
 
 
-def work(rank, folder):
+def work(folder):
     from torch.distributed.tensor import Replicate, Shard
 
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), PROCESSES)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=PROCESSES)
     mesh = dist.init_device_mesh("cpu", (PROCESSES,))
     for placement in (Replicate(), Shard(0), Shard(1)):
         for loss in LOSSES:
             check_parts(mesh, [placement], loss, plain_targets=loss in (of_a_list, of_hidden))
     check_a_sharded_batch_is_the_whole_one(mesh)
-    (folder / f"{rank}.done").touch()
+    (folder / f"{dist.get_rank()}.done").touch()
     dist.barrier()  # gloo aborts a process whose peer has gone
     dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    multiprocessing.spawn(work, (tmp_path,), nprocs=PROCESSES)
+    assert in_processes(PROCESSES, work, tmp_path) == [0] * PROCESSES
     assert {file.name for file in tmp_path.glob("*.done")} == {"0.done", "1.done"}
 
 

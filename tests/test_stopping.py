@@ -5,9 +5,9 @@ import signal
 import sys
 
 import pytest
-from test_cli import SMALL, unwrapped, wmtp
 
 from support import tiny_runs
+from support.command_line import SMALL, unwrapped, wmtp
 from support.tiny_runs import in_processes, read_metrics
 from wmtp.cli.stopping import own_command, stopping
 from wmtp.trainers import BaseWmtpTrainer, RunFolder

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support.agreement import assert_agrees, assert_identical, loss_and_gradients, make_case
+from support.covering import in_pairs
 from support.outside_rules import RULES, Likely
 from wmtp import backends, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, kernels, once
 from wmtp.checks import REDUCTIONS
@@ -17,6 +18,7 @@ from wmtp.weightings import Critic, Excess, Given, Uniform, Weighting
 from wmtp.weightings.base import rule_of
 
 SHAPE = (2, 7, 3, 33)
+FEW_ROWS = (2, 4, 3, 33)  # for the interpreter, which is slow
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -38,37 +40,33 @@ def reads(monkeypatch, backend):
     return passes
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", RULES)
+@in_pairs(name=RULES, dtype=DTYPES, reduction=REDUCTIONS)
 @pytest.mark.filterwarnings("ignore:.*has no twin")
 def test_somebody_elses_rule_is_right_everywhere(target, name, dtype, reduction):
     backend, device = target
-    case = make_case(SHAPE, dtype, device=device, reduction=reduction, weighting=RULES[name])
+    case = make_case(FEW_ROWS, dtype, device=device, reduction=reduction, weighting=RULES[name])
     assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
 
 
 SPOILED = (0, 1, 0)  # a pair that counts
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", RULES)
+@in_pairs(name=RULES, value=[float("nan"), float("inf")], reduction=REDUCTIONS)
 @pytest.mark.filterwarnings("ignore:.*has no twin")
-def test_a_logit_that_is_not_finite_surfaces_in_the_loss(target, name, value):
+def test_a_logit_that_is_not_finite_surfaces_in_the_loss(target, name, value, reduction):
     backend, device = target
-    ids = torch.randint(33, SHAPE[:2], device=device)
-    logits = torch.randn(SHAPE, device=device)
+    ids = torch.randint(33, FEW_ROWS[:2], device=device)
+    logits = torch.randn(FEW_ROWS, device=device)
     logits[SPOILED][(ids[0, 2] + 1) % 33] = value
-    for reduction in REDUCTIONS:
-        how = {"weighting": RULES[name], "reduction": reduction, "backend": backend}
-        leaf = logits.clone().requires_grad_()
-        found = fused_weighted_mtp_loss(leaf, ids, **how)
-        # "likely" makes the weight of a pair of infinite cross entropy 0, which counts for nothing.
-        counts = not (name == "likely" and value == float("inf"))
-        assert found.loss.isfinite() != counts
-        assert not found.ce_per_head[SPOILED].isfinite()
-        (gradient,) = torch.autograd.grad(found.loss, leaf)
-        assert gradient[SPOILED].isnan().any() == counts
+    how = {"weighting": RULES[name], "reduction": reduction, "backend": backend}
+    logits.requires_grad_()
+    found = fused_weighted_mtp_loss(logits, ids, **how)
+    # "likely" makes the weight of a pair of infinite cross entropy 0, which counts for nothing.
+    counts = not (name == "likely" and value == float("inf"))
+    assert found.loss.isfinite() != counts
+    assert not found.ce_per_head[SPOILED].isfinite()
+    (gradient,) = torch.autograd.grad(found.loss, logits)
+    assert gradient[SPOILED].isnan().any() == counts
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -123,7 +121,7 @@ def test_two_passes_are_said_once():
 @pytest.mark.parametrize("weighting", ["uniform", "given", "ref_ce", "signed", "ref_logits"])
 def test_objects_are_the_short_form(target, weighting):
     backend, device = target
-    case = make_case(SHAPE, weighting=weighting, device=device)
+    case = make_case(FEW_ROWS, weighting=weighting, device=device)
     fused = partial(fused_weighted_mtp_loss, backend=backend)
     wanted = loss_and_gradients(fused, case)
     given = case.options

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import grad
 
 from support.agreement import loss_and_gradients, make_case
+from support.covering import in_pairs
 from wmtp import fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, mtp_cross_entropy
 from wmtp.checks import FLOAT_DTYPES, REDUCTIONS
 from wmtp.labels import has_target
@@ -51,10 +52,7 @@ def with_weights(function, case, **more):
     return result.loss, *grad(result.loss, inputs)
 
 
-@pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_pairs(backend=BACKENDS, dtype=FLOAT_DTYPES, reduction=REDUCTIONS, poison=POISONS)
 def test_pairs_of_weight_zero_may_have_any_logits(backend, dtype, reduction, poison):
     """Neither the loss nor a gradient is another, and theirs are 0; their cross entropies show."""
     clean, case, none = poisoned(poison, dtype, reduction=reduction)
@@ -73,9 +71,7 @@ def test_pairs_of_weight_zero_may_have_any_logits(backend, dtype, reduction, poi
     )
 
 
-@pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_pairs(backend=BACKENDS, reduction=REDUCTIONS, poison=POISONS)
 def test_a_weight_of_zero_that_learns_has_the_slope_of_its_cross_entropy(
     backend, reduction, poison
 ):
@@ -210,12 +206,14 @@ def step_over(normalizer, op, backend, dtype, target_ids, weights=None, **option
     return result, grad(result.loss, leaves)
 
 
-@pytest.mark.parametrize("normalizer", [0, 0.0])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("nothing", ["no target", "no weight", "no reference"])
-@pytest.mark.parametrize("op", LOSSES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_pairs(
+    backend=BACKENDS,
+    op=LOSSES,
+    nothing=["no target", "no weight", "no reference"],
+    dtype=FLOAT_DTYPES,
+    reduction=REDUCTIONS,
+    normalizer=[0, 0.0],
+)
 def test_nothing_over_a_denominator_of_zero_is_zero(
     backend, op, nothing, dtype, reduction, normalizer
 ):
@@ -232,10 +230,7 @@ def test_nothing_over_a_denominator_of_zero_is_zero(
     assert not any(map(torch.count_nonzero, gradients))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-@pytest.mark.parametrize("op", LOSSES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@in_pairs(backend=BACKENDS, op=LOSSES, dtype=FLOAT_DTYPES, reduction=REDUCTIONS)
 def test_something_over_a_denominator_of_zero_is_infinite(backend, op, dtype, reduction):
     """And what has no target or no weight still has no gradient; of a head that is divided by 0
     nothing is left, for head_mean adds up those that there are."""

@@ -25,15 +25,6 @@ LOSS_TOLERANCE = {torch.float64: 1e-13}  # others: 2e-5, for they accumulate in 
 WEIGHTINGS = ("uniform", "given", "critic", "ref_ce", "ref_logits", "signed")
 
 
-def every_pair(first, second, third) -> list[tuple]:
-    """Triples in which any two values of different arguments meet; the third is the shortest."""
-    return [
-        (a, b, third[(i + j) % len(third)])
-        for i, a in enumerate(first)
-        for j, b in enumerate(second)
-    ]
-
-
 @dataclass
 class Case:
     """Arguments of one call, and a random upstream gradient for each differentiable output."""
@@ -136,6 +127,11 @@ def correctly_rounded(found: Tensor, truth: Tensor) -> float:
     return (found == wanted)[counted].double().mean().item() if counted.any() else 1.0
 
 
+def assert_no_worse(found: Tensor, eager: Tensor, truth: Tensor, allowed: float) -> None:
+    """No further from the truth than eager torch in the same dtype, give or take."""
+    assert largest(found.double() - truth) <= largest(eager.double() - truth) + allowed
+
+
 def assert_agrees(function, case: Case, **more) -> None:
     """`function` against the fp64 truth, its gradients no worse than eager torch in its dtype."""
     dtype, heads = case.logits.dtype, case.logits.shape[2]
@@ -161,7 +157,7 @@ def assert_agrees(function, case: Case, **more) -> None:
     ):
         rounding = units * torch.finfo(result.loss.dtype).eps * largest(scalars[valid])
         allowed = max(GRADIENT_TOLERANCE[dtype] * largest(true), rounding)
-        assert largest(ours.double() - true) <= largest(eager.double() - true) + allowed
+        assert_no_worse(ours, eager, true, allowed)
         assert torch.count_nonzero(ours[~valid]) == 0
 
 

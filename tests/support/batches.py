@@ -37,6 +37,27 @@ class Batch:
     how: dict[str, Any]
 
 
+def features(case: Batch) -> tuple[str, ...]:
+    """What was chosen, option by option."""
+
+    def of(value: Any) -> str:
+        return f"{value.dtype} {value.dim()}" if isinstance(value, Tensor) else type(value).__name__
+
+    rule = case.rule
+    if isinstance(rule, Given):
+        weighting = f"given {rule.head_weights.dim()}"
+    else:
+        weighting = rule.excess if isinstance(rule, Excess) else type(rule).__name__
+    options = ("offsets", "document_ids", "target_mask", "position_mask")
+    return (
+        case.form,
+        weighting,
+        str(case.how["reduction"]),
+        *(of(case.options.get(name)) for name in options),
+        *(of(case.how.get(name)) for name in ("head_prior", "normalizer")),
+    )
+
+
 def draw(seed: int, vocabulary: int = 17) -> Batch:
     """One of all combinations."""
     random, generator = Random(seed), torch.Generator().manual_seed(seed)

@@ -131,7 +131,10 @@ def _kill_at(folder_name: str, method: str, step: int) -> None:
 
 
 def train_in_processes(algo: str, corpus: Path, out: Path, processes: int, **settings: Any) -> None:
-    """One run of several processes, which exchange their gradients by gloo."""
+    """One run of several processes, which exchange their gradients by gloo; one is this one."""
+    if processes == 1:
+        _train(algo, corpus, out, settings)
+        return
     assert in_processes(processes, _train, algo, corpus, out, settings) == [0] * processes
 
 

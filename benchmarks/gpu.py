@@ -23,6 +23,7 @@ and predicted.md. It needs torch, Triton and pytest, and nothing that only the c
 
 import argparse
 import contextlib
+import itertools
 import shutil
 import signal
 import sys
@@ -35,41 +36,41 @@ from typing import Any, NamedTuple
 
 import torch
 
-from wmtp.benchmarks import ROOT, cubins, gpu_peers, linear_providers
-from wmtp.benchmarks.gpu_cases import Job, speed_jobs, tier_jobs
-from wmtp.benchmarks.gpu_compile import (
-    call_in_processes,
-    compile_in_processes,
-    compile_jobs,
-    parts,
-    processes,
-)
-from wmtp.benchmarks.gpu_linear import linear_jobs
-from wmtp.benchmarks.gpu_occupancy import occupancy_jobs
+from wmtp.benchmarks import ROOT, cubins
+from wmtp.benchmarks.gpu_cases import all_cases
 from wmtp.benchmarks.gpu_processes import (
     WORKER,
     Record,
-    read_records,
+    in_parallel,
+    processes,
     run,
-    run_jobs_in_processes,
+    run_in_processes,
+    run_tests,
 )
 from wmtp.benchmarks.gpu_report import compared, gpu_environment, plot, predicted_records, write
-from wmtp.benchmarks.gpu_tests import run_tests
 from wmtp.benchmarks.gpu_worker import (
     ONE_CALLS,
+    Bench,
+    compile_case,
     first_line,
     new_record,
     one_call,
-    run_jobs,
+    parts,
+    run_cases,
     snapshot,
 )
+from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.providers import LINEAR, LOGITS, PEERS, UNCOMPILED
+from wmtp.benchmarks.providers import absent as absent_providers
+from wmtp.benchmarks.timing import Timer
 
 # Seconds.
 LIMITS = {
     "occupancy": 50, "compile": 40, "tests": 150, "sanitizer": 40,
     "speed": 90, "linear": 48, "tiers": 30, "snapshot": 30,
 }  # fmt: skip
-# The workers that compile, and whose jobs; the first leaves half of its step's time to these.
+STEPS = tuple(LIMITS)
+# The workers that compile, and whose cases; the first leaves half of its step's time to these.
 COMPILED = {"compile-occupancy": ("occupancy",), "compile": ("speed", "linear", "tiers")}
 # What drivers and libraries try and do without is no error of a kernel's.
 SANITIZERS = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
@@ -85,34 +86,31 @@ class Step(NamedTuple):
 
 
 class Suite:
-    """The steps, and what they found."""
+    """The chosen steps, and what they found."""
 
     def __init__(
         self,
         results: dict[str, Any],
         out: Path,
         folder: Path | None,
-        chosen: Collection[str] = tuple(LIMITS),
+        chosen: Collection[str] = STEPS,
     ):
-        self.out, self.folder, self.chosen = out, folder, chosen
-        self.results = results
-        self.steps = {
-            name: [Step(name, "not run", "" if name in chosen else "not asked for")]
-            for name in LIMITS
-        }
+        self.out, self.folder, self.chosen, self.results = out, folder, chosen, results
+        why = {name: "" if name in chosen else "not asked for" for name in LIMITS}
+        self.steps = {name: [Step(name, "not run", why[name])] for name in LIMITS}
         self.records: list[Record] = []
         self.compiled: list[Record] = []
 
     def run(self) -> int:
-        """The chosen steps, in order; the exit status."""
+        """In order; the exit status."""
         actions: dict[str, Callable[[float], list[Step]]] = {
             "occupancy": self.occupancy,
             "compile": self.compile,
             "tests": self.tests,
             "sanitizer": self.sanitizer,
-            "speed": lambda seconds: self.jobs("speed", seconds),
-            "linear": lambda seconds: self.jobs("linear", seconds),
-            "tiers": lambda seconds: self.jobs("tiers", seconds),
+            "speed": lambda seconds: self.cases("speed", seconds),
+            "linear": lambda seconds: self.cases("linear", seconds),
+            "tiers": lambda seconds: self.cases("tiers", seconds),
             "snapshot": self.snapshot,
             "picture": self.picture,
         }
@@ -139,26 +137,24 @@ class Suite:
         found = {"steps": steps, "compiled": self.compiled, "cases": compared(self.records)}
         write({**self.results, **found}, self.out, "gpu")
         for name in LIMITS:
-            self._file(name).unlink(missing_ok=True)
+            (self.out / f"{name}.jsonl").unlink(missing_ok=True)
 
     def occupancy(self, seconds: float) -> list[Step]:
         deadline = time.monotonic() + seconds
-        self._compile("compile-occupancy", seconds / 2)
-        return self.jobs("occupancy", deadline - time.monotonic())
+        self.compiled += compile_in_processes("compile-occupancy", seconds / 2)
+        return self.cases("occupancy", deadline - time.monotonic())
 
     def compile(self, seconds: float) -> list[Step]:
-        start = time.monotonic()
-        found = self._compile("compile", seconds)
-        with tempfile.TemporaryDirectory() as scratch:
-            left = seconds - (time.monotonic() - start)
-            called = call_in_processes(max(left, 1.0), Path(scratch))
-        self.compiled += called
-        return [_counted("compile", found + called)]
+        deadline = time.monotonic() + seconds
+        found = compile_in_processes("compile", seconds)
+        found += call_in_processes(max(deadline - time.monotonic(), 1.0))
+        self.compiled += found
+        return [_counted("compile", found)]
 
     def tests(self, seconds: float) -> list[Step]:
         if not (ROOT / "tests").is_dir():
             return [Step("tests", "absent", "run this from the sources: tests are not installed")]
-        passed, told = run_tests("tests", seconds, self.out / "pytest.txt", processes())
+        passed, told = run_tests("tests", seconds, self.out / "pytest.txt")
         return [Step("tests", "ok" if passed else "failed", told)]
 
     def sanitizer(self, seconds: float) -> list[Step]:
@@ -176,20 +172,11 @@ class Suite:
             steps.append(_step(name, status, limit, f"{name}.txt"))
         return steps
 
-    def jobs(self, name: str, seconds: float) -> list[Step]:
-        jobs, file = all_jobs()[name], self._file(name)
+    def cases(self, name: str, seconds: float) -> list[Step]:
         command = [*WORKER, name, *(["--cubins", str(self.folder)] if self.folder else [])]
-        file.unlink(missing_ok=True)
-        why = "interrupted"
-        try:
-            why = run_jobs_in_processes(
-                command, file, len(jobs), seconds, lambda i, why: new_record(jobs[i], "failed", why)
-            )
-        finally:
-            found = read_records(file)
-            found += [new_record(job, "not run", why) for job in jobs[len(found) :]]
-            self.records += found
-        return [_counted(name, found)]
+        file, before = self.out / f"{name}.jsonl", len(self.records)
+        run_in_processes(command, file, all_cases()[name], seconds, self.records)
+        return [_counted(name, self.records[before:])]
 
     def snapshot(self, seconds: float) -> list[Step]:
         file = self.out / "memory.pickle"
@@ -200,29 +187,62 @@ class Suite:
         reason = plot(self.records, self.out / "gpu.png")
         return [Step("picture", "absent", reason)] if reason else []
 
-    def _compile(self, name: str, seconds: float) -> list[Record]:
-        with tempfile.TemporaryDirectory() as scratch:
-            found = compile_in_processes(name, _to_compile(name), seconds, Path(scratch))
-        self.compiled += found
+
+def compile_in_processes(worker: str, seconds: float) -> list[Record]:
+    """A record a case of those that it compiles, in no order."""
+    shares = list(enumerate(filter(None, parts(_to_compile(worker), processes()))))
+
+    def compile_share(share: tuple[int, list[Case]]) -> list[Record]:
+        number, cases = share
+        command = [*WORKER, worker, "--part", f"{number}/{processes()}"]
+        found: list[Record] = []
+        run_in_processes(command, Path(scratch) / f"{number}.jsonl", cases, seconds, found)
         return found
 
-    def _file(self, name: str) -> Path:
-        return self.out / f"{name}.jsonl"
+    with tempfile.TemporaryDirectory() as scratch:
+        return list(itertools.chain(*in_parallel(compile_share, shares, processes())))
 
 
-def all_jobs() -> dict[str, list[Job]]:
-    """Of the steps that time something."""
-    return {
-        "occupancy": occupancy_jobs(),
-        "speed": speed_jobs(gpu_peers.absent()),
-        "linear": linear_jobs(linear_providers.absent(compiling=True)),
-        "tiers": tier_jobs(),
-    }
+def call_in_processes(seconds: float) -> list[Record]:
+    """Run what compute-sanitizer will run, a process a call: it compiles, and is a sign of life."""
+
+    def call(number: int) -> Record:
+        vocabulary, tier = ONE_CALLS[number]
+        output = Path(scratch) / f"call-{number}.txt"
+        part = f"{number}/{len(ONE_CALLS)}"
+        status = run([*WORKER, "one-call", "--part", part], seconds, output)
+        last = (output.read_text().strip().splitlines() or [""])[-1][:200]
+        why = "" if status == 0 else f"exit status {status}: {last}"
+        case = Case("a call", (1, 8, 4, vocabulary), "bfloat16", "", "fused", tier=tier)
+        return new_record(case, "failed" if why else "ok", why)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return in_parallel(call, range(len(ONE_CALLS)), processes())
 
 
-def plan(chosen: Collection[str] = tuple(LIMITS)) -> list[str]:
+def _to_compile(worker: str) -> list[Case]:
+    cases = all_cases()
+    return [case for name in COMPILED[worker] for case in cases[name]]
+
+
+def _counted(name: str, records: list[Record]) -> Step:
+    counts = Counter(record["outcome"] for record in records)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    return Step(name, "failed" if counts["failed"] else "ok", told)
+
+
+def _step(name: str, status: int | None, seconds: float, file: str) -> Step:
+    if status is None:
+        return Step(name, "failed", f"cut off after {seconds:.0f} s, see {file}")
+    return Step(name, "failed" if status else "ok", f"exit status {status}, see {file}")
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def plan(chosen: Collection[str] = STEPS) -> list[str]:
     """What would be run, a line a step."""
-    counts = {name: f"{len(jobs)} cases" for name, jobs in all_jobs().items()}
+    counts = {name: f"{len(cases)} cases" for name, cases in all_cases().items()}
     ours = sum(map(len, parts(_to_compile("compile"), processes())))
     counts |= {
         "compile": f"{ours} kinds of call in {processes()} processes",
@@ -237,7 +257,8 @@ def plan(chosen: Collection[str] = tuple(LIMITS)) -> list[str]:
 
 def absent(folder: Path | None) -> dict[str, str]:
     """Who and what is not here, and why."""
-    missing = linear_providers.absent(compiling=True) | gpu_peers.absent()
+    missing = absent_providers(LINEAR) | absent_providers({**LOGITS, **PEERS})
+    missing = {name: why for name, why in missing.items() if name not in UNCOMPILED}
     if reason := cubins.unavailable(folder):
         missing["cubins"] = reason
     return missing
@@ -250,9 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--cubins", type=Path, help="of python -m benchmarks.static_gpu --cubins")
-    parser.add_argument(
-        "--steps", type=_steps, default=tuple(LIMITS), help="some of them alone, by commas"
-    )
+    parser.add_argument("--steps", type=_steps, default=STEPS, help="some alone, by commas")
     for name in ("--worker", "--first", "--seconds", "--records", "--part"):  # of a step's process
         parser.add_argument(name, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -270,8 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("no CUDA device")
         if options.out:
             steps = [Step(name, "not run", "no CUDA device")._asdict() for name in LIMITS]
-            jobs = [job for jobs in all_jobs().values() for job in jobs]
-            results |= {"steps": steps, "cases": predicted_records(jobs)}
+            cases = itertools.chain(*all_cases().values())
+            results |= {"steps": steps, "cases": predicted_records(cases)}
             write(results, options.out, "predicted")
         return 0
     if options.out is None:
@@ -280,10 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def settle(
-    results: dict[str, Any],
-    out: Path,
-    folder: Path | None,
-    chosen: Collection[str] = tuple(LIMITS),
+    results: dict[str, Any], out: Path, folder: Path | None, chosen: Collection[str] = STEPS
 ) -> int:
     """Run the suite and write all of it; the exit status."""
     out.mkdir(parents=True, exist_ok=True)
@@ -305,11 +321,12 @@ def work(options: argparse.Namespace, folder: Path | None) -> int:
     first, seconds = int(options.first), float(options.seconds)
     if options.worker in COMPILED:
         mine = parts(_to_compile(options.worker), count)[number]
-        return compile_jobs(mine, first, seconds, records)
+        return run_cases(mine, first, seconds, records, compile_case)
     with contextlib.ExitStack() as stack:
         if options.worker in ("occupancy", "tiers") and folder and not cubins.unavailable(folder):
             stack.enter_context(cubins.installed(folder, clusters_only=options.worker != "tiers"))
-        return run_jobs(all_jobs()[options.worker], first, seconds, records)
+        cases, bench = all_cases()[options.worker], Bench(Timer())
+        return run_cases(cases, first, seconds, records, bench.record)
 
 
 def _steps(given: str) -> tuple[str, ...]:
@@ -322,23 +339,6 @@ def _steps(given: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in LIMITS]:
         raise argparse.ArgumentTypeError(f"no step {unknown[0]!r}: {', '.join(LIMITS)}")
     return names
-
-
-def _to_compile(worker: str) -> list[Job]:
-    jobs = all_jobs()
-    return [job for name in COMPILED[worker] for job in jobs[name]]
-
-
-def _counted(name: str, records: list[Record]) -> Step:
-    counts = Counter(record["outcome"] for record in records)
-    told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
-    return Step(name, "failed" if counts["failed"] else "ok", told)
-
-
-def _step(name: str, status: int | None, seconds: float, file: str) -> Step:
-    if status is None:
-        return Step(name, "failed", f"cut off after {seconds:.0f} s, see {file}")
-    return Step(name, "failed" if status else "ok", f"exit status {status}, see {file}")
 
 
 if __name__ == "__main__":

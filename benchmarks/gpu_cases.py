@@ -1,23 +1,29 @@
 """What the GPU suite times, in which order, and how long an H100 is predicted to take for it.
 
-A job is a case of problem.py, and what its kernels are forced into, if anything. The order is that
-of importance: time may run out.
+The order is that of importance: time may run out. By study:
+
+    occupancy   what only a card can tell: rows in registers in one or two CTAs an SM, or read twice
+    speed       everyone at every vocabulary
+    linear      hidden states to loss and gradients, against the bare products and peers
+    tiers       each tier forced: a card decides between them
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
-from wmtp.benchmarks.gpu_peers import PEERS
-from wmtp.benchmarks.problem import Case
-from wmtp.benchmarks.providers import DIRECTIONS
-from wmtp.benchmarks.report import logits_bytes
+import torch
+
+from wmtp.benchmarks.problem import Case, Shape, plan_of
+from wmtp.benchmarks.providers import DIRECTIONS, FLOORS, LINEAR, LOGITS, OURS, PEERS, absent
 from wmtp.benchmarks.static_variants import CARDS, Card
 
-VOCABULARIES = (32000, 50257, 128256, 256000)
+BOTH = "forward+backward"
 DTYPES = ("bfloat16", "float32")
+VOCABULARIES = (32000, 50257, 128256, 256000)
 TOKENS, HEADS = 1024, 4  # 4096 rows
 WEIGHED = 128256  # at this V ours are timed under every weighting
-OURS = ("fused", "fused_inplace")
 TIERS = ("token", "row", "online")
 # Of a dtype: ours beside the copy and eager torch, then whoever is quick to be ready.
 ORDER = (
@@ -25,62 +31,83 @@ ORDER = (
     *("liger", "compiled", "eager_float", "quack", "flash_attn", "linear_cross_entropy"),
     "cce_kernel",  # tunes itself for every size
 )
+# [B, S, H, V] and D of Llama 3 8B, Llama 2 7B, and Gemma 2 2B as Cut Cross Entropy's table has it.
+LINEAR_SIZES: tuple[tuple[Shape, int], ...] = (
+    ((1, 1024, 4, 128256), 4096),
+    ((1, 1024, 4, 32000), 4096),
+    ((1, 2048, 4, 256000), 2304),
+)
+# Those who are timed after ours, the bare products and eager torch, in this order.
+LATE = ("compiled", "eager_float", "linear_cross_entropy", "cce", "liger")
+
+OCCUPANCY_VOCABULARIES = (32000, 50257, 128256, 152064)
+MOST_TOKENS = 4096
+# Logits, a copy, two gradients, and what comparing these in float32 takes, in units of the logits.
+COPIES = 12
+MEMORY = 80e9  # where there is no card
+REGISTERS = 65536  # an SM's
+FEWEST_REGISTERS, MOST_THREADS, LOGITS_A_THREAD = 64, 1024, 64
 
 PREDICTED_CARD = CARDS["cuda:90"]
 COPY_SHARE = 0.9  # of the data sheet's bandwidth: what a device-to-device copy gets
 L2_BYTES = 50 << 20  # the same card's
+FLOPS = 989e12  # a second, of dense bfloat16 products: its data sheet's
 
 
-class Job(NamedTuple):
-    """One row of the table."""
-
-    case: Case
-    tier: str = ""  # forced; "": as the library chooses
-    ctas_per_sm: int = 0  # of the tier `row`, forced as well; 0: as the library chooses
-
-
-def forced_as(tier: str, ctas_per_sm: int) -> str:
-    """
-    >>> forced_as("row", 2), forced_as("row", 1), forced_as("online", 0)
-    ('row, 2 CTAs an SM', 'row, 1 CTA an SM', 'online')
-    """
-    if not ctas_per_sm:
-        return tier
-    return f"{tier}, {ctas_per_sm} CTA{'s' * (ctas_per_sm > 1)} an SM"
+def all_cases() -> dict[str, list[Case]]:
+    """Of the steps that time something; of others whoever is here."""
+    missing = absent({**LOGITS, **PEERS})
+    linear = absent(LINEAR)
+    return {
+        "occupancy": occupancy_cases(),
+        "speed": [case for case in speed_cases() if case.provider not in missing],
+        "linear": [case for case in linear_cases() if case.provider not in linear],
+        "tiers": tier_cases(),
+    }
 
 
-def speed_jobs(absent: Iterable[str] = ()) -> list[Job]:
-    """Everyone who is here at every vocabulary, the most important first."""
-    jobs = [
-        _job("speed", vocabulary, dtype, direction, provider, "none" if peer else "given")
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def speed_cases() -> list[Case]:
+    """The most important first; cases of one problem together."""
+    cases = [
+        _case("speed", vocabulary, dtype, direction, provider, "none" if peer else "given")
         for dtype in DTYPES
         for vocabulary in VOCABULARIES
         for direction in DIRECTIONS
         for provider in _contestants(direction, dtype)
         for peer in [provider in PEERS]
-        if provider not in absent
     ]
-    jobs += [
-        _job("speed", WEIGHED, dtype, direction, OURS[direction == "inplace"], weighting)
+    cases += [
+        _case("speed", WEIGHED, dtype, direction, OURS[direction == "inplace"], weighting)
         for dtype in DTYPES
         for weighting in ("ref_ce", "uniform")
         for direction in DIRECTIONS
     ]
-    return sorted(jobs, key=importance)  # stable: cases of one problem stay together
+    return sorted(cases, key=importance)
 
 
-def importance(job: Job) -> tuple[int, int]:
+def importance(case: Case) -> tuple[int, int]:
     """Place in the order: the dtype's, and the provider's, ours and its yardsticks being one."""
-    place = max(ORDER.index(job.case.provider), ORDER.index("eager"))
-    return DTYPES.index(job.case.dtype), place
+    place = max(ORDER.index(case.provider), ORDER.index("eager"))
+    return DTYPES.index(case.dtype), place
 
 
-def tier_jobs() -> list[Job]:
-    """Each tier forced at the same size: a card decides between them."""
+def _contestants(direction: str, dtype: str) -> list[str]:
+    """Without what is the same as another in float32; the copy is timed once a problem."""
+    same = ("cce", "eager_float") if dtype == "float32" else ("cce",)  # its kernel is a peer
+    providers = [name for name in DIRECTIONS[direction] if name not in same]
+    providers += ["copy"] if direction == BOTH else []
+    providers += [] if direction == "inplace" else list(PEERS)
+    return sorted(providers, key=ORDER.index)
+
+
+def tier_cases() -> list[Case]:
     return [
-        _job("tiers", vocabulary, dtype, direction, provider, weighting)._replace(tier=tier)
+        _case("tiers", vocabulary, dtype, direction, provider, weighting)._replace(tier=tier)
         for dtype in DTYPES
-        for direction, provider in (("forward+backward", "fused"), ("inplace", "fused_inplace"))
+        for direction, provider in ((BOTH, "fused"), ("inplace", "fused_inplace"))
         for vocabulary in VOCABULARIES
         for weighting in ("given", "ref_ce")
         for tier in TIERS
@@ -88,11 +115,71 @@ def tier_jobs() -> list[Job]:
     ]
 
 
-def launch_of(job: Job, machine: Any) -> Any:
+def linear_cases() -> list[Case]:
+    """Ours, the products and eager torch at every size, then the peers: one of these may take
+    minutes to tune itself, or a second a call."""
+    ours = [
+        *((BOTH, "fused", weighting) for weighting in ("uniform", "given", "ref_ce")),
+        *((direction, floor, "uniform") for direction, floor in FLOORS.items()),
+        ("frozen", "fused", "uniform"),
+        (BOTH, "eager", "uniform"),
+    ]
+    return [
+        Case("linear", shape, DTYPES[0], *contestant, dim=dim)
+        for contestants in (ours, *([(BOTH, peer, "uniform")] for peer in LATE))
+        for (shape, dim), contestant in product(LINEAR_SIZES, contestants)
+    ]
+
+
+def occupancy_cases(memory: float | None = None) -> list[Case]:
+    """On the same logits, and returning the same; online first: the others are compared with it.
+
+        CTAs an SM   logits a CTA   threads   registers   a row of more logits
+        1            32768          512       128         a cluster of CTAs; without clusters one
+        2            16384          256       128         CTA of all its logits, 64 a thread, in
+                                                          what registers are left to it: it spills
+
+    Args:
+        memory: bytes of the card.
+    """
+    if memory is None:
+        found = torch.cuda.is_available()
+        memory = torch.cuda.get_device_properties().total_memory if found else MEMORY
+    return [
+        Case("occupancy", shape, DTYPES[0], BOTH, provider, tier=tier, ctas_per_sm=ctas_per_sm)
+        for vocabulary in OCCUPANCY_VOCABULARIES
+        for shape in [(1, tokens_that_fit(vocabulary, memory), HEADS, vocabulary)]
+        for provider, tier, ctas_per_sm in (
+            *(("fused", "online", 0), ("fused", "row", 1), ("fused", "row", 2), ("copy", "", 0)),
+        )
+    ]
+
+
+def tokens_that_fit(vocabulary: int, memory: float) -> int:
+    """
+    >>> tokens_that_fit(152064, 80e9), tokens_that_fit(152064, 40e9)
+    (4096, 2048)
+    """
+    tokens = MOST_TOKENS
+    while tokens > 1 and COPIES * 2 * tokens * HEADS * vocabulary > memory:
+        tokens //= 2
+    return tokens
+
+
+def _case(
+    study: str, vocabulary: int, dtype: str, direction: str, provider: str, weighting: str
+) -> Case:
+    shape = (1, TOKENS, HEADS, vocabulary)
+    return Case(study, shape, dtype, direction, provider, weighting)
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+
+def launch_of(case: Case, machine: Any) -> Any:
     """The launch (tier, block, warps, CTAs) of one of OURS.
 
     Args:
-        job: provider of OURS.
         machine: see wmtp.kernels.tiers.
 
     Raises:
@@ -100,87 +187,159 @@ def launch_of(job: Job, machine: Any) -> Any:
     """
     from wmtp.kernels import tiers
 
-    case = job.case
     _, _, heads, vocabulary = case.shape
-    whole_token, gradient = case.weighting == "ref_ce", case.direction != "forward"
     return tiers.choose(
         vocab_size=vocabulary,
         heads=heads,
         rows=heads,
-        itemsize=_itemsize(case),
-        whole_token=whole_token,
-        gradient=gradient,
+        itemsize=case.torch_dtype.itemsize,
+        whole_token=case.weighting == "ref_ce",
+        gradient=case.direction != "forward",
         machine=machine,
-        forced=job.tier,
+        forced=case.tier,
     )
 
 
-def predicted_ms(job: Job, card: Card = PREDICTED_CARD) -> float | None:
-    """The roofline: what must be moved over the bandwidth of a copy; None for other people's code.
+def row_launch(vocabulary: int, ctas_per_sm: int, machine: Any) -> Any:
+    """The row tier's launch, with so many CTAs an SM.
+
+    Raises:
+        ValueError: such a row needs a cluster, or more registers than there are.
+    """
+    import triton
+
+    from wmtp.kernels import tiers
+
+    block = triton.next_power_of_2(vocabulary)
+    held = min(tiers.MOST // ctas_per_sm, block)
+    num_ctas = block // held
+    if num_ctas > machine.most_ctas == 1:
+        held, num_ctas = block, 1
+    threads = held // LOGITS_A_THREAD
+    registers = min(REGISTERS // (threads * ctas_per_sm), 128)
+    if threads > MOST_THREADS or registers < FEWEST_REGISTERS or num_ctas > machine.most_ctas:
+        raise ValueError(
+            f"{ctas_per_sm} of row's CTAs an SM: {vocabulary} logits need a cluster, that is a "
+            "Triton that reduces across it, or --cubins"
+        )
+    return tiers.Launch("row", block, threads // machine.warp_size, num_ctas, registers)
+
+
+@contextlib.contextmanager
+def forced_launch(case: Case, device: str) -> Iterator[None]:
+    """The library launches the case's row so; as it chooses, where the case says nothing of it."""
+    if not case.ctas_per_sm:
+        yield
+        return
+    from wmtp.kernels import tiers
+
+    machine = tiers.machine(torch.device(device))
+    chosen = row_launch(case.shape[3], case.ctas_per_sm, machine)
+    choose = tiers.choose
+    tiers.choose = lambda *_, **__: chosen
+    try:
+        yield
+    finally:
+        tiers.choose = choose
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+
+def predicted_ms(case: Case, card: Card = PREDICTED_CARD) -> float | None:
+    """The roofline; None for other people's code.
 
     Launches take no time here, and no kernel stalls: a bound to compare with, not a measurement.
     """
-    moved = _moved(job, card)
-    if moved is None:
+    if case.dim:
+        return _predicted_linear_ms(case)
+    reads_and_writes = _moved(case, card)
+    if reads_and_writes is None:
         return None
-    return 1e3 * moved * logits_bytes(job.case) / (COPY_SHARE * card.bytes_a_second)
+    return 1e3 * _seconds(reads_and_writes * case.logits_bytes(), card)
 
 
-def predicted_tier(job: Job, card: Card = PREDICTED_CARD) -> str:
+def predicted_tier(case: Case, card: Card = PREDICTED_CARD) -> str:
     """The tier with a Triton that knows clusters; "" where none can serve, or none is ours."""
-    from wmtp.kernels.tiers import Machine
-
-    if job.case.provider not in OURS:
+    if case.provider not in OURS or case.dim:
         return ""
     try:
-        return launch_of(job, Machine(32, card.most_ctas, card.processors)).tier
+        return launch_of(case, _machine(card)).tier
     except ValueError:
         return ""
 
 
-def _moved(job: Job, card: Card) -> int | None:
+def _machine(card: Card) -> Any:
+    from wmtp.kernels.tiers import Machine
+
+    return Machine(32, card.most_ctas, card.processors)
+
+
+def _moved(case: Case, card: Card) -> int | None:
     """Reads and writes of the logits, from and to memory."""
-    case = job.case
     if case.provider == "copy":
         return 2
-    tier = predicted_tier(job, card)
+    tier = predicted_tier(case, card)
     if not tier:
         return None
     if case.direction == "forward":
         return 1
-    return 3 if tier == "online" and _rereads_from_memory(job, card) else 2
+    return 3 if tier == "online" and _rereads_from_memory(case, card) else 2
 
 
-def _rereads_from_memory(job: Job, card: Card) -> bool:
+def _rereads_from_memory(case: Case, card: Card) -> bool:
     """Whether what the online kernel's programs have under way exceeds the L2."""
-    from wmtp.kernels.tiers import Machine
-
-    case = job.case
     batch, length, heads, vocabulary = case.shape
     rows_a_program = heads if case.weighting == "ref_ce" else 1
-    threads = 32 * launch_of(job, Machine(32, card.most_ctas, card.processors)).num_warps
+    threads = 32 * launch_of(case, _machine(card)).num_warps
     programs = min(
         batch * length * heads // rows_a_program, card.processors * (card.threads // threads)
     )
-    return programs * rows_a_program * vocabulary * _itemsize(case) > L2_BYTES
+    return programs * rows_a_program * vocabulary * case.torch_dtype.itemsize > L2_BYTES
 
 
-def _contestants(direction: str, dtype: str) -> list[str]:
-    """Without what is the same as another in float32; the copy is timed once a problem."""
-    same = ("cce", "eager_float") if dtype == "float32" else ("cce",)  # its kernel is a peer
-    providers = [name for name in DIRECTIONS[direction] if name not in same]
-    if direction == "forward+backward":
-        providers.append("copy")
-    providers += [] if direction == "inplace" else list(PEERS)
-    return sorted(providers, key=ORDER.index)
+def _predicted_linear_ms(case: Case) -> float | None:
+    """Chunk by chunk."""
+    rows = _rows(case)
+    if case.provider in FLOORS.values():
+        return 1e3 * _products_seconds(case, rows, 0, False)
+    if case.provider != "fused":
+        return None
+    linear = plan_of(case.shape, case.dim, case.torch_dtype)
+    chunks = -(-rows // (linear.chunk_tokens * case.shape[2]))
+    summed = chunks > 1 and case.direction != "frozen"
+    seconds = sum(
+        _products_seconds(case, rows // chunks, number, summed) for number in range(chunks)
+    )
+    moved = 2 * rows * case.shape[3] * linear.dtype.itemsize  # the kernel, in place
+    if summed:
+        moved += linear.weight.numel() * (linear.accum_dtype.itemsize + linear.dtype.itemsize)
+    return 1e3 * (seconds + _seconds(moved))
 
 
-def _job(
-    study: str, vocabulary: int, dtype: str, direction: str, provider: str, weighting: str
-) -> Job:
-    shape = (1, TOKENS, HEADS, vocabulary)
-    return Job(Case(study, shape, dtype, direction, provider, weighting))
+def products_flops(case: Case) -> int:
+    """Of the products of the rows with a target: 2 D V a row for each."""
+    count = 2 if case.direction == "frozen" else 3
+    return count * 2 * _rows(case) * case.dim * case.shape[3]
 
 
-def _itemsize(case: Case) -> int:
-    return {"bfloat16": 2, "float32": 4}[case.dtype]
+def _products_seconds(case: Case, rows: int, number: int, summed: bool) -> float:
+    """The products of chunk `number`; the weight's gradient is added to a sum, or written."""
+    vocabulary, itemsize = case.shape[3], case.torch_dtype.itemsize
+    logits, x, weight = rows * vocabulary, rows * case.dim, vocabulary * case.dim
+    moved = [itemsize * (logits + x + weight)] * 2
+    if case.direction != "frozen":
+        gradient = 4 * weight * (1 + (number > 0)) if summed else itemsize * weight
+        moved.append(itemsize * (logits + x) + gradient)
+    operations = 2 * rows * vocabulary * case.dim / FLOPS
+    return sum(max(operations, _seconds(count)) for count in moved)
+
+
+def _seconds(moved: int, card: Card = PREDICTED_CARD) -> float:
+    return moved / (COPY_SHARE * card.bytes_a_second)
+
+
+def _rows(case: Case) -> int:
+    """With a target: head k has none in the last k + 1 tokens."""
+    batch, length, heads, _ = case.shape
+    return batch * sum(max(length - 1 - head, 0) for head in range(heads))

@@ -9,8 +9,7 @@ import torch
 
 from wmtp import fused_weighted_mtp_loss
 from wmtp.benchmarks import cubins
-from wmtp.benchmarks.gpu_cases import Job
-from wmtp.benchmarks.gpu_occupancy import forced_launch
+from wmtp.benchmarks.gpu_cases import forced_launch
 from wmtp.benchmarks.problem import Case, Problem
 
 
@@ -83,24 +82,30 @@ def test_a_case_without_a_cubin_says_so(monkeypatch, tmp_path):
 
 def test_the_library_launches_itself_again_afterwards(tmp_path):
     needs_interpreter()
-    inputs = Problem((1, 6, 2, 1000), torch.float32, "given")
+    inputs = Problem((1, 6, 2, 1000), torch.float32)
     with pytest.raises(ValueError, match="no cubin"), cubins.installed(tmp_path):
-        fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton")
-    loss = fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton").loss
+        fused_weighted_mtp_loss(inputs.inputs[0], inputs.target_ids, backend="triton")
+    loss = fused_weighted_mtp_loss(inputs.inputs[0], inputs.target_ids, backend="triton").loss
     assert loss.isfinite()
 
 
 def test_where_only_clusters_come_from_the_folder_all_else_is_launched_as_ever(tmp_path):
     needs_interpreter()
     shape = (1, 2, 2, 17000)
-    inputs = Problem(shape, torch.bfloat16, "given")
-    case = Case("occupancy", shape, "bfloat16", "forward+backward", "fused")
+    inputs = Problem(shape, torch.bfloat16)
+    (logits,) = inputs.inputs
+    case = Case("occupancy", shape, "bfloat16", "forward+backward", "fused", tier="row")
     with cubins.installed(tmp_path, clusters_only=True):
-        with forced_launch(Job(case, "row", 1), "cpu"):
-            loss = fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton").loss
+        with forced_launch(case._replace(ctas_per_sm=1), "cpu"):
+            loss = fused_weighted_mtp_loss(
+                inputs.inputs[0], inputs.target_ids, backend="triton"
+            ).loss
         assert loss.isfinite()
-        with forced_launch(Job(case, "row", 2), "cpu"), pytest.raises(ValueError, match="no cubin"):
-            fused_weighted_mtp_loss(inputs.logits, inputs.target_ids, backend="triton")
+        with (
+            forced_launch(case._replace(ctas_per_sm=2), "cpu"),
+            pytest.raises(ValueError, match="no cubin"),
+        ):
+            fused_weighted_mtp_loss(logits, inputs.target_ids, backend="triton")
 
 
 def test_parameters_are_followed_by_two_null_pointers():

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from support.bare_checkout import bare_checkout
-from wmtp.benchmarks import gpu, gpu_peers
-from wmtp.benchmarks.gpu_cases import speed_jobs
-from wmtp.benchmarks.gpu_worker import new_record
+from support.gpu_cases import speed_case
+from wmtp.benchmarks import gpu
+from wmtp.benchmarks.gpu_cases import all_cases
+from wmtp.benchmarks.gpu_processes import read_records
+from wmtp.benchmarks.gpu_worker import new_record, parts
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,7 @@ def test_dry_run_says_what_it_would_run(dry_run):
     assert last == "no CUDA device"
     assert [line.split()[0] for line in plan[: len(gpu.LIMITS)]] == list(gpu.LIMITS)
     limit = gpu.LIMITS["speed"]
-    assert f"{len(speed_jobs(gpu_peers.absent()))} cases, at most {limit} s" in done.stdout
+    assert f"{len(all_cases()['speed'])} cases, at most {limit} s" in done.stdout
     assert "absent: cubins, no --cubins FOLDER was given" in plan
 
 
@@ -108,19 +110,19 @@ def steps_without_processes(monkeypatch):
     """Nothing is started; `found` says what each step is told."""
     found = {"tests": True, "speed": "ok", "compile": "ok"}
 
-    def run_jobs(command, file, count, seconds, failed):
-        name = file.stem
-        record = new_record(gpu.all_jobs()[name][0], found.get(name, "not run"), "reason")
+    def run_in_processes(command, file, cases, seconds, records):
+        record = new_record(cases[0], found.get(file.stem, "not run"), "reason")
         record |= {"median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "peak_bytes": 0}
-        file.write_text(json.dumps(record) + "\n")
+        file.write_text("")
+        records += [record, *(new_record(case, "not run") for case in cases[1:])]
 
-    def compile_in_processes(name, jobs, seconds, scratch):
-        return [{"case": name, "outcome": found[name.split("-")[0]], "why": "reason"}]
+    def compile_in_processes(name, seconds):
+        return [new_record(speed_case(), found[name.split("-")[0]], "reason")]
 
     monkeypatch.setattr(gpu, "run", lambda command, seconds, *rest: 0)
-    monkeypatch.setattr(gpu, "run_jobs_in_processes", run_jobs)
+    monkeypatch.setattr(gpu, "run_in_processes", run_in_processes)
     monkeypatch.setattr(gpu, "compile_in_processes", compile_in_processes)
-    monkeypatch.setattr(gpu, "call_in_processes", lambda seconds, scratch: [])
+    monkeypatch.setattr(gpu, "call_in_processes", lambda seconds: [])
     monkeypatch.setattr(gpu, "run_tests", lambda *rest: (found["tests"], "told"))
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     monkeypatch.setattr(gpu.signal, "signal", lambda *rest: None)
@@ -143,7 +145,7 @@ def test_a_failed_step_stops_no_other_and_makes_the_status_1(
     assert gpu.settle(RESULTS, tmp_path, None) == status
     assert outcomes(tmp_path) == {**EVERY_STEP, **({failing: "failed"} if failing else {})}
     written = json.loads((tmp_path / "gpu.json").read_text())
-    assert len(written["cases"]) == sum(map(len, gpu.all_jobs().values()))
+    assert len(written["cases"]) == sum(map(len, all_cases().values()))
     assert ("## Not compiled" in (tmp_path / "gpu.md").read_text()) == (failing == "compile")
     assert not list(tmp_path.glob("*.jsonl"))
 
@@ -184,7 +186,7 @@ def test_results_are_written_after_every_step(monkeypatch, steps_without_process
 
     monkeypatch.setattr(gpu, "write", write)
     gpu.settle(RESULTS, tmp_path, None)
-    counts = {name: len(jobs) for name, jobs in gpu.all_jobs().items()}
+    counts = {name: len(cases) for name, cases in all_cases().items()}
     assert len(seen) == len(gpu.LIMITS) + 1  # and the picture
     for number, name in enumerate(gpu.LIMITS):
         steps, cases = seen[number]
@@ -198,9 +200,9 @@ def test_results_are_written_after_every_step(monkeypatch, steps_without_process
 SUITE = """
 import sys, torch
 from pathlib import Path
-from wmtp.benchmarks import gpu, gpu_compile
+from wmtp.benchmarks import gpu
 out = Path(sys.argv[1])
-gpu.WORKER = gpu_compile.WORKER = (sys.executable, str(out / "worker.py"))
+gpu.WORKER = (sys.executable, str(out / "worker.py"))
 gpu.run_tests = lambda *rest: (True, "told")
 gpu.call_in_processes = lambda *rest: []
 gpu.shutil.which = lambda name: None
@@ -250,7 +252,7 @@ def test_a_suite_that_is_killed_leaves_what_it_has_measured(tmp_path, step, how,
     assert steps["linear"] == "not run"
     if how == signal.SIGKILL:  # nobody was there to write more, or to end the worker
         os.kill(workers[0], signal.SIGKILL)
-        (kept,) = gpu.read_records(tmp_path / "speed.jsonl")
+        (kept,) = read_records(tmp_path / "speed.jsonl")
         assert (kept["outcome"], kept["median_ms"]) == ("ok", 1.5)
         return
     assert steps[step] == "failed"
@@ -276,3 +278,47 @@ def is_alive(process):
     except ProcessLookupError:
         return False
     return True
+
+
+# --- compile -------------------------------------------------------------------------------------
+
+
+def test_a_process_that_dies_in_the_compiler_costs_one_case(monkeypatch, tmp_path):
+    """Two processes share four cases; whoever compiles the second dies, as Triton can."""
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import json, os, sys\n"
+        "value = lambda name: sys.argv[sys.argv.index(name) + 1]\n"
+        "part, first = value('--part'), int(value('--first'))\n"
+        "for number in range(first, 2):\n"
+        "    if (part, number) == ('0/2', 1): os.abort()\n"
+        "    record = json.dumps({'outcome': 'ok', 'why': ''})\n"
+        "    open(value('--records'), 'a').write(record + '\\n')\n"
+    )
+    monkeypatch.setattr(gpu, "WORKER", (sys.executable, str(script)))
+    monkeypatch.setattr(gpu, "processes", lambda: 2)
+    cases = [speed_case(shape=(1, 8, 2, vocabulary)) for vocabulary in (40, 30, 20, 10)]
+    monkeypatch.setattr(gpu, "all_cases", lambda: {"speed": cases, "linear": [], "tiers": []})
+    found = gpu.compile_in_processes("compile", 30.0)
+    assert [record["outcome"] for record in found] == ["ok", "failed", "ok", "ok"]
+    assert found[1]["shape"] == [1, 8, 2, 20]
+    assert found[1]["why"] == "its process ended with status -6"
+
+
+def test_a_call_that_fails_is_told(monkeypatch):
+    code = "import sys; number = sys.argv[-1]; print('bad ' + number); sys.exit(number == '1/6')"
+    monkeypatch.setattr(gpu, "WORKER", (sys.executable, "-c", code))
+    found = gpu.call_in_processes(30.0)
+    assert [record["outcome"] for record in found] == ["ok", "failed", *["ok"] * 4]
+    assert found[1]["why"] == "exit status 1: bad 1/6"
+
+
+def test_the_suites_workers_compile_their_share(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(gpu, "run_cases", lambda *arguments: asked.append(arguments) or 0)
+    options = ["--first", "3", "--seconds", "9", "--records", str(tmp_path / "r"), "--part", "1/4"]
+    for worker, studies in gpu.COMPILED.items():
+        assert gpu.main(["--worker", worker, *options]) == 0
+        cases = [one for name in studies for one in all_cases()[name]]
+        mine, first, seconds, records, _ = asked.pop()
+        assert (mine, first, seconds, records) == (parts(cases, 4)[1], 3, 9.0, tmp_path / "r")

@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Iterable
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,17 @@ def shrunk(shape: Shape) -> Shape:
     return min(batch, 2), min(length, 8), min(heads, 4), max(2, vocabulary // 100)
 
 
-# --- loss ----------------------------------------------------------------------------------------
+def cases(study: str, shapes: list[Shape], ways: Iterable[Any], **varied: Any) -> list[Case]:
+    """What varies last stands side by side: the speed of memory may drift from minute to minute."""
+    found = []
+    for shape, dtype, way, *values in product(shapes, DTYPES, ways, *varied.values()):
+        fields = {"shape": shape, **dict(zip(varied, values, strict=True))}
+        case = Case(study, fields.pop("shape"), dtype, *way, **fields)
+        found.append(case._replace(shape=shrunk(case.shape)))
+    return found
+
+
+# --- loss and scaling ----------------------------------------------------------------------------
 
 SHAPES = [
     (1, 256, 4, 32000),  # Llama 2
@@ -51,63 +62,28 @@ SHAPES = [
     (1, 128, 4, 256000),  # Gemma
     *((1, 1024 // heads, heads, 32000) for heads in (1, 2, 8)),
 ]
-LOSS = [
-    Case("loss", shrunk(shape), dtype, direction, provider)
-    for shape in SHAPES[: None if SIZE == "full" else 1]
-    for dtype in DTYPES
-    for direction, contestants in DIRECTIONS.items()
-    for provider in (*contestants, "copy")
-]
-
-# --- scaling -------------------------------------------------------------------------------------
+EVERYONE = [(way, name) for way, names in DIRECTIONS.items() for name in (*names, "copy")]
+LOSS = cases("loss", SHAPES[: None if SIZE == "full" else 1], EVERYONE)
 
 SWEEP = [
     *((1, 4, 1, 64), (1, 16, 1, 1000), (1, 16, 4, 256), (1, 64, 4, 1000), (1, 64, 4, 8192)),
     *((2, 128, 2, 32000), (1, 64, 4, 50257), (4, 128, 4, 16000), (4, 512, 4, 32000)),
 ]
 USUAL, FEW_ROWS = (1, 256, 4, 32000), (1, 2, 1, 256000)  # the latter: one row with a target
+LARGE, EVEN, ODD = ((1, 256, 4, vocabulary) for vocabulary in (128256, 50304, 50257))
 ONE_AND_ALL = sorted({1, THREADS})
 FORWARD, OURS = ("forward", "fused"), ((BOTH, "fused"), ("inplace", "fused_inplace"))
 AGAINST_EAGER = (("forward", "eager"), FORWARD, (BOTH, "eager"), *OURS)
-
-
-def _cases(study: str, shape: Shape, dtype: str, direction: str, provider: str, **rest) -> Case:
-    return Case(study, shrunk(shape), dtype, direction, provider, **rest)
-
-
-# What is compared stands side by side: the speed of memory may drift from one minute to the next.
-LARGE = [
-    *(
-        _cases("threads", USUAL, dtype, *ours, threads=threads)
-        for dtype, ours, threads in product(DTYPES, (FORWARD, *OURS), ONE_AND_ALL)
-    ),
-    *(
-        _cases("weightings", (1, 256, 4, vocabulary), dtype, *ours, weighting=weighting)
-        for vocabulary, dtype, ours, weighting in product((32000, 128256), DTYPES, OURS, WEIGHTINGS)
-    ),
-    *(
-        _cases("odd vocabulary", (1, 256, 4, vocabulary), dtype, *ours)
-        for dtype, ours, vocabulary in product(DTYPES, OURS, (50304, 50257))
-    ),
-    *(
-        _cases("few rows", FEW_ROWS, dtype, *contestant, threads=threads)
-        for dtype, contestant, threads in product(DTYPES, AGAINST_EAGER, ONE_AND_ALL)
-    ),
-    *(
-        _cases("compiled", USUAL, dtype, BOTH, provider)
-        for dtype, ours in product(DTYPES, UNCOMPILED.items())
-        for provider in reversed(ours)
-    ),
-]
-SCALING = [
-    *(
-        _cases("sweep", shape, dtype, *contestant)
-        for shape, dtype, contestant in product(
-            SWEEP[: {"full": None, "quick": 4, "tiny": 1}[SIZE]], DTYPES, AGAINST_EAGER
-        )
-    ),
-    *(LARGE if SIZE != "quick" else []),
-]
+IN_AND_OUT = [(BOTH, name) for ours in UNCOMPILED.items() for name in reversed(ours)]
+SCALING = cases("sweep", SWEEP[: {"full": None, "quick": 4, "tiny": 1}[SIZE]], AGAINST_EAGER)
+if SIZE != "quick":
+    SCALING += [
+        *cases("threads", [USUAL], (FORWARD, *OURS), threads=ONE_AND_ALL),
+        *cases("weightings", [USUAL, LARGE], OURS, weighting=WEIGHTINGS),
+        *cases("odd vocabulary", [USUAL], OURS, shape=(EVEN, ODD)),
+        *cases("few rows", [FEW_ROWS], AGAINST_EAGER, threads=ONE_AND_ALL),
+        *cases("compiled", [USUAL], IN_AND_OUT),
+    ]
 
 # --- linear --------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ and predicted.md. It needs torch, Triton and pytest, and nothing that only the c
 
 import argparse
 import contextlib
+import functools
 import itertools
 import shutil
 import signal
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,20 +104,10 @@ class Suite:
 
     def run(self) -> int:
         """In order; the exit status."""
-        actions: dict[str, Callable[[float], list[Step]]] = {
-            "occupancy": self.occupancy,
-            "compile": self.compile,
-            "tests": self.tests,
-            "sanitizer": self.sanitizer,
-            "speed": lambda seconds: self.cases("speed", seconds),
-            "linear": lambda seconds: self.cases("linear", seconds),
-            "tiers": lambda seconds: self.cases("tiers", seconds),
-            "snapshot": self.snapshot,
-            "picture": self.picture,
-        }
-        for name, action in actions.items():
+        for name in (*LIMITS, "picture"):
             if name not in (*self.chosen, "picture"):
                 continue
+            action = getattr(self, name, functools.partial(self.cases, name))
             start = time.monotonic()
             self.steps[name] = [Step(name, "failed", "interrupted")]
             try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from wmtp.benchmarks import providers
-from wmtp.benchmarks.providers import FLOORS, LINEAR, LOGITS, OURS, PEERS, Loss, Provider
+from wmtp.benchmarks.providers import FLOORS, LINEAR, LOGITS, OURS, PEERS, Loss, Provider, Weights
 from wmtp.labels import IGNORE_INDEX, shift_to_heads
 from wmtp.ops.chunks import Linear
 
@@ -107,8 +107,7 @@ class Problem:
         given = torch.rand(batch, length, heads, device=device) + 0.1
         # A cross entropy of these logits is log V + 0.5, give or take 1.
         ref_ce = torch.rand(batch, length - 1, device=device) + math.log(vocabulary)
-        self.weights: dict[str, tuple[Tensor | None, ...]]
-        self.weights = {"given": (given, None), "uniform": (), "ref_ce": (None, ref_ce)}
+        self.weights = {"given": Weights(given), "ref_ce": Weights(ref_ce=ref_ce)}
         self._truths: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
     def restore(self) -> None:
@@ -141,11 +140,11 @@ class Problem:
         if direction == "frozen":
             inputs = (inputs[0], inputs[1].detach())
         options = options if provider in OURS else {}
-        weights = self.weights.get(weighting, ())
-        loss = functools.partial(one.loss, *inputs, self.target_ids, *weights, **options)
+        weights = self.weights.get(weighting, Weights())
+        loss = functools.partial(one.loss, *inputs, self.target_ids, weights, **options)
         if not one.weighted:
             loss = functools.partial(_of_rows, one.loss, inputs, self.targets)
-        return _without_gradient(loss) if direction == "forward" else _with_gradient(loss, inputs)
+        return functools.partial(_step, loss, inputs, direction != "forward")
 
     def check(self, provider: str, direction: str, weighting: str = "given") -> None:
         """Call and compare.
@@ -187,8 +186,8 @@ class Problem:
             exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
             logits = exact[0] if len(exact) == 1 else exact[0] @ exact[1].T
             reduction = "weight_mean" if self.dim or not one.weighted else "token_mean"
-            weights = self.weights[weighting] if one.weighted else ()
-            loss = providers.eager(logits, self.target_ids, *weights, reduction=reduction)
+            weights = self.weights.get(weighting if one.weighted else "none", Weights())
+            loss = providers.eager(logits, self.target_ids, weights, reduction)
             self._truths[key] = loss.detach(), *torch.autograd.grad(loss, exact)
         return self._truths[key]
 
@@ -206,24 +205,13 @@ def _of_rows(loss: Loss, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
     return loss(*(tensor.flatten(0, -2) for tensor in inputs), targets)
 
 
-def _without_gradient(loss: Callable[[], Tensor]) -> Callable[[], tuple[Tensor, ...]]:
-    def call() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (loss(),)
-
-    return call
-
-
-def _with_gradient(
-    loss: Callable[[], Tensor], inputs: tuple[Tensor, ...]
-) -> Callable[[], tuple[Tensor, ...]]:
-    asked = [tensor for tensor in inputs if tensor.requires_grad]
-
-    def call() -> tuple[Tensor, ...]:
+def _step(
+    loss: Callable[[], Tensor], inputs: tuple[Tensor, ...], gradients: bool
+) -> tuple[Tensor, ...]:
+    with torch.set_grad_enabled(gradients):
         value = loss()
-        return value, *torch.autograd.grad(value, asked)
-
-    return call
+    asked = [tensor for tensor in inputs if tensor.requires_grad]
+    return (value, *torch.autograd.grad(value, asked)) if gradients else (value,)
 
 
 def assert_close(

@@ -3,10 +3,10 @@
 A provider is given its inputs, which are what a gradient is taken for: the logits [B, S, H, V], or
 hidden states [B, S, H, D] and an unembedding [V, D]. Then come
 
-    target_ids [B, S], head_weights [B, S, H] or None, ref_ce [B, S - 1] or None
+    target_ids [B, S], and the weights
 
-where neither of the latter means uniform weights; or, for those that know no weights, the inputs'
-rows [B S H, ..] and the targets [B S H] of these, some of which are ignored.
+or, for those that know no weights, rows of inputs [B S H, ..] and the targets [B S H] of these,
+some of which are ignored.
 """
 
 import functools
@@ -15,7 +15,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,13 @@ from wmtp import excess_head_weights, fused_linear_weighted_mtp_loss, fused_weig
 from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
 
 Loss = Callable[..., Tensor]
+
+
+class Weights(NamedTuple):
+    """Neither means uniform."""
+
+    head_weights: Tensor | None = None  # [B, S, H]
+    ref_ce: Tensor | None = None  # [B, S - 1]
 
 
 class Provider(NamedTuple):
@@ -41,110 +48,76 @@ class Provider(NamedTuple):
 
 
 def eager(
-    logits: Tensor,
-    target_ids: Tensor,
-    head_weights: Tensor | None = None,
-    ref_ce: Tensor | None = None,
-    *,
-    reduction: str = "token_mean",
+    logits: Tensor, target_ids: Tensor, weights: Weights, reduction: str = "token_mean"
 ) -> Tensor:
     """What one writes in a trainer: torch's own cross entropy in the logits' dtype."""
     targets = shift_to_heads(target_ids, logits.shape[2], IGNORE_INDEX)
     ce = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none")
-    return mean(ce.view(targets.shape), target_ids, head_weights, ref_ce, reduction)
+    return mean(ce.view(targets.shape), target_ids, weights, reduction)
 
 
-def mean(
-    ce: Tensor,
-    target_ids: Tensor,
-    head_weights: Tensor | None,
-    ref_ce: Tensor | None,
-    reduction: str,
-) -> Tensor:
+def mean(ce: Tensor, target_ids: Tensor, weights: Weights, reduction: str) -> Tensor:
     """Of ce [B, S, H]: the library's own two, token_mean and weight_mean."""
-    if ref_ce is not None:
-        weights = excess_head_weights(ce, ref_ce, target_ids)
+    if weights.ref_ce is not None:
+        w = excess_head_weights(ce, weights.ref_ce, target_ids)
     else:
-        valid = has_target(target_ids, ce.shape[2]).to(torch.float32)
-        weights = valid if head_weights is None else head_weights * valid
+        w = has_target(target_ids, ce.shape[2]).to(torch.float32)
+        w = w if weights.head_weights is None else weights.head_weights * w
     if reduction == "weight_mean":
-        return (weights * ce).sum() / weights.sum()
-    weight_sum = weights.sum(-1)
-    token_loss = (weights * ce).sum(-1) / weight_sum.clamp(min=1e-8)
+        return (w * ce).sum() / w.sum()
+    weight_sum = w.sum(-1)
+    token_loss = (w * ce).sum(-1) / weight_sum.clamp(min=1e-8)
     return token_loss.sum() / (weight_sum > 1e-8).sum()
 
 
-def eager_float(logits: Tensor, target_ids: Tensor, *weights: Tensor | None) -> Tensor:
+def eager_float(logits: Tensor, target_ids: Tensor, weights: Weights) -> Tensor:
     """The same after `.float()`, as Hugging Face's losses and `wmtp.reference` do."""
-    return eager(logits.float(), target_ids, *weights)
+    return eager(logits.float(), target_ids, weights)
 
 
-def eager_linear(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, *weights: Tensor | None
-) -> Tensor:
+def eager_linear(hidden: Tensor, weight: Tensor, target_ids: Tensor, weights: Weights) -> Tensor:
     """All logits, and the loss of these."""
-    return eager(F.linear(hidden, weight), target_ids, *weights, reduction="weight_mean")
+    return eager(F.linear(hidden, weight), target_ids, weights, "weight_mean")
 
 
 def eager_float_linear(
-    hidden: Tensor, weight: Tensor, target_ids: Tensor, *weights: Tensor | None
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, weights: Weights
 ) -> Tensor:
-    logits = F.linear(hidden, weight).float()
-    return eager(logits, target_ids, *weights, reduction="weight_mean")
+    return eager(F.linear(hidden, weight).float(), target_ids, weights, "weight_mean")
 
 
-def cut_cross_entropy(
-    reduction: str,
-    impl: str,
-    hidden: Tensor,
-    classifier: Tensor,
-    target_ids: Tensor,
-    head_weights: Tensor | None = None,
-    ref_ce: Tensor | None = None,
-) -> Tensor:
-    """Cut Cross Entropy: its kernel, gradient filter and all, on CUDA; else its torch.compile."""
+def cce(hidden: Tensor, classifier: Tensor, target_ids: Tensor, weights: Weights) -> Tensor:
+    """Cut Cross Entropy's torch.compile implementation."""
+    ce = _cce(hidden, classifier, target_ids, "torch_compile")
+    return mean(ce, target_ids, weights, "token_mean")
+
+
+def cce_linear(hidden: Tensor, weight: Tensor, target_ids: Tensor, weights: Weights) -> Tensor:
+    """Its kernel, gradient filter and all, on CUDA; else as above."""
+    ce = _cce(hidden, weight, target_ids, "cce" if hidden.is_cuda else "torch_compile")
+    return mean(ce, target_ids, weights, "weight_mean")
+
+
+def _cce(hidden: Tensor, classifier: Tensor, target_ids: Tensor, impl: str) -> Tensor:
     module = importlib.import_module("cut_cross_entropy")
     targets = shift_to_heads(target_ids, hidden.shape[2], IGNORE_INDEX)
-    impl = impl or ("cce" if hidden.is_cuda else "torch_compile")
-    ce = module.linear_cross_entropy(hidden, classifier, targets, reduction="none", impl=impl)
-    return mean(ce, target_ids, head_weights, ref_ce, reduction)
+    return module.linear_cross_entropy(hidden, classifier, targets, reduction="none", impl=impl)
 
 
-def fused(
-    logits: Tensor,
-    target_ids: Tensor,
-    head_weights: Tensor | None = None,
-    ref_ce: Tensor | None = None,
-    *,
-    inplace: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    return fused_weighted_mtp_loss(
-        logits, target_ids, head_weights, ref_ce=ref_ce, inplace=inplace, backend=backend
-    ).loss
+def fused(logits: Tensor, target_ids: Tensor, weights: Weights, **options: Any) -> Tensor:
+    return fused_weighted_mtp_loss(logits, target_ids, **weights._asdict(), **options).loss
 
 
 def fused_linear(
-    hidden: Tensor,
-    weight: Tensor,
-    target_ids: Tensor,
-    head_weights: Tensor | None = None,
-    ref_ce: Tensor | None = None,
-    chunk_bytes: int | None = None,
-    backend: str = "auto",
+    hidden: Tensor, weight: Tensor, target_ids: Tensor, weights: Weights, **options: Any
 ) -> Tensor:
-    return fused_linear_weighted_mtp_loss(
-        *(hidden, weight, target_ids, head_weights),
-        ref_ce=ref_ce,
-        reduction="weight_mean",
-        chunk_bytes=chunk_bytes,
-        backend=backend,
-    ).loss
+    options |= {"reduction": "weight_mean", **weights._asdict()}
+    return fused_linear_weighted_mtp_loss(hidden, weight, target_ids, **options).loss
 
 
-def product(hidden: Tensor, weight: Tensor, target_ids: Tensor, *weights: Tensor | None) -> Tensor:
+def product(hidden: Tensor, weight: Tensor, target_ids: Tensor, weights: Weights) -> Tensor:
     """`fused` behind the product that makes its logits."""
-    return fused(hidden @ weight.T, target_ids, *weights)
+    return fused(hidden @ weight.T, target_ids, weights)
 
 
 def liger(logits: Tensor, targets: Tensor) -> Tensor:
@@ -196,6 +169,8 @@ def _compiled(loss: Loss) -> Loss:
 
 
 _CCE, _LIGER = ("cut_cross_entropy", "cut-cross-entropy"), ("liger_kernel", "liger-kernel")
+_TORCHS = ("torch.nn.functional", "torch", "linear_cross_entropy")
+_CHUNKS = ("torch.nn", "torch", "LinearCrossEntropyOptions")
 
 # Given logits. The D of `product` is small, so that its matrix products, which nobody changes, do
 # not hide what surrounds them; with D = 1 a product is about as cheap as filling the logits.
@@ -203,11 +178,7 @@ LOGITS = {
     "eager": Provider(eager),
     "eager_float": Provider(eager_float),
     "compiled": Provider(compiled(eager), compiles=True),
-    "cce": Provider(
-        functools.partial(cut_cross_entropy, "token_mean", "torch_compile"),
-        *(1, True, True, _CCE),
-        loss_only=True,
-    ),
+    "cce": Provider(cce, 1, compiles=True, needs=_CCE, loss_only=True),
     "fused": Provider(fused),
     "fused_inplace": Provider(functools.partial(fused, inplace=True)),
     "fused_compiled": Provider(compiled(fused), compiles=True),
@@ -220,11 +191,7 @@ PEERS = {
     "quack": Provider(quack, weighted=False, needs=("quack", "quack-kernels")),
     "flash_attn": Provider(flash_attn, weighted=False, needs=("flash_attn", "flash-attn")),
     "cce_kernel": Provider(cce_kernel, 1, False, needs=_CCE, loss_only=True),
-    "linear_cross_entropy": Provider(
-        *(linear_cross_entropy, 1, False),
-        needs=("torch.nn.functional", "torch", "linear_cross_entropy"),
-        loss_only=True,
-    ),
+    "linear_cross_entropy": Provider(linear_cross_entropy, 1, False, needs=_TORCHS, loss_only=True),
 }
 # Given hidden states and unembedding. All are the sum of w ce over the sum of w: with uniform
 # weights the mean cross entropy, which those compute as well that know no weights.
@@ -234,15 +201,10 @@ LINEAR = {
     "eager_float": Provider(eager_float_linear),
     "compiled": Provider(compiled(eager_linear), compiles=True),
     "linear_cross_entropy": Provider(
-        linear_cross_entropy_in_chunks,
-        weighted=False,
-        needs=("torch.nn", "torch", "LinearCrossEntropyOptions"),
-        slow=True,
+        linear_cross_entropy_in_chunks, weighted=False, needs=_CHUNKS, slow=True
     ),
     "liger": Provider(liger_linear, weighted=False, needs=_LIGER, on_gpu=True),
-    "cce": Provider(
-        functools.partial(cut_cross_entropy, "weight_mean", ""), compiles=True, needs=_CCE
-    ),
+    "cce": Provider(cce_linear, compiles=True, needs=_CCE),
 }
 # What one call does, and who does it; `copy`, which is no loss, is timed beside each.
 DIRECTIONS = {

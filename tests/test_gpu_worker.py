@@ -215,7 +215,8 @@ def launched(monkeypatch):
     return found
 
 
-def triton_loss(logits, target_ids, head_weights, _ref_ce):
+def triton_loss(logits, target_ids, weights):
+    head_weights = weights.head_weights
     loss, *_ = fused_weighted_mtp_loss(logits, target_ids, head_weights, backend="triton")
     return loss
 

@@ -1,6 +1,6 @@
 """The suites of `wmtp bench`, by pytest-benchmark: what is timed, compared with what, and how.
 
-    pytest benchmarks/bench.py --benchmark-json=result.json        # -k loss, -k scaling, -k linear
+    pytest benchmarks/bench.py --benchmark-json=result.json        # -k test_loss, test_scaling, test_linear
 
     loss      with and without gradient against eager torch, torch.compile and a plain copy
     scaling   sizes, threads, weightings, odd vocabularies, few rows; inside torch.compile

@@ -312,7 +312,7 @@ def work(options: argparse.Namespace, folder: Path | None) -> int:
     first, seconds = int(options.first), float(options.seconds)
     if options.worker in COMPILED:
         mine = parts(_to_compile(options.worker), count)[number]
-        return run_cases(mine, first, seconds, records, compile_case)
+        return run_cases(mine, first, seconds, records, compile_case, lambda line: None)
     with contextlib.ExitStack() as stack:
         if options.worker in ("occupancy", "tiers") and folder and not cubins.unavailable(folder):
             stack.enter_context(cubins.installed(folder, clusters_only=options.worker != "tiers"))

@@ -42,6 +42,7 @@ def run_cases(
     seconds: float,
     records: Path,
     record_of: Callable[[Case], Record],
+    show: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> int:
     """Append the records of cases[first:], one by one; returns the exit status."""
     deadline, cut_off = time.monotonic() + seconds, []
@@ -62,17 +63,12 @@ def run_cases(
             return 0
         with records.open("a") as file:
             file.write(json.dumps(record) + "\n")
-        if "binaries" not in record:
-            print(f"{number + 1}/{len(cases)} {case_of(record)} {_told(record)}", flush=True)
+        told = f"{record['outcome']}: {record['why']}"
+        told = f"{record['median_ms']:.4f} ms" if "median_ms" in record else told
+        show(f"{number + 1}/{len(cases)} {case_of(record)} {told}")
         if record["outcome"] == "failed" or not device_answers():
             return AGAIN
     return 0
-
-
-def _told(record: Record) -> str:
-    if record["outcome"] == "ok":
-        return f"{record['median_ms']:.4f} ms"
-    return f"{record['outcome']}: {record['why']}"
 
 
 def new_record(case: Case, outcome: str, why: str = "", **measured: Any) -> Record:

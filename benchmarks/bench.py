@@ -1,6 +1,6 @@
 """The suites of `wmtp bench`, by pytest-benchmark: what is timed, compared with what, and how.
 
-    pytest benchmarks/bench.py --benchmark-json=result.json        # -k test_loss, test_scaling, test_linear
+    pytest benchmarks/bench.py --benchmark-json=result.json       # -k test_loss: one of the suites
 
     loss      with and without gradient against eager torch, torch.compile and a plain copy
     scaling   sizes, threads, weightings, odd vocabularies, few rows; inside torch.compile
@@ -19,18 +19,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from wmtp.benchmarks.memory import peak_bytes
-from wmtp.benchmarks.problem import THREADS, WEIGHTINGS, Case, Problem, Shape
+from wmtp.benchmarks.problem import THREADS, WEIGHTINGS, Case, Shape
 from wmtp.benchmarks.providers import DIRECTIONS, FLOORS, LINEAR, LOGITS, UNCOMPILED, absent
-from wmtp.benchmarks.timing import Rounds
+from wmtp.benchmarks.timing import Bench, Rounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = ("float32", "bfloat16")
 SIZE = os.environ.get("WMTP_BENCH_SIZE", "full")
 ROUNDS = {"full": Rounds(0.5, 5, 1000), "quick": Rounds(0.3, 5, 1000), "tiny": Rounds(0.0, 2, 2)}
-TINY = (1, 2, 1, 2)
+BENCH = Bench(DEVICE)
 BOTH = "forward+backward"
 
 
@@ -142,7 +140,7 @@ def time_case(benchmark, case: Case, fewest: int = ROUNDS[SIZE].fewest) -> None:
     rounds = ROUNDS[SIZE]._replace(fewest=fewest)
     try:
         peak, seconds = first_calls(case)
-        problem = problem_of(case)
+        problem = BENCH.problem_of(case)
         call = problem.call(case.provider, case.direction, case.weighting)
         benchmark.group = f"{case.study} {case.shape} {case.dtype} {case.direction}"
         benchmark.extra_info.update(case.fields(), peak_bytes=peak)
@@ -166,33 +164,5 @@ def time_case(benchmark, case: Case, fewest: int = ROUNDS[SIZE].fewest) -> None:
 
 @functools.cache  # a case that is timed again is compared once
 def first_calls(case: Case) -> tuple[int, float]:
-    """Peak bytes, and about how many seconds a call takes.
-
-    Raises:
-        AssertionError: the provider disagrees with eager torch.
-    """
-    problem, how = problem_of(case), (case.provider, case.direction, case.weighting)
-    call = problem.call(*how)
-    # What is compiled for the shape, or allocated once whatever the shape.
-    compiles = case.provider in problem.contestants and problem.contestants[case.provider].compiles
-    tiny = Problem(TINY, case.torch_dtype, DEVICE, case.dim)
-    problem.restore()
-    (call if compiles else tiny.call(*how))()
-    problem.restore()
-    found: list[tuple[Tensor, ...]] = []
-    start = time.perf_counter()
-    peak = peak_bytes(lambda: found.append(call()), DEVICE)
-    seconds = time.perf_counter() - start
-    problem.compare(case.provider, found[0], case.weighting)
-    return (0 if case.provider == "copy" else peak), seconds
-
-
-def problem_of(case: Case) -> Problem:
-    """The case's inputs; cases of one problem follow each other."""
-    return _kept_problem(case.shape, case.torch_dtype, case.dim)
-
-
-@functools.lru_cache(maxsize=1)
-def _kept_problem(shape: Shape, dtype: torch.dtype, dim: int) -> Problem:
-    torch._dynamo.reset()  # each shape is compiled for itself, within the limit of recompilations
-    return Problem(shape, dtype, DEVICE, dim)
+    """Peak bytes, and about how many seconds a call takes."""
+    return BENCH.first_calls(case)[:2]

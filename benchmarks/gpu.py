@@ -51,7 +51,7 @@ from wmtp.benchmarks.gpu_processes import (
 from wmtp.benchmarks.gpu_report import compared, gpu_environment, plot, predicted_records, write
 from wmtp.benchmarks.gpu_worker import (
     ONE_CALLS,
-    Bench,
+    Recorder,
     compile_case,
     first_line,
     new_record,
@@ -316,8 +316,8 @@ def work(options: argparse.Namespace, folder: Path | None) -> int:
     with contextlib.ExitStack() as stack:
         if options.worker in ("occupancy", "tiers") and folder and not cubins.unavailable(folder):
             stack.enter_context(cubins.installed(folder, clusters_only=options.worker != "tiers"))
-        cases, bench = all_cases()[options.worker], Bench(Timer())
-        return run_cases(cases, first, seconds, records, bench.record)
+        cases, recorder = all_cases()[options.worker], Recorder(Timer())
+        return run_cases(cases, first, seconds, records, recorder.record)
 
 
 def _steps(given: str) -> tuple[str, ...]:

@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-import wmtp
 from wmtp.benchmarks.gpu_cases import TIERS, forced_launch, launch_of
-from wmtp.benchmarks.memory import MEBI, peak_bytes
+from wmtp.benchmarks.memory import MEBI
 from wmtp.benchmarks.problem import TOLERANCE, Case, Problem, Shape, assert_close, case_of
 from wmtp.benchmarks.providers import OURS
-from wmtp.benchmarks.timing import Timer
+from wmtp.benchmarks.timing import Bench, Timer
 
 Record = dict[str, Any]
 AGAIN = 75  # exit status: a case failed, the next one needs a new process
@@ -106,50 +105,32 @@ def first_line(error: Exception) -> str:
 # --- measure -------------------------------------------------------------------------------------
 
 
-class Bench:
-    """Compares and times one case after the other, keeping the problem while it stays the same."""
+class Recorder:
+    """Compares, counts and times one case after the other."""
 
     def __init__(self, timer: Timer, device: str = "cuda"):
-        self._timer, self._device = timer, device
-        self._checked: set[Case] = set()
-        self._problem: Problem | None = None
+        self._timer, self._bench = timer, Bench(device, CHECKED_ROWS)
         self._first: tuple[Shape, tuple[torch.Tensor, ...]] | None = None
 
     def record(self, case: Case) -> Record:
         record = recorded(case, self._measure)
         if record["outcome"] != "ok":
-            self._forget()
+            self._first = None
+            self._bench.forget()
         return record
 
     def _measure(self, case: Case) -> Record:
-        with forced(case, self._device):
-            return self._measured(case)
-
-    def _measured(self, case: Case) -> Record:
-        self._check(case)
-        problem = self._problem_of(case, case.shape)
-        call = problem.call(case.provider, case.direction, case.weighting)
-        problem.restore()
-        found = call()  # what is allocated once
-        ours = case.provider in OURS
-        if case.study == "occupancy" and ours:
-            self._agree(case, found)
-        del found
-        problem.restore()
-        peak = 0 if case.provider == "copy" else peak_bytes(call, self._device)
-        times = self._timer.time(call, problem.restore)
-        chosen = {"tier": self._tier(case)} if ours and not case.dim else {}
-        return {**times._asdict(), "peak_bytes": peak, **chosen}
-
-    def _check(self, case: Case) -> None:
-        batch, length, heads, vocabulary = case.shape
-        shape = (batch, min(length, CHECKED_ROWS // heads), heads, vocabulary)
-        key = case._replace(shape=shape, study="", ctas_per_sm=0)
-        if key not in self._checked:
-            problem = self._problem_of(case, shape)
-            problem.check(case.provider, case.direction, case.weighting)
-            problem.forget_truth()
-            self._checked.add(key)
+        with forced(case, self._bench.device):
+            peak, _, found = self._bench.first_calls(case)
+            ours = case.provider in OURS
+            if case.study == "occupancy" and ours:
+                self._agree(case, found)
+            del found
+            problem = self._bench.problem_of(case)
+            call = problem.call(case.provider, case.direction, case.weighting)
+            times = self._timer.time(call, problem.restore)
+            chosen = {"tier": self._tier(case)} if ours and not case.dim else {}
+            return {**times._asdict(), "peak_bytes": peak, **chosen}
 
     def _agree(self, case: Case, found: tuple[torch.Tensor, ...]) -> None:
         """At the timed size as well: the kernels of one problem, with the first of them."""
@@ -160,25 +141,12 @@ class Bench:
         for name, got, want in zip(("loss", "gradient"), found, self._first[1], strict=True):
             assert_close(name, case.provider, got, want.float(), tolerance, "the first tier")
 
-    def _problem_of(self, case: Case, shape: Shape) -> Problem:
-        kept, key = self._problem, (shape, case.torch_dtype, case.dim)
-        if kept is None or (kept.shape, kept.dtype, kept.dim) != key:
-            self._forget()  # before there are two
-            torch._dynamo.reset()  # each shape is compiled for itself
-            kept = self._problem = Problem(*key[:2], self._device, case.dim)
-        return kept
-
     def _tier(self, case: Case) -> str:
         from wmtp.kernels import tiers
 
         if case.ctas_per_sm:
             return case.tier
-        return launch_of(case, tiers.machine(torch.device(self._device))).tier
-
-    def _forget(self) -> None:
-        self._problem = self._first = None
-        wmtp.release_memory()
-        torch.cuda.empty_cache()
+        return launch_of(case, tiers.machine(torch.device(self._bench.device))).tier
 
 
 @contextlib.contextmanager

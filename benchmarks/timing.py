@@ -1,9 +1,10 @@
-"""How often a call is timed, and how on a CUDA device: a cold L2, no wait for the host.
+"""How a case is compared and counted, and how a call is timed on a CUDA device: with a cold L2, and
+without waiting for the host. On the CPU pytest-benchmark has the clock (bench.py).
 
 A round on the device: the inputs are written anew, the L2 is overwritten, the device is put to
 sleep for longer than the host needs to enqueue the call, and only then the first event. So the time
 between the events is the device's alone; what the host needs is measured beside it, and bounds
-small calls. On the CPU pytest-benchmark has the clock (bench.py).
+small calls.
 """
 
 import statistics
@@ -12,6 +13,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+import wmtp
+from wmtp.benchmarks.memory import TINY, peak_bytes
+from wmtp.benchmarks.problem import Case, Problem, Shape
 
 
 class Times(NamedTuple):
@@ -51,6 +57,75 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
     """
     fifths = statistics.quantiles(values, n=5, method="inclusive")
     return statistics.median(values), fifths[0], fifths[3]
+
+
+class First(NamedTuple):
+    """What a case's first calls tell."""
+
+    peak_bytes: int
+    seconds: float  # about, of one call
+    found: tuple[Tensor, ...]
+
+
+class Bench:
+    """The first calls of one case after the other; a problem is kept while it stays the same.
+
+    Args:
+        most_rows: outputs are compared at so many rows where the case has more.
+    """
+
+    def __init__(self, device: str, most_rows: int | None = None):
+        self.device, self._most_rows = device, most_rows
+        self._problem: Problem | None = None
+
+    def problem_of(self, case: Case, shape: Shape | None = None) -> Problem:
+        """The case's inputs, or such of another shape."""
+        kept, key = self._problem, (shape or case.shape, case.torch_dtype, case.dim)
+        if kept is None or (kept.shape, kept.dtype, kept.dim) != key:
+            self.forget()  # before there are two
+            torch._dynamo.reset()  # each shape is compiled for itself, within the limit of these
+            kept = self._problem = Problem(*key[:2], self.device, case.dim)
+        return kept
+
+    def first_calls(self, case: Case) -> First:
+        """Call, compare with eager torch in float32, and count peak bytes.
+
+        Raises:
+            AssertionError: they disagree.
+        """
+        how = case.provider, case.direction, case.weighting
+        shape, on_gpu = self._fewer_rows(case.shape), self.device == "cuda"
+        if shape != case.shape:
+            self.problem_of(case, shape).check(*how)
+        problem = self.problem_of(case)
+        call = problem.call(*how)
+        one = problem.contestants.get(case.provider)
+        problem.restore()
+        if on_gpu or (one is not None and one.compiles):
+            call()  # what is compiled for the shape
+        else:  # what is allocated once, whatever the shape
+            Problem(TINY, case.torch_dtype, self.device, case.dim).call(*how)()
+        problem.restore()
+        found: list[tuple[Tensor, ...]] = []
+        start = time.perf_counter()
+        peak = peak_bytes(lambda: found.append(call()), self.device)
+        seconds = time.perf_counter() - start
+        if shape == case.shape:
+            problem.compare(case.provider, found[0], case.weighting)
+        if on_gpu:
+            problem.forget_truth()
+        return First(0 if case.provider == "copy" else peak, seconds, found[0])
+
+    def forget(self) -> None:
+        self._problem = None
+        if self.device == "cuda":
+            wmtp.release_memory()
+            torch.cuda.empty_cache()
+
+    def _fewer_rows(self, shape: Shape) -> Shape:
+        batch, length, heads, vocabulary = shape
+        most = length if self._most_rows is None else self._most_rows // heads
+        return batch, min(length, most), heads, vocabulary
 
 
 class Timer:

@@ -1,6 +1,6 @@
 """Cases of the GPU suite, and how they run where there is no GPU."""
 
-from wmtp.benchmarks.gpu_worker import Bench, new_record
+from wmtp.benchmarks.gpu_worker import Recorder, new_record
 from wmtp.benchmarks.problem import Case
 from wmtp.benchmarks.timing import Times
 
@@ -26,7 +26,7 @@ class CountingTimer:
 
 def record_of(provider, direction=BOTH, **options):
     case = speed_case(provider, direction, SMALL, "float32", **options)
-    return Bench(CountingTimer(), "cpu").record(case)
+    return Recorder(CountingTimer(), "cpu").record(case)
 
 
 def timed(case, milliseconds, peak=0, **chosen):

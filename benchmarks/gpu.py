@@ -41,7 +41,6 @@ from wmtp.benchmarks import ROOT, cubins
 from wmtp.benchmarks.gpu_cases import all_cases
 from wmtp.benchmarks.gpu_processes import (
     WORKER,
-    Record,
     in_parallel,
     processes,
     run,
@@ -60,7 +59,7 @@ from wmtp.benchmarks.gpu_worker import (
     run_cases,
     snapshot,
 )
-from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.problem import Case, Record
 from wmtp.benchmarks.providers import LINEAR, LOGITS, PEERS, UNCOMPILED
 from wmtp.benchmarks.providers import absent as absent_providers
 from wmtp.benchmarks.timing import Timer

@@ -22,14 +22,13 @@ from typing import Any, TypeVar
 
 from wmtp.benchmarks import ROOT
 from wmtp.benchmarks.gpu_worker import AGAIN, new_record
-from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.problem import Case, Record
 
 WORKER = (sys.executable, "-m", "wmtp.benchmarks.gpu", "--worker")
 MOST_SILENT = 3  # processes in a row that ended without a record: the fault is not a case's
 OUT_OF_TIME = "out of time"
 MOST_PROCESSES = 16  # each has a CUDA context of its own
 GRACE = 3.0  # seconds in which a process that is cut off may say what it has found
-Record = dict[str, Any]
 T = TypeVar("T")
 R = TypeVar("R")
 

@@ -23,12 +23,11 @@ from wmtp.benchmarks.gpu_cases import (
     predicted_tier,
     products_flops,
 )
-from wmtp.benchmarks.problem import Case, case_of
+from wmtp.benchmarks.problem import Case, Record, case_of
 from wmtp.benchmarks.providers import FLOORS, PEERS
 from wmtp.benchmarks.report import GPU_PACKAGES, environment, versions
 from wmtp.files import json_by_line
 
-Record = dict[str, Any]
 COMPARED = ("eager", "compiled", "liger", "quack")
 HEADLINE = (
     "V", "dtype", "forward, of copy", "forward + backward, of copy", "in place, of copy",

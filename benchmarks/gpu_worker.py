@@ -21,11 +21,10 @@ import torch
 
 from wmtp.benchmarks.gpu_cases import TIERS, forced_launch, launch_of
 from wmtp.benchmarks.memory import MEBI
-from wmtp.benchmarks.problem import TOLERANCE, Case, Problem, Shape, assert_close, case_of
+from wmtp.benchmarks.problem import TOLERANCE, Case, Problem, Record, Shape, assert_close, case_of
 from wmtp.benchmarks.providers import OURS
 from wmtp.benchmarks.timing import Bench, Timer
 
-Record = dict[str, Any]
 AGAIN = 75  # exit status: a case failed, the next one needs a new process
 CASE_SECONDS = 60  # a case that takes longer hangs
 CHECKED_ROWS = 2**12  # outputs are compared at this size where the timed one is larger

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as torch_profile
 
 import wmtp
-from wmtp.benchmarks.problem import Case, Problem, Shape, plan_of
+from wmtp.benchmarks.problem import Case, Problem, Record, Shape, plan_of
 from wmtp.benchmarks.providers import DIRECTIONS, FLOORS, LOGITS, absent
 from wmtp.ops.chunks import default_chunk_bytes
 
@@ -44,7 +44,6 @@ FEW = (8, 16)  # vocabularies, in units of D, from which a linear case that does
 SPARE = 2**29  # bytes left to the rest of the machine, torch.compile's compiler among it
 MARGIN = 1.1  # over what smaller cases say
 MEBI, GIBI = 2**20, 2**30
-Record = dict[str, Any]
 
 # Above all of its levels: libkineto says something for each beginning and end of a profile.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")

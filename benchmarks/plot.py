@@ -9,7 +9,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from wmtp.benchmarks.memory import MEBI, allowed_bytes, chunk_scratch_bytes, scratch_bytes
-from wmtp.benchmarks.problem import Shape
+from wmtp.benchmarks.problem import Record, Shape
 from wmtp.benchmarks.report import cases_by_key, spread
 
 INK, MUTED, GRID, RED = "#22262b", "#6c7480", "#e6e8eb", "#d23f3f"
@@ -161,7 +161,7 @@ def plot_profile(results: dict[str, Any], file: Path) -> None:
         grid[0].figure.suptitle(title)
 
 
-def _draw_sweep(axes: Any, records: list[dict[str, Any]], field: str) -> None:
+def _draw_sweep(axes: Any, records: list[Record], field: str) -> None:
     sizes = {record[field]: record["logits_bytes"] / MEBI for record in records}
     axes.plot(*zip(*sizes.items(), strict=True), "--", color=RED, lw=1, label="the logits")
     names = dict.fromkeys(record["provider"] for record in records)
@@ -180,7 +180,7 @@ def _draw_sweep(axes: Any, records: list[dict[str, Any]], field: str) -> None:
         )
 
 
-def _draw_linear_sweep(axes: Any, records: list[dict[str, Any]], field: str) -> None:
+def _draw_linear_sweep(axes: Any, records: list[Record], field: str) -> None:
     """What was not measured but derived is hollow."""
     ours = [record for record in records if record["provider"] == "fused"]
     lines = {

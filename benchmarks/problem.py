@@ -13,6 +13,7 @@ from wmtp.benchmarks.providers import FLOORS, LINEAR, LOGITS, OURS, PEERS, Loss,
 from wmtp.labels import IGNORE_INDEX, shift_to_heads
 from wmtp.ops.chunks import Linear
 
+Record = dict[str, Any]  # of JSON: a case's fields, and what was found
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
 TIER_FIELDS = ("tier", "ctas_per_sm")
 THREADS = torch.get_num_threads()
@@ -188,6 +189,8 @@ class Problem:
             reduction = "weight_mean" if self.dim or not one.weighted else "token_mean"
             weights = self.weights.get(weighting if one.weighted else "none", Weights())
             loss = providers.eager(logits, self.target_ids, weights, reduction)
+            # Of other weightings none is kept: each holds gradients in float32.
+            self._truths = {k: held for k, held in self._truths.items() if k[1] == weighting}
             self._truths[key] = loss.detach(), *torch.autograd.grad(loss, exact)
         return self._truths[key]
 
@@ -232,8 +235,8 @@ def assert_close(
     )
 
 
-def case_of(record: dict[str, Any]) -> Case:
-    """A record's, of JSON or not, whatever else is in it."""
+def case_of(record: Record) -> Case:
+    """A record's, whatever else is in it."""
     fields = {name: record[name] for name in Case._fields if name in record}
     return Case(**{**fields, "shape": tuple(record["shape"])})
 

@@ -17,7 +17,7 @@ import torch
 
 import wmtp
 from wmtp.backends import cpu
-from wmtp.benchmarks.problem import Case, case_of
+from wmtp.benchmarks.problem import Case, Record, case_of
 from wmtp.benchmarks.providers import LINEAR, LOGITS, UNCOMPILED, absent
 
 SUITES = ("loss", "scaling", "linear")
@@ -68,7 +68,7 @@ def run_suites(
         return json.loads(file.read_text())
 
 
-def gather(command: str, size: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def gather(command: str, size: str, runs: list[Record]) -> dict[str, Any]:
     """Environment and the results of all runs, ready for JSON."""
     cases = _merge([_record(benchmark) for benchmark in run["benchmarks"]] for run in runs)
     contestants = LINEAR if any(record["dim"] for record in cases) else LOGITS
@@ -105,7 +105,7 @@ def versions(packages: Iterable[str]) -> dict[str, str | None]:
     return found
 
 
-def cases_by_key(results: dict[str, Any]) -> dict[Case, dict[str, Any]]:
+def cases_by_key(results: dict[str, Any]) -> dict[Case, Record]:
     """The results of `gather`, or of its JSON, by what identifies them."""
     return {case_of(record): record for record in results["cases"]}
 
@@ -115,11 +115,11 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def _merge(runs: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _merge(runs: Iterable[list[Record]]) -> list[Record]:
     """A case that a run has timed in several passes has the median over them."""
-    merged: dict[Case, dict[str, Any]] = {}
+    merged: dict[Case, Record] = {}
     for run in runs:
-        passes: dict[Case, list[dict[str, Any]]] = {}
+        passes: dict[Case, list[Record]] = {}
         for record in run:
             passes.setdefault(case_of(record), []).append(record)
         for case, timed in passes.items():
@@ -131,7 +131,7 @@ def _merge(runs: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return list(merged.values())
 
 
-def _record(benchmark: dict[str, Any]) -> dict[str, Any]:
+def _record(benchmark: dict[str, Any]) -> Record:
     stats = benchmark["stats"]
     return {
         **benchmark["extra_info"],

@@ -4,7 +4,7 @@ import platform
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -28,6 +28,15 @@ from wmtp.benchmarks.providers import FLOORS, PEERS
 from wmtp.benchmarks.report import GPU_PACKAGES, environment, versions
 from wmtp.files import json_by_line
 
+PREDICTED = f"predicted ms ({PREDICTED_CARD.name})"
+COLUMNS = (
+    *("logits", "dtype", "provider", "weights", "tier", "median ms", "20-80 %"),
+    *("GB/s", "of copy", "peak", PREDICTED),
+)
+LINEAR_COLUMNS = (
+    *("[B, S, H, V] x D", "dtype", "provider", "weights", "median ms", "20-80 %"),
+    *("TFLOP/s", "of products", "MiB", PREDICTED),
+)
 COMPARED = ("eager", "compiled", "liger", "quack")
 HEADLINE = (
     "V", "dtype", "forward, of copy", "forward + backward, of copy", "in place, of copy",
@@ -147,8 +156,8 @@ def markdown(results: dict[str, Any]) -> str:
     timed = [record for record in records if record["outcome"] in ("ok", "predicted")]
     study_of = itemgetter("study", "direction")
     for (study, direction), group in groupby(sorted(timed, key=study_of), study_of):
-        columns = _columns(study == "linear")
-        rows = [[cell(record) for cell in columns.values()] for record in group]
+        columns = LINEAR_COLUMNS if study == "linear" else COLUMNS
+        rows = [[cells[name] for name in columns] for cells in map(_cells, group)]
         parts += [f"## {study}, {direction}", _table(columns, rows)]
     without = [record for record in records if record["outcome"] not in ("ok", "predicted")]
     parts += _section("Without a time", without)
@@ -157,49 +166,28 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _columns(linear: bool) -> dict[str, Callable[[Record], str]]:
-    """What a table shows of a record, by what stands above it."""
-    digits = 3 if linear else 4
-
-    def number(name: str, form: str) -> Callable[[Record], str]:
-        return lambda record: _number(record.get(name), form)
-
-    def logits(record: Record) -> str:
-        return "x".join(map(str, record["shape"])) + (f" x {record['dim']}" if linear else "")
-
-    def weights(record: Record) -> str:
-        unweighted = record["provider"] in ("copy", *FLOORS.values())
-        return "" if unweighted else record["weighting"]
-
-    def spread(record: Record) -> str:
-        low, high = record.get("p20_ms"), record.get("p80_ms")
-        return "" if low is None else f"{low:.{digits}f}-{high:.{digits}f}"
-
-    def predicted(record: Record) -> str:
-        told = _number(record["predicted_ms"], f".{digits}f")
-        return f"{told} *predicted*" if told else ""
-
-    figures: dict[str, Callable[[Record], str]] = {
-        "GB/s": number("gb_s", ".0f"),
-        "of copy": lambda record: _percent(record.get("of_copy")),
-        "peak": number("peak", ".3f"),
-    }
-    if linear:
-        figures = {
-            "TFLOP/s": number("tflops", ".0f"),
-            "of products": lambda record: _percent(record.get("of_products")),
-            "MiB": number("mib", ".1f"),
-        }
+def _cells(record: Record) -> dict[str, str]:
+    """What the tables show of a record, by what stands above it."""
+    shape, digits = "x".join(map(str, record["shape"])), 3 if record["dim"] else 4
+    unweighted = record["provider"] in ("copy", *FLOORS.values())
+    low, high = (_number(record.get(name), f".{digits}f") for name in ("p20_ms", "p80_ms"))
+    predicted = _number(record["predicted_ms"], f".{digits}f")
     return {
-        "[B, S, H, V] x D" if linear else "logits": logits,
-        "dtype": itemgetter("dtype"),
-        "provider": itemgetter("provider"),
-        "weights": weights,
-        **({} if linear else {"tier": lambda record: case_of(record).launched}),
-        "median ms": number("median_ms", f".{digits}f"),
-        "20-80 %": spread,
-        **figures,
-        f"predicted ms ({PREDICTED_CARD.name})": predicted,
+        "logits": shape,
+        "[B, S, H, V] x D": f"{shape} x {record['dim']}",
+        "dtype": record["dtype"],
+        "provider": record["provider"],
+        "weights": "" if unweighted else record["weighting"],
+        "tier": case_of(record).launched,
+        "median ms": _number(record.get("median_ms"), f".{digits}f"),
+        "20-80 %": f"{low}-{high}" if low else "",
+        "GB/s": _number(record.get("gb_s"), ".0f"),
+        "of copy": _percent(record.get("of_copy")),
+        "peak": _number(record.get("peak"), ".3f"),
+        "TFLOP/s": _number(record.get("tflops"), ".0f"),
+        "of products": _percent(record.get("of_products")),
+        "MiB": _number(record.get("mib"), ".1f"),
+        PREDICTED: f"{predicted} *predicted*" if predicted else "",
     }
 
 

@@ -365,15 +365,7 @@ def table(results: Record, first: bool = True) -> Table:
     from rich import box
     from rich.table import Table
 
-    dim, heads, length = results["dim"], results["heads"], results["cases"][0]["length"]
-    what = f"{results['dtype']}, {results['device']}, backend {results['backend']}"
-    if dim:
-        title = "peak MiB beyond hidden states, weight and their gradients\n"
-        title += f"[1, S, {heads}, {dim}] and [V, {dim}], {what}"
-        columns: tuple[str, ...] = ("S, V", *LINEAR_PROFILED, "its chunk", "allowed")
-    else:
-        title = f"peak memory beyond the logits [1, {length}, {heads}, V], {what}"
-        columns = ("V", *PROFILED)
+    dim, (title, *columns) = results["dim"], _headings(results)
     found = Table(
         title=title if first else None, show_header=first, box=box.SIMPLE, padding=(0, 1, 0, 0)
     )
@@ -391,6 +383,17 @@ def table(results: Record, first: bool = True) -> Table:
             found.add_row(f"  {direction}", *(_linear_cells(of) if dim else _cells(of)))
         found.add_section()
     return found
+
+
+def _headings(results: Record) -> list[str]:
+    """The title, and the columns'."""
+    dim, heads, length = results["dim"], results["heads"], results["cases"][0]["length"]
+    what = f"{results['dtype']}, {results['device']}, backend {results['backend']}"
+    if not dim:
+        return [f"peak memory beyond the logits [1, {length}, {heads}, V], {what}", "V", *PROFILED]
+    title = "peak MiB beyond hidden states, weight and their gradients\n"
+    title += f"[1, S, {heads}, {dim}] and [V, {dim}], {what}"
+    return [title, "S, V", *LINEAR_PROFILED, "its chunk", "allowed"]
 
 
 def _cells(records: dict[str, Record]) -> Iterator[str]:

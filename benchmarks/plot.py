@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,36 +130,43 @@ def plot_profile(results: dict[str, Any], file: Path) -> None:
         results: of `memory.profile`.
         file: where.
     """
-    both = [record for record in results["cases"] if record["direction"] in BOTH]
-    length, vocabulary = both[0]["length"], both[0]["vocabulary"]
-    over_v = [record for record in both if record["length"] == length]
-    over_s = [record for record in both if record["vocabulary"] == vocabulary]
-    sweeps = {"vocabulary": over_v, "length": over_s}
-    varied = [field for field in sweeps if len({one[field] for one in sweeps[field]}) > 1]
-    varied = varied or ["vocabulary"]
+    dim, heads = results["dim"], results["heads"]
     what = f"{results['dtype']}, {results['device']}"
-    heads = results["heads"]
-    with _figure(file, (1, len(varied)), (3 + 5 * len(varied), 4.5)) as grid:
-        for axes, field in zip(grid, varied, strict=True):
-            records = sorted(sweeps[field], key=lambda record: record[field])
-            (_draw_linear_sweep if results["dim"] else _draw_sweep)(axes, records, field)
-            sizes = list(dict.fromkeys(record[field] for record in records))
-            axes.set(xscale="log", yscale="log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.grid(axis="y")
-            axes.set_xticks(sizes, list(map(str, sizes)))
-            axes.minorticks_off()
-            axes.tick_params(axis="x", labelrotation=15)
-            at = f"V, at S = {length}" if field == "vocabulary" else f"S, at V = {vocabulary}"
-            axes.set_xlabel(f"{at}, log scale" if results["dim"] else "V, log scale")
-        if results["dim"]:
-            beyond = "inputs and gradients"
-            title = f"Linear loss and gradients, H = {heads}, D = {results['dim']}, {what}"
-        else:
-            beyond = "the logits"
-            title = f"Loss and gradient of [1, {length}, {heads}, V] logits, {what}"
+    sweeps = _sweeps([record for record in results["cases"] if record["direction"] in BOTH])
+    with _figure(file, (1, len(sweeps)), (3 + 5 * len(sweeps), 4.5)) as grid:
+        for axes, ((field, told), records) in zip(grid, sweeps.items(), strict=True):
+            (_draw_linear_sweep if dim else _draw_sweep)(axes, records, field)
+            _set_log_axes(axes, list(dict.fromkeys(record[field] for record in records)))
+            axes.set_xlabel(f"{told}, log scale" if dim else "V, log scale")
+        length = results["cases"][0]["length"]
+        title = f"Loss and gradient of [1, {length}, {heads}, V] logits, {what}"
+        if dim:
+            title = f"Linear loss and gradients, H = {heads}, D = {dim}, {what}"
+        beyond = "inputs and gradients" if dim else "the logits"
         grid[0].set_ylabel(f"peak MiB beyond {beyond}, log scale")
         grid[0].figure.suptitle(title)
+
+
+def _sweeps(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Over V at the first S, over S at the first V, where they were varied; by field and words."""
+    length, vocabulary = records[0]["length"], records[0]["vocabulary"]
+    over_v = [record for record in records if record["length"] == length]
+    over_s = [record for record in records if record["vocabulary"] == vocabulary]
+    found = {
+        ("vocabulary", f"V, at S = {length}"): sorted(over_v, key=itemgetter("vocabulary")),
+        ("length", f"S, at V = {vocabulary}"): sorted(over_s, key=itemgetter("length")),
+    }
+    varied = {key: mine for key, mine in found.items() if mine[0][key[0]] != mine[-1][key[0]]}
+    return varied or dict(list(found.items())[:1])
+
+
+def _set_log_axes(axes: Any, sizes: list[int]) -> None:
+    axes.set(xscale="log", yscale="log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(axis="y")
+    axes.set_xticks(sizes, list(map(str, sizes)))
+    axes.minorticks_off()
+    axes.tick_params(axis="x", labelrotation=15)
 
 
 def _draw_sweep(axes: Any, records: list[Record], field: str) -> None:

@@ -145,7 +145,9 @@ class Problem:
         loss = functools.partial(one.loss, *inputs, self.target_ids, weights, **options)
         if not one.weighted:
             loss = functools.partial(_of_rows, one.loss, inputs, self.targets)
-        return functools.partial(_step, loss, inputs, direction != "forward")
+        if direction == "forward":
+            return functools.partial(_forward, loss)
+        return functools.partial(_step, loss, [t for t in inputs if t.requires_grad])
 
     def check(self, provider: str, direction: str, weighting: str = "given") -> None:
         """Call and compare.
@@ -208,13 +210,14 @@ def _of_rows(loss: Loss, inputs: tuple[Tensor, ...], targets: Tensor) -> Tensor:
     return loss(*(tensor.flatten(0, -2) for tensor in inputs), targets)
 
 
-def _step(
-    loss: Callable[[], Tensor], inputs: tuple[Tensor, ...], gradients: bool
-) -> tuple[Tensor, ...]:
-    with torch.set_grad_enabled(gradients):
-        value = loss()
-    asked = [tensor for tensor in inputs if tensor.requires_grad]
-    return (value, *torch.autograd.grad(value, asked)) if gradients else (value,)
+def _forward(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return (loss(),)
+
+
+def _step(loss: Callable[[], Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    value = loss()
+    return value, *torch.autograd.grad(value, inputs)
 
 
 def assert_close(

@@ -105,7 +105,8 @@ def _cce(hidden: Tensor, classifier: Tensor, target_ids: Tensor, impl: str) -> T
 
 
 def fused(logits: Tensor, target_ids: Tensor, weights: Weights, **options: Any) -> Tensor:
-    return fused_weighted_mtp_loss(logits, target_ids, **weights._asdict(), **options).loss
+    head_weights, ref_ce = weights
+    return fused_weighted_mtp_loss(logits, target_ids, head_weights, ref_ce=ref_ce, **options).loss
 
 
 def fused_linear(

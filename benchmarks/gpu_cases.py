@@ -1,23 +1,24 @@
 """What the GPU suite times, in which order, and how long an H100 is predicted to take for it.
 
-A job is a case of problem.py, and what its kernels are forced into, if anything. The order is that
-of importance: time may run out.
+The order is that of importance: time may run out. By study:
+
+    speed       everyone at every vocabulary
+    linear      hidden states to loss and gradients, against the bare products and peers
+    tiers       each tier forced: a card decides between them
 """
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from itertools import product
+from typing import Any
 
-from wmtp.benchmarks.gpu_peers import PEERS
-from wmtp.benchmarks.problem import Case
-from wmtp.benchmarks.providers import DIRECTIONS
-from wmtp.benchmarks.report import logits_bytes
+from wmtp.benchmarks.problem import Case, Shape, plan_of
+from wmtp.benchmarks.providers import DIRECTIONS, FLOORS, LINEAR, LOGITS, OURS, PEERS, absent
 from wmtp.benchmarks.static_variants import CARDS, Card
 
-VOCABULARIES = (32000, 50257, 128256, 256000)
+BOTH = "forward+backward"
 DTYPES = ("bfloat16", "float32")
+VOCABULARIES = (32000, 50257, 128256, 256000)
 TOKENS, HEADS = 1024, 4  # 4096 rows
 WEIGHED = 128256  # at this V ours are timed under every weighting
-OURS = ("fused", "fused_inplace")
 TIERS = ("token", "row", "online")
 # Of a dtype: ours beside the copy and eager torch, then whoever is quick to be ready.
 ORDER = (
@@ -25,61 +26,73 @@ ORDER = (
     *("liger", "compiled", "eager_float", "quack", "flash_attn", "linear_cross_entropy"),
     "cce_kernel",  # tunes itself for every size
 )
+# [B, S, H, V] and D of Llama 3 8B, Llama 2 7B, and Gemma 2 2B as Cut Cross Entropy's table has it.
+LINEAR_SIZES: tuple[tuple[Shape, int], ...] = (
+    ((1, 1024, 4, 128256), 4096),
+    ((1, 1024, 4, 32000), 4096),
+    ((1, 2048, 4, 256000), 2304),
+)
+# Those who are timed after ours, the bare products and eager torch, in this order.
+LATE = ("compiled", "eager_float", "linear_cross_entropy", "cce", "liger")
 
 PREDICTED_CARD = CARDS["cuda:90"]
 COPY_SHARE = 0.9  # of the data sheet's bandwidth: what a device-to-device copy gets
+FLOPS = 989e12  # a second, of dense bfloat16 products: its data sheet's
 
 
-class Job(NamedTuple):
-    """One row of the table."""
-
-    case: Case
-    tier: str = ""  # forced; "": as the library chooses
-    ctas_per_sm: int = 0  # of the tier `row`, forced as well; 0: as the library chooses
-
-
-def forced_as(tier: str, ctas_per_sm: int) -> str:
-    """
-    >>> forced_as("row", 2), forced_as("row", 1), forced_as("online", 0)
-    ('row, 2 CTAs an SM', 'row, 1 CTA an SM', 'online')
-    """
-    if not ctas_per_sm:
-        return tier
-    return f"{tier}, {ctas_per_sm} CTA{'s' * (ctas_per_sm > 1)} an SM"
+def all_cases() -> dict[str, list[Case]]:
+    """Of the steps that time something; of others whoever is here."""
+    missing = absent({**LOGITS, **PEERS})
+    linear = absent(LINEAR)
+    return {
+        "speed": [case for case in speed_cases() if case.provider not in missing],
+        "linear": [case for case in linear_cases() if case.provider not in linear],
+        "tiers": tier_cases(),
+    }
 
 
-def speed_jobs(absent: Iterable[str] = ()) -> list[Job]:
-    """Everyone who is here at every vocabulary, the most important first."""
-    jobs = [
-        _job("speed", vocabulary, dtype, direction, provider, "none" if peer else "given")
+# --- cases ---------------------------------------------------------------------------------------
+
+
+def speed_cases() -> list[Case]:
+    """The most important first; cases of one problem together."""
+    cases = [
+        _case("speed", vocabulary, dtype, direction, provider, "none" if peer else "given")
         for dtype in DTYPES
         for vocabulary in VOCABULARIES
         for direction in DIRECTIONS
         for provider in _contestants(direction, dtype)
         for peer in [provider in PEERS]
-        if provider not in absent
     ]
-    jobs += [
-        _job("speed", WEIGHED, dtype, direction, OURS[direction == "inplace"], weighting)
+    cases += [
+        _case("speed", WEIGHED, dtype, direction, OURS[direction == "inplace"], weighting)
         for dtype in DTYPES
         for weighting in ("ref_ce", "uniform")
         for direction in DIRECTIONS
     ]
-    return sorted(jobs, key=importance)  # stable: cases of one problem stay together
+    return sorted(cases, key=importance)
 
 
-def importance(job: Job) -> tuple[int, int]:
+def importance(case: Case) -> tuple[int, int]:
     """Place in the order: the dtype's, and the provider's, ours and its yardsticks being one."""
-    place = max(ORDER.index(job.case.provider), ORDER.index("eager"))
-    return DTYPES.index(job.case.dtype), place
+    place = max(ORDER.index(case.provider), ORDER.index("eager"))
+    return DTYPES.index(case.dtype), place
 
 
-def tier_jobs() -> list[Job]:
-    """Each tier forced at the same size: a card decides between them."""
+def _contestants(direction: str, dtype: str) -> list[str]:
+    """Without what is the same as another in float32; the copy is timed once a problem."""
+    same = ("cce", "eager_float") if dtype == "float32" else ("cce",)  # its kernel is a peer
+    providers = [name for name in DIRECTIONS[direction] if name not in same]
+    providers += ["copy"] if direction == BOTH else []
+    providers += [] if direction == "inplace" else list(PEERS)
+    return sorted(providers, key=ORDER.index)
+
+
+def tier_cases() -> list[Case]:
     return [
-        _job("tiers", vocabulary, dtype, direction, provider, weighting)._replace(tier=tier)
+        _case("tiers", vocabulary, dtype, direction, provider, weighting)._replace(tier=tier)
         for dtype in DTYPES
-        for direction, provider in (("forward+backward", "fused"), ("inplace", "fused_inplace"))
+        for direction, provider in ((BOTH, "fused"), ("inplace", "fused_inplace"))
         for vocabulary in VOCABULARIES
         for weighting in ("given", "ref_ce")
         for tier in TIERS
@@ -87,11 +100,36 @@ def tier_jobs() -> list[Job]:
     ]
 
 
-def launch_of(job: Job, machine: Any) -> Any:
+def linear_cases() -> list[Case]:
+    """Ours, the products and eager torch at every size, then the peers: one of these may take
+    minutes to tune itself, or a second a call."""
+    ours = [
+        *((BOTH, "fused", weighting) for weighting in ("uniform", "given", "ref_ce")),
+        *((direction, floor, "uniform") for direction, floor in FLOORS.items()),
+        ("frozen", "fused", "uniform"),
+        (BOTH, "eager", "uniform"),
+    ]
+    return [
+        Case("linear", shape, DTYPES[0], *contestant, dim=dim)
+        for contestants in (ours, *([(BOTH, peer, "uniform")] for peer in LATE))
+        for (shape, dim), contestant in product(LINEAR_SIZES, contestants)
+    ]
+
+
+def _case(
+    study: str, vocabulary: int, dtype: str, direction: str, provider: str, weighting: str
+) -> Case:
+    shape = (1, TOKENS, HEADS, vocabulary)
+    return Case(study, shape, dtype, direction, provider, weighting)
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+
+def launch_of(case: Case, machine: Any) -> Any:
     """The launch (tier, block, warps) of one of OURS.
 
     Args:
-        job: provider of OURS.
         machine: see wmtp.kernels.tiers.
 
     Raises:
@@ -99,89 +137,118 @@ def launch_of(job: Job, machine: Any) -> Any:
     """
     from wmtp.kernels import tiers
 
-    case = job.case
     _, _, heads, vocabulary = case.shape
-    whole_token, gradient = case.weighting == "ref_ce", case.direction != "forward"
     return tiers.choose(
         vocab_size=vocabulary,
         heads=heads,
         rows=heads,
-        itemsize=_itemsize(case),
-        whole_token=whole_token,
-        gradient=gradient,
+        itemsize=case.torch_dtype.itemsize,
+        whole_token=case.weighting == "ref_ce",
+        gradient=case.direction != "forward",
         machine=machine,
-        forced=job.tier,
+        forced=case.tier,
     )
 
 
-def predicted_ms(job: Job, card: Card = PREDICTED_CARD) -> float | None:
-    """The roofline: what must be moved over the bandwidth of a copy; None for other people's code.
+# --- predictions ---------------------------------------------------------------------------------
+
+
+def predicted_ms(case: Case, card: Card = PREDICTED_CARD) -> float | None:
+    """The roofline; None for other people's code.
 
     Launches take no time here, and no kernel stalls: a bound to compare with, not a measurement.
     """
-    moved = _moved(job, card)
-    if moved is None:
+    if case.dim:
+        return _predicted_linear_ms(case)
+    reads_and_writes = _moved(case, card)
+    if reads_and_writes is None:
         return None
-    return 1e3 * moved * logits_bytes(job.case) / (COPY_SHARE * card.bytes_a_second)
+    return 1e3 * _seconds(reads_and_writes * case.logits_bytes(), card)
 
 
-def predicted_tier(job: Job, card: Card = PREDICTED_CARD) -> str:
-    """ "" where none can serve, or none is ours."""
-    from wmtp.kernels.tiers import Machine
-
-    if job.case.provider not in OURS:
+def predicted_tier(case: Case, card: Card = PREDICTED_CARD) -> str:
+    """Of one of ours; "" where it cannot serve, and of others."""
+    if case.provider not in OURS or case.dim:
         return ""
     try:
-        return launch_of(job, Machine(32, card.processors, card.l2_bytes)).tier
+        return launch_of(case, _machine(card)).tier
     except ValueError:
         return ""
 
 
-def _moved(job: Job, card: Card) -> int | None:
+def _machine(card: Card) -> Any:
+    from wmtp.kernels.tiers import Machine
+
+    return Machine(32, card.processors, card.l2_bytes)
+
+
+def _moved(case: Case, card: Card) -> int | None:
     """Reads and writes of the logits, from and to memory."""
-    case = job.case
     if case.provider == "copy":
         return 2
-    tier = predicted_tier(job, card)
+    tier = predicted_tier(case, card)
     if not tier:
         return None
     if case.direction == "forward":
         return 1
-    return 3 if tier == "online" and _rereads_from_memory(job, card) else 2
+    return 3 if tier == "online" and _rereads_from_memory(case, card) else 2
 
 
-def _rereads_from_memory(job: Job, card: Card) -> bool:
+def _rereads_from_memory(case: Case, card: Card) -> bool:
     """Whether what the online kernel's programs have under way exceeds the L2."""
-    from wmtp.kernels.tiers import L2_SHARE, Machine
+    from wmtp.kernels.tiers import L2_SHARE
 
-    case = job.case
     batch, length, heads, vocabulary = case.shape
     rows_a_program = heads if case.weighting == "ref_ce" else 1
-    launch = launch_of(job, Machine(32, card.processors, card.l2_bytes))
-    registers = 32 * launch.num_warps * launch.max_registers
-    programs = min(
-        batch * length * heads // rows_a_program, card.processors * (card.registers // registers)
-    )
-    in_flight = programs * rows_a_program * vocabulary * _itemsize(case)
+    launch = launch_of(case, _machine(card))
+    of_an_sm = card.registers // (32 * launch.num_warps * launch.max_registers)
+    programs = min(batch * length * heads // rows_a_program, card.processors * of_an_sm)
+    in_flight = programs * rows_a_program * vocabulary * case.torch_dtype.itemsize
     return in_flight > L2_SHARE * card.l2_bytes
 
 
-def _contestants(direction: str, dtype: str) -> list[str]:
-    """Without what is the same as another in float32; the copy is timed once a problem."""
-    same = ("cce", "eager_float") if dtype == "float32" else ("cce",)  # its kernel is a peer
-    providers = [name for name in DIRECTIONS[direction] if name not in same]
-    if direction == "forward+backward":
-        providers.append("copy")
-    providers += [] if direction == "inplace" else list(PEERS)
-    return sorted(providers, key=ORDER.index)
+def _predicted_linear_ms(case: Case) -> float | None:
+    """Chunk by chunk."""
+    rows = _rows(case)
+    if case.provider in FLOORS.values():
+        return 1e3 * _products_seconds(case, rows, 0, False)
+    if case.provider != "fused":
+        return None
+    linear = plan_of(case.shape, case.dim, case.torch_dtype)
+    chunks = -(-rows // (linear.chunk_tokens * case.shape[2]))
+    summed = chunks > 1 and case.direction != "frozen"
+    seconds = sum(
+        _products_seconds(case, rows // chunks, number, summed) for number in range(chunks)
+    )
+    moved = 2 * rows * case.shape[3] * linear.dtype.itemsize  # the kernel, in place
+    if summed:
+        moved += linear.weight.numel() * (linear.accum_dtype.itemsize + linear.dtype.itemsize)
+    return 1e3 * (seconds + _seconds(moved))
 
 
-def _job(
-    study: str, vocabulary: int, dtype: str, direction: str, provider: str, weighting: str
-) -> Job:
-    shape = (1, TOKENS, HEADS, vocabulary)
-    return Job(Case(study, shape, dtype, direction, provider, weighting))
+def products_flops(case: Case) -> int:
+    """Of the products of the rows with a target: 2 D V a row for each."""
+    count = 2 if case.direction == "frozen" else 3
+    return count * 2 * _rows(case) * case.dim * case.shape[3]
 
 
-def _itemsize(case: Case) -> int:
-    return {"bfloat16": 2, "float32": 4}[case.dtype]
+def _products_seconds(case: Case, rows: int, number: int, summed: bool) -> float:
+    """The products of chunk `number`; the weight's gradient is added to a sum, or written."""
+    vocabulary, itemsize = case.shape[3], case.torch_dtype.itemsize
+    logits, x, weight = rows * vocabulary, rows * case.dim, vocabulary * case.dim
+    moved = [itemsize * (logits + x + weight)] * 2
+    if case.direction != "frozen":
+        gradient = 4 * weight * (1 + (number > 0)) if summed else itemsize * weight
+        moved.append(itemsize * (logits + x) + gradient)
+    operations = 2 * rows * vocabulary * case.dim / FLOPS
+    return sum(max(operations, _seconds(count)) for count in moved)
+
+
+def _seconds(moved: int, card: Card = PREDICTED_CARD) -> float:
+    return moved / (COPY_SHARE * card.bytes_a_second)
+
+
+def _rows(case: Case) -> int:
+    """With a target: head k has none in the last k + 1 tokens."""
+    batch, length, heads, _ = case.shape
+    return batch * sum(max(length - 1 - head, 0) for head in range(heads))

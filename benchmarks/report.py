@@ -1,4 +1,4 @@
-"""Runs the suite, gathers what it measured, and takes the ratios: each within one run."""
+"""Runs the suites of bench.py, gathers what they measured, and says where."""
 
 import importlib.metadata
 import json
@@ -17,14 +17,15 @@ import torch
 
 import wmtp
 from wmtp.backends import cpu
-from wmtp.benchmarks import linear_providers, providers
-from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.problem import Case, Record, case_of
+from wmtp.benchmarks.providers import LINEAR, LOGITS, UNCOMPILED, absent
 
-SUITES = {"loss": "bench_loss.py", "scaling": "bench_scaling.py", "linear": "bench_linear.py"}
+SUITES = ("loss", "scaling", "linear")
 OF_LOGITS = ("loss", "scaling")
 # Measured anew in each run, so one value a run.
 TIMES = ("median_ms", "q1_ms", "q3_ms")
-SERIES = ("rounds", *TIMES)
+PACKAGES = ("torch", "cut-cross-entropy", "pytest-benchmark")
+GPU_PACKAGES = ("triton", "liger-kernel", "quack-kernels", "flash-attn", "cuda-bindings")
 
 
 def run_suites(
@@ -43,10 +44,10 @@ def run_suites(
     Raises:
         RuntimeError: a suite failed (outputs that disagree, for one); carries its output.
     """
-    files = [str(Path(__file__).with_name(SUITES[suite])) for suite in suites]
+    tests = [f"{Path(__file__).with_name('bench.py')}::test_{suite}" for suite in suites]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.json"
-        arguments = ["-x", "-vv", *files, "-p", "no:cacheprovider", f"--benchmark-json={file}"]
+        arguments = ["-x", "-vv", *tests, "-p", "no:cacheprovider", f"--benchmark-json={file}"]
         show("pytest-benchmark is starting")
         with subprocess.Popen(
             [sys.executable, "-u", "-m", "pytest", *arguments],
@@ -67,72 +68,46 @@ def run_suites(
         return json.loads(file.read_text())
 
 
-def gather(command: str, size: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def gather(command: str, size: str, runs: list[Record]) -> dict[str, Any]:
     """Environment and the results of all runs, ready for JSON."""
-    cases = _merge([_case(benchmark) for benchmark in run["benchmarks"]] for run in runs)
-    contest = linear_providers if any(case["dim"] for case in cases) else providers
+    cases = _merge([_record(benchmark) for benchmark in run["benchmarks"]] for run in runs)
+    contestants = LINEAR if any(record["dim"] for record in cases) else LOGITS
+    missing = absent(contestants, compiling=size == "full")
     return {
         "command": command,
         "environment": environment(runs[0]["machine_info"]["cpu"].get("brand_raw", "")),
-        "absent": contest.absent(compiling=size == "full"),
+        "absent": {name: why for name, why in missing.items() if name not in UNCOMPILED},
         "cases": cases,
     }
 
 
 def environment(processor: str) -> dict[str, Any]:
     """What a reader needs to know to repeat the numbers."""
-    packages = ("torch", "cut-cross-entropy", "pytest-benchmark")
     return {
         "cpu": processor,
         "instruction_set": None if cpu.unavailable() else cpu.instruction_set(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        **{package: _version(package) for package in packages},
+        **versions(PACKAGES),
         "wmtp": wmtp.__version__,
     }
 
 
-def cases_by_key(results: dict[str, Any]) -> dict[Case, dict[str, Any]]:
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """None for what is not installed."""
+    found: dict[str, str | None] = dict.fromkeys(packages)
+    for package in found:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cases_by_key(results: dict[str, Any]) -> dict[Case, Record]:
     """The results of `gather`, or of its JSON, by what identifies them."""
-    return {_key(case): case for case in results["cases"]}
-
-
-def in_units_of(case: dict[str, Any], peer: dict[str, Any]) -> list[float]:
-    """The case's time per element of the logits in units of its peer's, run by run."""
-    elements = torch.Size(peer["shape"]).numel() / torch.Size(case["shape"]).numel()
-    pairs = zip(case["median_ms"], peer["median_ms"], strict=True)
-    return [elements * mine / other for mine, other in pairs]
-
-
-def peer_of(case: Case, provider: str) -> Case:
-    """What the case is compared with; in place is an answer to forward + backward."""
-    if case.direction == "inplace" and provider != "copy":
-        case = case._replace(direction="forward+backward")
-    return case._replace(provider=provider)
-
-
-def floor_of(case: Case) -> Case:
-    """The matrix products that a linear case cannot do without."""
-    floor = linear_providers.DIRECTIONS[case.direction]
-    return case._replace(provider=floor, weighting="uniform")
-
-
-def gradient_bytes(case: Case) -> int:
-    """Of what a linear case hands out: the hidden states' gradient, and the weight's."""
-    rows, vocabulary = torch.Size(case.shape[:3]).numel(), case.shape[3]
-    whose = rows if case.direction == "frozen" else rows + vocabulary
-    return whose * case.dim * getattr(torch, case.dtype).itemsize
-
-
-def logits_bytes(case: Case) -> int:
-    return torch.Size(case.shape).numel() * getattr(torch, case.dtype).itemsize
-
-
-def gigabytes_per_second(case: Case, median_ms: float) -> float:
-    """Of the bytes that the job needs: one read of the logits, and one write for a gradient."""
-    reads_only = case.direction == "forward" and case.provider != "copy"
-    return (1 if reads_only else 2) * logits_bytes(case) / (1e6 * median_ms)
+    return {case_of(record): record for record in results["cases"]}
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:
@@ -140,37 +115,26 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def _key(case: dict[str, Any]) -> Case:
-    fields = {name: case[name] for name in Case._fields if name in case}
-    return Case(**{**fields, "shape": tuple(case["shape"])})
-
-
-def _merge(runs: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+def _merge(runs: Iterable[list[Record]]) -> list[Record]:
     """A case that a run has timed in several passes has the median over them."""
-    merged: dict[Case, dict[str, Any]] = {}
+    merged: dict[Case, Record] = {}
     for run in runs:
-        passes: dict[Case, list[dict[str, Any]]] = {}
-        for case in run:
-            passes.setdefault(_key(case), []).append(case)
-        for key, timed in passes.items():
-            known = merged.setdefault(key, {**timed[0], **{name: [] for name in SERIES}})
-            known["rounds"].append(sum(case["rounds"] for case in timed))
+        passes: dict[Case, list[Record]] = {}
+        for record in run:
+            passes.setdefault(case_of(record), []).append(record)
+        for case, timed in passes.items():
+            series: dict[str, Any] = {name: [] for name in ("rounds", *TIMES)}
+            known = merged.setdefault(case, {**timed[0], **series})
+            known["rounds"].append(sum(record["rounds"] for record in timed))
             for name in TIMES:
-                known[name].append(statistics.median(case[name] for case in timed))
+                known[name].append(statistics.median(record[name] for record in timed))
     return list(merged.values())
 
 
-def _case(benchmark: dict[str, Any]) -> dict[str, Any]:
+def _record(benchmark: dict[str, Any]) -> Record:
     stats = benchmark["stats"]
     return {
         **benchmark["extra_info"],
         "rounds": stats["rounds"],
         **{f"{name}_ms": round(1e3 * stats[name], 5) for name in ("median", "q1", "q3")},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -1,7 +1,7 @@
 """What Triton's compiler makes of the kernels, for cards that are not here.
 
     python -m benchmarks.static_gpu [--check] [--sample N] [--json FILE]
-        [--summary FILE] [--known FILE] [--cubins FOLDER] [--dtype D] [--only PATTERN] [--jobs N]
+        [--summary FILE] [--known FILE] [--sass FILE] [--dtype D] [--only PATTERN] [--jobs N]
         [TARGET..]
 
 Every binary that the library can ask for (static_variants.py), as its own configuration function
@@ -118,22 +118,12 @@ def key_of(target: str, variant: Variant) -> str:
     return hashlib.sha256(repr(follows_from).encode()).hexdigest()
 
 
-def report(
-    work: list[tuple[str, Variant]], cubins: Path | None, jobs: int, known: Known
-) -> Iterator[Row]:
-    """A row for each target and variant; keeps the cubins, beside what launching them takes."""
+def report(work: list[tuple[str, Variant]], jobs: int, known: Known) -> Iterator[Row]:
+    """A row for each target and variant."""
 
     def compiled(number: int) -> Row:
         target, variant = work[number]
-        binary = compile_variant(variant, target)
-        row = describe(variant, target, binary)
-        if cubins is not None and target.startswith("cuda") and variant.launch.tier:
-            cubins.mkdir(parents=True, exist_ok=True)
-            stem = cubins / f"{target.replace(':', '_')}-{number:04}"
-            stem.with_suffix(".cubin").write_bytes(binary.asm["cubin"])
-            symbol = {"symbol": binary.metadata.name, "constants": variant.constants}
-            stem.with_suffix(".json").write_text(json.dumps({**row, **symbol}))
-        return row
+        return describe(variant, target, compile_variant(variant, target))
 
     keys = [key_of(*each) for each in work]
     made = in_processes(compiled, [i for i, key in enumerate(keys) if not known.get(key)], jobs)
@@ -275,15 +265,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--known", type=Path, help="rows made before are taken from there, and new ones put there"
     )
-    parser.add_argument("--cubins", type=Path, help="keep the binaries of the loss there")
     parser.add_argument("--dtype", choices=ITEMSIZE, help="one instead of all")
     parser.add_argument("--only", default="", help="variants whose name matches this pattern")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(CARDS)}; all by default")
     parser.add_argument("--sass", type=Path, help="put the table of sass.py there, and no more")
     options = parser.parse_args()
-    if options.cubins is not None and options.known is not None:
-        parser.error("--known has no binaries: leave it out with --cubins")
     partly = options.only or options.dtype or options.sample is not None
     if options.summary is not None and partly:
         parser.error("--summary is of all variants: leave --only, --dtype and --sample out")
@@ -310,7 +297,7 @@ def main() -> None:
             complaints += sum(line["complaints"] for line in there.values())
             faults += sum(line["failures"] for line in there.values())
             continue
-        for row in report(work, options.cubins, options.jobs, known):
+        for row in report(work, options.jobs, known):
             of_part.append(row)
             found = complaint(row) if options.check else None
             complaints += found is not None

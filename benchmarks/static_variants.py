@@ -65,7 +65,7 @@ class Variant(NamedTuple):
         """What one binary is told from another by."""
         return (self.kernel, self.dtype, self.launch[1:], *sorted(self.constants.items()))
 
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> str:
         """The class of which a sample holds one."""
         return self.name
 

@@ -5,30 +5,26 @@ import sys
 
 import pytest
 
-from support.gpu_jobs import job
+from support.gpu_cases import BOTH, speed_case, timed
+from wmtp.benchmarks.gpu_cases import predicted_ms, products_flops
 from wmtp.benchmarks.gpu_report import compared, markdown, plot, predicted_records, write
-from wmtp.benchmarks.gpu_timing import Times
 from wmtp.benchmarks.gpu_worker import new_record
-
-
-def timed(case, milliseconds, peak=0, tier=""):
-    times = Times(10, milliseconds, 0.9 * milliseconds, 1.1 * milliseconds, 0.05)
-    return {**new_record(case, "ok"), **times._asdict(), "peak_bytes": peak, "tier": tier}
+from wmtp.benchmarks.problem import Case
 
 
 def made_up():
     return compared(
         [
-            timed(job("fused", "forward"), 0.1, tier="online"),
-            timed(job("fused"), 0.25, 262_144_000, "row"),
-            timed(job("copy"), 0.2),
-            timed(job("eager"), 2.0, 3 * 262_144_000),
-            timed(job("liger"), 1.0),
-            timed(job("fused_inplace", "inplace"), 0.2, 262_144, "row"),
-            new_record(job("compiled"), "not run", "out of time"),
-            new_record(job("compiled", "forward"), "not run", "out of time"),
-            new_record(job("liger", "forward"), "refused", "no"),
-            new_record(job(shape=(1, 8192, 4, 256000), dtype="float32"), "does not fit"),
+            timed(speed_case("fused", "forward"), 0.1, tier="online"),
+            timed(speed_case("fused"), 0.25, 262_144_000, tier="row"),
+            timed(speed_case("copy"), 0.2),
+            timed(speed_case("eager"), 2.0, 3 * 262_144_000),
+            timed(speed_case("liger"), 1.0),
+            timed(speed_case("fused_inplace", "inplace"), 0.2, 262_144, tier="row"),
+            new_record(speed_case("compiled"), "not run", "out of time"),
+            new_record(speed_case("compiled", "forward"), "not run", "out of time"),
+            new_record(speed_case("liger", "forward"), "refused", "no"),
+            new_record(speed_case(shape=(1, 8192, 4, 256000), dtype="float32"), "does not fit"),
         ]
     )
 
@@ -86,9 +82,9 @@ def test_json_holds_everything(tmp_path):
 
 
 def test_predictions_have_no_measured_number():
-    found = predicted_records([job(), job("eager"), job("copy")])
+    found = predicted_records([speed_case(), speed_case("eager"), speed_case("copy")])
     assert [record["provider"] for record in found] == ["fused", "copy"]
-    assert [record["tier"] for record in found] == ["row", ""]
+    assert [record["tier"] for record in found] == ["online", ""]
 
 
 def test_picture(tmp_path):
@@ -101,5 +97,55 @@ def test_picture(tmp_path):
 
 def test_no_picture_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "wmtp.benchmarks.plot", raising=False)
+    monkeypatch.delattr("wmtp.benchmarks.plot", raising=False)
     assert plot(made_up(), tmp_path / "gpu.png").startswith("no picture: ")
     assert not list(tmp_path.iterdir())
+
+
+# --- linear --------------------------------------------------------------------------------------
+
+FROZEN = "frozen"
+
+
+def linear_case(provider="fused", direction=BOTH):
+    shape = (1, 1024, 4, 128256)
+    return Case("linear", shape, "bfloat16", direction, provider, "uniform", dim=4096)
+
+
+def test_times_stand_beside_the_products():
+    gradients = 2 * 4096 * (4096 + 128256)
+    records = compared(
+        [
+            timed(linear_case(), 20.0, gradients + 3 * 2**20),
+            timed(linear_case("three_products"), 16.0),
+            timed(linear_case(direction=FROZEN), 15.0),
+            timed(linear_case("two_products", FROZEN), 12.0),
+            new_record(linear_case("liger"), "refused", "no"),
+        ]
+    )
+    ours, three, frozen, two, refused = records
+    assert (ours["of_products"], three["of_products"], frozen["of_products"]) == (0.8, 1.0, 0.8)
+    assert ours["mib"] == 3.0
+    assert ours["tflops"] == round(products_flops(linear_case()) / 20e-3 / 1e12, 1)
+    assert two["predicted_ms"] == predicted_ms(linear_case("two_products", FROZEN))
+    assert refused["predicted_ms"] is None
+    page = {"command": "c", "environment": {}, "absent": {}, "steps": [], "cases": records}
+    text = markdown(page)
+    row = "| 1x1024x4x128256 x 4096 | bfloat16 | fused | uniform | 20.000 | 18.000-22.000 | "
+    predicted = f"{predicted_ms(linear_case()):.3f} *predicted*"
+    assert row + f"{ours['tflops']:.0f} | 80 % | 3.0 | {predicted} |" in text
+    assert "refused (no)" in text.split("## Without a time")[1]
+
+
+def test_both_kinds_of_records_go_on_one_page():
+    cases = [Case("speed", (1, 8, 2, 50), "bfloat16", BOTH, "fused"), linear_case()]
+    records = predicted_records(cases)
+    assert [record["tier"] for record in records][1] == ""
+    again = compared([{**record, "why": ""} for record in records])
+    assert [record["predicted_ms"] for record in again] == [
+        record["predicted_ms"] for record in records
+    ]
+    text = markdown({"command": "c", "environment": {}, "absent": {}, "steps": [], "cases": again})
+    assert "## linear, forward+backward" in text
+    assert "## speed, forward+backward" in text

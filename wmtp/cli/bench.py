@@ -83,7 +83,7 @@ def bench(
         raise typer.Exit(1) from error
     results = gather(_command(quick, runs, only), size, measured)
     with errors_shown():
-        _show(results, json_file, plot_file, linear=only == Suite.LINEAR)
+        _show(results, json_file, plot_file)
 
 
 def _show_case(line: str) -> None:
@@ -101,7 +101,7 @@ def _command(quick: bool, runs: int, only: Suite | None) -> str:
     return " ".join((*settings, "wmtp bench", *options))
 
 
-def _show(results: dict, json_file: Path | None, plot_file: Path | None, linear: bool) -> None:
+def _show(results: dict, json_file: Path | None, plot_file: Path | None) -> None:
     from wmtp.benchmarks.tables import tables
 
     for table in tables(results):
@@ -110,7 +110,7 @@ def _show(results: dict, json_file: Path | None, plot_file: Path | None, linear:
         with writing(json_file, "choose another --json"):
             json_file.write_text(json_by_line(results) + "\n")
     if plot_file is not None:
-        from wmtp.benchmarks.plot import plot_linear, plot_loss
+        from wmtp.benchmarks.plot import plot_loss
 
         with writing(plot_file, "choose another --plot"):
-            (plot_linear if linear else plot_loss)(results, plot_file)
+            plot_loss(results, plot_file)

@@ -92,47 +92,37 @@ def profile(
             check_writable(file, f"choose another {option}")  # now, not after a minute
     if plot_file is not None:
         importlib.import_module("matplotlib")
-    common = (horizon, getattr(torch, dtype), device, _chosen(backend, device, dtype))
+    common: tuple[Any, ...] = (
+        horizon,
+        getattr(torch, dtype),
+        device,
+        _chosen(backend, device, dtype),
+    )
     options = f"--vocab {vocab} --seq-len {seq_len} --horizon {horizon} --dtype {dtype}"
     options += f" --backend {backend}"
     if linear:
         dim = dim or DIM
         options += f" --linear --dim {dim}" + (f" --chunk-bytes {chunk_bytes}" * bool(chunk_bytes))
-        measured = _linear(vocabularies, lengths, (dim, *common, chunk_bytes), snapshot)
-    else:
-        measured = _of_logits(vocabularies, (*lengths, *common), snapshot)
+        common = (*common, dim, chunk_bytes)
+    measured = _measured(vocabularies, lengths, common, snapshot)
     with errors_shown():
         _write(measured, options, json_file)
-        _draw(measured, "plot_linear_profile" if linear else "plot_profile", plot_file)
+        _draw(measured, plot_file)
 
 
-def _of_logits(
-    vocabularies: list[int], setting: tuple[Any, ...], snapshot: Path | None
+def _measured(
+    vocabularies: list[int], lengths: list[int], common: tuple[Any, ...], snapshot: Path | None
 ) -> dict[str, Any]:
-    from wmtp.benchmarks import memory_profile as memory
+    from wmtp.benchmarks import memory
 
-    common = memory.Setting(*setting)
-    show = _section_writer(memory.profile_table)
-    with console.status("measuring; torch.compile takes some seconds a vocabulary"):
-        measured = memory.profile_losses(vocabularies, common, show)
-    console.print(memory.profile_caption(measured), style="italic")
+    setting, sizes = memory.Setting(*common), memory.sweep(vocabularies, lengths)
+    long = "the products of large sizes take minutes"
+    slow = long if setting.dim else "torch.compile takes some seconds a vocabulary"
+    with console.status(f"measuring; {slow}"):
+        measured = memory.profile(sizes, setting, _section_writer(memory.table))
+    console.print(memory.caption(measured), style="italic")
     if snapshot is not None:
-        memory.write_snapshot(snapshot, vocabularies[0], common)
-    return measured
-
-
-def _linear(
-    vocabularies: list[int], lengths: list[int], setting: tuple[Any, ...], snapshot: Path | None
-) -> dict[str, Any]:
-    from wmtp.benchmarks import linear_profile as memory
-
-    common = memory.LinearSetting(*setting)
-    show = _section_writer(memory.linear_table)
-    with console.status("measuring; the products of large sizes take minutes"):
-        measured = memory.profile_linear(memory.sweep(vocabularies, lengths), common, show)
-    console.print(memory.linear_caption(measured), style="italic")
-    if snapshot is not None:
-        memory.write_linear_snapshot(snapshot, lengths[0], vocabularies[0], common)
+        memory.write_snapshot(snapshot, sizes[0], setting)
     return measured
 
 
@@ -175,11 +165,12 @@ def _write(measured: dict[str, Any], options: str, file: Path | None) -> None:
             file.write_text(json_by_line(_with_environment(measured, options)) + "\n")
 
 
-def _draw(measured: dict[str, Any], function: str, file: Path | None) -> None:
+def _draw(measured: dict[str, Any], file: Path | None) -> None:
     if file is not None:
-        draw = getattr(importlib.import_module("wmtp.benchmarks.plot"), function)
+        from wmtp.benchmarks.plot import plot_profile
+
         with writing(file, "choose another --plot"):
-            draw(measured, file)
+            plot_profile(measured, file)
 
 
 def _with_environment(measured: dict[str, Any], options: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What the GPU suite makes of the times of one call."""
+"""How often a call is timed, and what is made of the times."""
 
 import pytest
 
-from wmtp.benchmarks.gpu_timing import percentiles, rounds_for
+from wmtp.benchmarks.timing import ON_DEVICE, percentiles
 
 
 def test_percentiles_by_hand():
@@ -13,4 +13,4 @@ def test_percentiles_by_hand():
 
 
 def test_rounds_are_at_least_ten():
-    assert [rounds_for(seconds) for seconds in (1.0, 0.01, 1e-6)] == [10, 15, 100]
+    assert [ON_DEVICE.of(seconds) for seconds in (1.0, 0.01, 1e-6)] == [10, 15, 100]

@@ -1,4 +1,4 @@
-"""The suite itself: contestants agree, bytes are counted exactly, the report's arithmetic."""
+"""The suites of `wmtp bench`: what is timed, the report's arithmetic, tables, pictures, command."""
 
 import io
 import json
@@ -6,107 +6,21 @@ import os
 import subprocess
 import sys
 import time
-import types
+from itertools import pairwise
 
 import pytest
-import torch
-import torch.nn.functional as F
 from rich.console import Console
 
 from support.command_line import wmtp
 from support.made_up import columns_of, made_up
-from wmtp.benchmarks import bench_loss, bench_scaling, memory, problem, providers, report
-from wmtp.benchmarks.memory import available_bytes, loss_peak_bytes, peak_bytes
+from wmtp.benchmarks import bench, report
+from wmtp.benchmarks.bench import present
 from wmtp.benchmarks.plot import plot_loss
-from wmtp.benchmarks.problem import WEIGHTINGS, Case, Problem
+from wmtp.benchmarks.problem import Case
+from wmtp.benchmarks.providers import FLOORS, LINEAR
 from wmtp.benchmarks.tables import STUDIES, tables
 
-SHAPE = (1, 64, 2, 1000)
-# Those that compile take long, and are compared whenever they are timed.
-CONTESTS = [
-    (direction, provider)
-    for direction, contestants in providers.DIRECTIONS.items()
-    for provider in (*contestants, "copy")
-    if provider not in providers.COMPILED
-] + [("forward+backward", "product")]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize(("direction", "provider"), CONTESTS)
-def test_providers_agree(provider, direction, weighting, dtype):
-    Problem(SHAPE, dtype, weighting).check(provider, direction)
-
-
-def test_in_place_rounds_start_from_the_same_logits():
-    inputs = Problem(SHAPE, torch.float32, "given")
-    call = inputs.call("fused_inplace", "inplace")
-    first, gradient = call()
-    assert gradient.data_ptr() == inputs.logits.data_ptr()
-    inputs.restore()
-    torch.testing.assert_close(call()[0], first, rtol=0, atol=0)
-
-
-def test_cce_is_given_factors_of_logits(monkeypatch):
-    def linear_cross_entropy(hidden, classifier, targets, reduction, impl):
-        assert (reduction, impl) == ("none", "torch_compile")
-        logits = (hidden @ classifier.T).float()
-        return F.cross_entropy(logits.flatten(0, 2), targets.flatten(), reduction="none").view(
-            targets.shape
-        )
-
-    module = types.SimpleNamespace(linear_cross_entropy=linear_cross_entropy)
-    monkeypatch.setitem(sys.modules, "cut_cross_entropy", module)
-    inputs = Problem(SHAPE, torch.float32, "given")
-    inputs.check("cce", "forward")
-    _, hidden_gradient, classifier_gradient = inputs.call("cce", "forward+backward")()
-    assert (hidden_gradient.shape, classifier_gradient.shape) == ((*SHAPE[:3], 1), (1000, 1))
-
-
-@pytest.mark.parametrize("provider", providers.UNCOMPILED)
-def test_ours_is_one_graph_of_torch_compile_and_agrees(monkeypatch, provider):
-    graphs = []
-
-    def compile_counting(loss, **options):
-        def backend(graph, inputs):
-            graphs.append(graph)
-            return graph
-
-        assert options.pop("fullgraph")
-        return whole_compile(loss, backend=backend, fullgraph=True, **options)
-
-    whole_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", compile_counting)
-    monkeypatch.setattr(providers, "_compiled", providers._compiled.__wrapped__)
-    torch._dynamo.reset()
-    Problem(SHAPE, torch.float32, "given").check(provider, "forward+backward")
-    assert len(graphs) == 1
-    operators = [str(node.target) for node in graphs[0].graph.nodes]
-    assert any(name.startswith("wmtp.") for name in operators)
-    assert any("matmul" in name for name in operators) == (provider == "product_compiled")
-
-
-def test_a_wrong_gradient_of_a_factor_is_found(monkeypatch):
-    def wrong(hidden, classifier, *arguments):
-        return providers.product(hidden, 1.1 * classifier.detach() - 0.1 * classifier, *arguments)
-
-    monkeypatch.setitem(problem.PROVIDERS, "product", wrong)
-    with pytest.raises(AssertionError, match="of the gradient of the classifier"):
-        Problem(SHAPE, torch.float32, "given").check("product", "forward+backward")
-
-
-@pytest.mark.parametrize("part", ["loss", "gradient"])
-def test_a_provider_that_disagrees_is_found(monkeypatch, part):
-    def wrong(logits, *arguments):
-        if part == "loss":
-            return providers.eager(logits, *arguments) + 0.01
-        return providers.eager(
-            torch.cat([logits[..., :-1], logits[..., -1:].detach()], -1), *arguments
-        )
-
-    monkeypatch.setitem(problem.PROVIDERS, "fused", wrong)
-    with pytest.raises(AssertionError, match=f"fused disagrees .* of the {part}"):
-        Problem(SHAPE, torch.float32, "given").check("fused", "forward+backward")
+BOTH, FROZEN = FLOORS
 
 
 def test_suites_run_and_report_every_case():
@@ -135,7 +49,8 @@ def test_suites_run_and_report_every_case():
 def test_a_provider_that_disagrees_fails_the_suite(monkeypatch, tmp_path):
     (tmp_path / "spoil.py").write_text(
         "from wmtp.benchmarks import providers\n"
-        "providers.PROVIDERS['fused'] = lambda *arguments: 2 * providers.eager(*arguments)\n"
+        "wrong = providers.Provider(lambda *inputs: 2 * providers.eager(*inputs))\n"
+        "providers.LOGITS['fused'] = wrong\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p spoil --exitfirst")
@@ -146,64 +61,14 @@ def test_a_provider_that_disagrees_fails_the_suite(monkeypatch, tmp_path):
 def test_suites_collect_without_the_packages_of_the_command_line():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib']))\n"
-        "from wmtp.benchmarks import bench_linear, bench_loss, bench_scaling"
+        "from wmtp.benchmarks import bench"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_case_stands_twice():
-    cases = bench_loss.CASES + bench_scaling.CASES
+    cases = bench.LOSS + bench.SCALING
     assert len(set(cases)) == len(cases)
-
-
-def test_peak_counts_what_was_held_at_once():
-    def call():
-        first = torch.empty(1000, dtype=torch.uint8)
-        del first
-        second = torch.empty(600, dtype=torch.uint8)
-        third = torch.empty(500, dtype=torch.uint8)
-        return second, third
-
-    assert peak_bytes(call) == 1100
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_fused_holds_one_gradient_and_in_place_none(dtype):
-    logits_bytes = 64 * 2 * 1000 * dtype.itemsize
-    # A score of [B, S, H] tensors, and the exponentials of a row for each thread.
-    small = 64 * 2 * 4 * 20 + torch.get_num_threads() * 1100 * 4
-
-    def peak(provider, direction):
-        return loss_peak_bytes(provider, direction, SHAPE, dtype, "cpu")
-
-    assert logits_bytes <= peak("fused", "forward+backward") <= logits_bytes + small
-    assert peak("fused_inplace", "inplace") <= small
-    assert peak("fused", "forward") <= small
-    assert peak("eager", "forward+backward") > 1.9 * logits_bytes
-
-
-def test_available_memory_is_the_least_of_system_and_cgroups(monkeypatch, tmp_path):
-    def write(file, text):
-        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / file).write_text(text)
-
-    monkeypatch.setattr(memory, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path / "cgroup")
-    write("proc/meminfo", "MemTotal:  90 kB\nMemAvailable:   70 kB\nHugePages_Total:  0\n")
-    assert available_bytes() == 70 * 1024
-
-    write("proc/self/cgroup", "0::/outer/inner\n")
-    write("cgroup/outer/inner/memory.max", "max\n")
-    write("cgroup/outer/memory.max", "50000\n")
-    write("cgroup/outer/memory.current", "30000\n")
-    write("cgroup/outer/memory.stat", "anon 20000\ninactive_file 10000\n")
-    assert available_bytes() == 50000 - 30000 + 10000
-
-    write("proc/self/cgroup", "4:memory:/elsewhere\n1:cpu:/elsewhere\n")
-    write("cgroup/memory/memory.limit_in_bytes", "40000\n")
-    write("cgroup/memory/memory.usage_in_bytes", "5000\n")
-    write("cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 3000\n")
-    assert available_bytes() == 40000 - 5000 + 3000
 
 
 def loss_results(shape, scale, runs=1):
@@ -341,3 +206,130 @@ def test_command_says_what_failed(monkeypatch):
     monkeypatch.setattr(report, "run_suites", run_suites)
     done = wmtp("bench", "--quick")
     assert (done.exit_code, "fused disagrees" in done.output) == (1, True)
+
+
+# --- linear ---------------------------------------------------------------------------------------
+
+
+def test_every_pass_times_everyone_once_but_the_slow_one():
+    cases = [case for case in bench.LINEAR_CASES if case.dtype == "float32"]
+    counts = {case: cases.count(case) for case in cases}
+    assert {counts[case] for case in cases if case.provider in bench.ONCE} == {1}
+    passes = {counts[case] for case in cases if case.provider not in bench.ONCE}
+    assert passes == {bench.PASSES}
+    assert cases[0] in cases[len(bench.CONTESTANTS) :]
+    assert all(case != follower for case, follower in pairwise(cases))
+    assert {(case.direction, case.provider) for case in cases} >= {
+        *((BOTH, provider) for provider in LINEAR if provider != "eager_float"),
+        *FLOORS.items(),
+        (FROZEN, "fused"),
+    }
+
+
+def test_who_is_not_here_is_left_out():
+    cases = present(bench.LINEAR_CASES, ["eager"]).mark.args[1]
+    left_out = {case.provider for case in bench.LINEAR_CASES} - {case.provider for case in cases}
+    assert left_out == {"eager"}
+
+
+def linear_results(shape=(1, 256, 4, 128256), dim=512, runs=1):
+    def case(provider, direction, weighting, *medians):
+        fields = {"weighting": weighting, "dim": dim}
+        return "linear", shape, provider, direction, medians[:runs], fields
+
+    found = made_up(
+        case("fused", BOTH, "given", 2200.0, 2300.0),
+        case("fused", BOTH, "uniform", 2000.0, 3000.0),
+        case("eager", BOTH, "uniform", 4000.0, 3000.0),
+        case("linear_cross_entropy", BOTH, "uniform", 40000.0, 60000.0),
+        case("three_products", BOTH, "uniform", 1000.0, 2000.0),
+        case("fused", FROZEN, "uniform", 900.0, 900.0),
+        case("two_products", FROZEN, "uniform", 600.0, 600.0),
+    )
+    for row in found["cases"]:
+        row["peak_bytes"] = 2**31
+    return found
+
+
+def test_times_stand_beside_the_products_and_ours():
+    both, frozen = map(columns_of, tables(linear_results()))
+    assert both["/ products"] == ["2.20x", "2.00x", "4.00x", "40.0x", "1.00x"]
+    assert both["/ fused"] == ["1.10x", "1.00x", "2.00x", "20.0x", "0.50x"]
+    assert both["weights"][:2] == ["given", "uniform"]
+    assert frozen["/ products"] == ["1.50x", "1.00x"]
+
+
+def test_ratios_have_their_spread_and_fit_80_columns():
+    found = tables(linear_results(runs=2))
+    assert columns_of(found[0])["/ products"][1] == "1.75x\n1.50-2.00"
+    for table in found:
+        text = io.StringIO()
+        Console(file=text, width=80).print(table)
+        assert "…" not in text.getvalue()
+        assert "1x256x4x128256 fp32 D=512" in text.getvalue()
+
+
+def test_memory_is_counted_beyond_the_gradients():
+    case = Case("linear", (1, 8, 2, 50), "bfloat16", BOTH, "fused", dim=4)
+    assert case.gradient_bytes() == (16 + 50) * 4 * 2
+    assert case._replace(direction=FROZEN).gradient_bytes() == 16 * 4 * 2
+    both, _ = tables(linear_results())
+    assert columns_of(both)["MiB"][0] == f"{2048 - 512 * 4 * (1024 + 128256) / 2**20:.1f}"
+
+
+def test_a_case_of_several_passes_has_their_median():
+    case = Case("linear", (1, 8, 2, 50), "float32", BOTH, "fused", dim=4)
+    slow = case._replace(provider="linear_cross_entropy")
+
+    def timed(case, seconds):
+        stats = {"rounds": 2, "median": seconds, "q1": seconds, "q3": seconds}
+        return {"extra_info": {**case._asdict(), "peak_bytes": 1}, "stats": stats}
+
+    run = {
+        "machine_info": {"cpu": {}},
+        "benchmarks": [timed(case, 5.0), timed(slow, 9.0), timed(case, 1.0), timed(case, 2.0)],
+    }
+    gathered = report.gather("wmtp bench --linear", "quick", [run, run])
+    first, second = report.cases_by_key(gathered).values()
+    assert (first["median_ms"], first["rounds"]) == ([2000.0, 2000.0], [6, 6])
+    assert (second["median_ms"], second["rounds"]) == ([9000.0, 9000.0], [2, 2])
+    assert "liger" in gathered["absent"]
+
+
+def test_results_from_before_there_was_a_hidden_size_are_read():
+    old = made_up(("loss", (1, 2, 2, 10), "fused", BOTH, [1.0], {}))
+    del old["cases"][0]["dim"]
+    assert next(iter(report.cases_by_key(old))).dim == 0
+
+
+def test_plot_of_the_linear_loss_writes_a_picture(tmp_path):
+    found = linear_results(runs=2)
+    found["cases"] += linear_results((1, 256, 4, 32000), runs=2)["cases"]
+    plot_loss(found, tmp_path / "linear.png")
+    content = (tmp_path / "linear.png").read_bytes()
+    assert content.startswith(b"\x89PNG")
+    assert len(content) > 10_000  # an empty picture of this size has less
+
+
+def test_command_runs_the_linear_suite_alone(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(report, "run_suites", lambda *given: asked.append(given[:2]))
+    monkeypatch.setattr(
+        report,
+        "gather",
+        lambda command, *_: {"command": command, **linear_results((1, 8, 2, 50), 4)},
+    )
+    json_file, plot_file = tmp_path / "linear.json", tmp_path / "linear.png"
+    files = ["--json", str(json_file), "--plot", str(plot_file)]
+    for option in (["--linear"], ["--only", "linear"], ["--linear", "--only", "linear"]):
+        done = wmtp("bench", *option, "--quick", *files)
+        assert done.exit_code == 0, done.output
+        assert json.loads(json_file.read_text())["command"] == "wmtp bench --quick --linear"
+    assert asked == [(["linear"], "quick")] * 3
+    assert "/ three products" in done.output
+    assert plot_file.exists()
+
+
+def test_command_refuses_another_suite_beside_it():
+    done = wmtp("bench", "--linear", "--only", "loss")
+    assert (done.exit_code, "leave out --only loss" in done.output) == (2, True)

@@ -1,4 +1,5 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, chosen before its import."""
+"""Without a GPU the Triton kernels run in Triton's interpreter or, with WMTP_KERNELS_ON=sm_80 or
+sm_90a, compiled, on the machine of tests/ptx. Either is chosen before Triton's import."""
 
 import os
 import runpy
@@ -11,7 +12,9 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 import torch
 
-if not torch.cuda.is_available():
+if os.environ.get("WMTP_KERNELS_ON"):
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # The folders of the package, where it is not installed.
 if (links := Path(__file__).parents[1] / "benchmarks" / "__init__.py").exists():
@@ -24,7 +27,12 @@ from support import interpreter
 from wmtp import kernels
 from wmtp.backends import cpu_library
 
-if kernels.interpreted():
+MACHINE = None
+if on := os.environ.get("WMTP_KERNELS_ON"):
+    from ptx import launch
+
+    MACHINE = launch.install(on)
+elif kernels.interpreted():
     interpreter.amend()
 
 # (backend, device): Triton on the CPU is its interpreter; on a GPU it is the real thing.
@@ -52,6 +60,15 @@ def _same_random_numbers():
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_found():
+    """By the PTX machine, in the kernels that a test has launched."""
+    yield
+    if MACHINE is not None and (lines := MACHINE.record.lines()):
+        MACHINE.record.found.clear()
+        raise AssertionError("\n".join(lines))
 
 
 @pytest.fixture(scope="session")

@@ -72,12 +72,8 @@ class Memory:
         view, places = self._places(offsets, width, count)
         if self.shadow is not None and len(offsets):
             cells = self._cells(offsets, width * count)
-            changed = view[places] != values
             each = len(cells) // len(offsets)
-            changes = np.repeat(changed.any(1), each)
-            if each % count == 0:
-                changes = np.repeat(changed.reshape(-1), each // count)
-            race = self.shadow.write(cells, who.of_cells(each), changes)
+            race = self.shadow.write(cells, who.of_cells(each))
             if race.any():
                 report("race: writes what another warp touches", int(race.sum()))
         view[places] = values

@@ -74,6 +74,8 @@ def _blocks(body: str, files: dict[str, str]) -> tuple[list[list[Instruction]], 
     line = ""
     for statement in _statements(body):
         if statement.endswith(":"):
+            if "__tmp" in statement:  # the debugger's
+                continue
             if blocks[-1]:
                 blocks.append([])
             labels[statement[:-1]] = len(blocks) - 1

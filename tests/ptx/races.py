@@ -2,7 +2,7 @@
 
 For every cell of memory the last write and the reads since are kept: whose (warp), and after how
 many barriers of its CTA (epoch) and how many arrivals at the barrier of its cluster. Two touches of
-different warps, one of them a write that changes the bits, are a race unless
+different warps, one of them a write, are a race unless
 
     same CTA        a barrier of the CTA between them: the later epoch is the higher
     same cluster    a barrier of the cluster: the later one has waited more often than the earlier
@@ -102,17 +102,15 @@ class Shadow:
         self.reads.add(cells, who)
         return race
 
-    def write(self, cells: np.ndarray, who: Who, changes: np.ndarray) -> np.ndarray:
-        """Which of these writes are races with a touch before them."""
+    def write(self, cells: np.ndarray, who: Who) -> np.ndarray:
+        """Which of these writes are races with a touch before them. Lanes that write to one place
+        in one instruction are none: whether their bits differ is another question."""
         race = np.zeros(len(cells), bool)
         for touches in (self.writes, self.reads):
             held = touches.whose(cells)
-            other = changes & (held != NOBODY) & (held != who.warp)
+            other = (held != NOBODY) & (held != who.warp)
             if other.any():
                 race |= other & ~touches.before(cells, who)
-        # A write of the bits that are there hides no other's.
-        self.writes.set(cells[changes], who.at(changes))
-        first = ~changes & ~self.written(cells)
-        self.writes.set(cells[first], who.at(first))
-        self.reads.warp[cells[changes]] = 0
+        self.writes.set(cells, who)
+        self.reads.warp[cells] = 0
         return race

@@ -1,13 +1,13 @@
 """Loads and stores: of parameters, of global memory, of shared memory, by warps as matrices."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ptx.findings import UnknownError
 from ptx.memory import Memory
 from ptx.parse import Instruction, Kernel, address, members
-from ptx.values import Mask, Step, Values, dtype_of, reader, writer
+from ptx.values import Mask, Read, Step, Values, dtype_of, reader, writer
 from ptx.warp import LANES, whole
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Place:
         self.is_global = space == "global"
         kind, dtype = ("u64", np.uint64) if self.is_global else ("u32", np.uint32)
         self.read = reader(kernel, base, kind)
-        self.offset = dtype(offset)
+        self.offset = dtype(offset % (1 << (64 if self.is_global else 32)))
 
     def addresses(self, machine: "Machine", lanes: Values | slice) -> Values:
         return machine.spread(self.read(machine) + self.offset)[lanes]
@@ -165,45 +165,56 @@ def _map_address(kernel: Kernel, found: Instruction) -> Step:
 
 def _matrix(kernel: Kernel, found: Instruction, base: str, rest: list[str]) -> Step | None:
     """Matrices of 8 rows of 16 bytes: lane 8 m + r has the address of row r of matrix m, and lane t
-    the word t % 4 of row t // 4 of each."""
-    if rest[:3] != ["sync", "aligned", "m8n8"] or rest[-2:] not in (["shared", "b16"],):
+    the elements (t // 4, 2 (t % 4)) and the next of each; .trans: of what stands there turned."""
+    turned = "trans" in rest
+    words = [word for word in rest if word != "trans"]
+    if words[:3] != ["sync", "aligned", "m8n8"] or words[4:] != ["shared", "b16"]:
         return None
-    if len(rest) != 6 or rest[3] not in ("x1", "x2", "x4"):
+    if words[3] not in ("x1", "x2", "x4"):
         return None
-    count = int(rest[3][1])
+    count = int(words[3][1])
     loads = base == "ldmatrix"
     registers, where = found.operands if loads else found.operands[::-1]
-    place = Place(kernel, where, found, "shared", 16)
-    lane = np.arange(LANES)
-
-    def rows(machine: "Machine", mask: Mask) -> list[tuple[Memory, Values, Values]]:
-        whole(machine, mask, found)
-        given = np.tile(lane < 8 * count, machine.lanes // LANES)
-        return place.pieces(machine, given if mask is None else given & mask)
-
-    def load(machine: "Machine", mask: Mask) -> None:
-        words = np.zeros((machine.lanes, 4), np.uint32)
-        for memory, lanes, offsets in rows(machine, mask):
-            report = machine.reporter(found)
-            words[lanes] = memory.load(offsets, 4, 4, machine.who(lanes), report, True)
-        of_warps = words.reshape(-1, LANES, 4)
-        for i, write in enumerate(writes):
-            write(machine, of_warps[:, 8 * i + lane // 4, lane % 4].reshape(-1), mask)
-
-    def store(machine: "Machine", mask: Mask) -> None:
-        words = np.zeros((machine.lanes // LANES, LANES, 4), np.uint32)
-        for i, read in enumerate(reads):
-            values = machine.spread(read(machine)).reshape(-1, LANES)
-            words[:, 8 * i + lane // 4, lane % 4] = values
-        for memory, lanes, offsets in rows(machine, mask):
-            values = words.reshape(-1, 4)[lanes]
-            memory.store(offsets, values, machine.who(lanes), machine.reporter(found))
-
     names = members(registers)
     if len(names) != count:
         raise UnknownError(f"{count} matrices in {len(names)} registers: {found}")
+    matrices = Matrices(Place(kernel, where, found, "shared", 16), count, turned)
     if loads:
         writes = [writer(kernel, name, "b32") for name in names]
-        return load
+        return lambda machine, mask: matrices.load(machine, mask, writes)
     reads = [reader(kernel, name, "b32") for name in names]
-    return store
+    return lambda machine, mask: matrices.store(machine, mask, reads)
+
+
+class Matrices:
+    def __init__(self, place: Place, count: int, turned: bool):
+        self.place, self.count, self.turned = place, count, turned
+
+    def _rows(self, machine: "Machine", mask: Mask) -> list[tuple[Memory, Values, Values]]:
+        whole(machine, mask, self.place.found)
+        given = np.tile(np.arange(LANES) < 8 * self.count, machine.lanes // LANES)
+        return self.place.pieces(machine, given if mask is None else given & mask)
+
+    def load(self, machine: "Machine", mask: Mask, writes: list[Any]) -> None:
+        rows = np.zeros((machine.lanes, 4), np.uint32)
+        for memory, lanes, offsets in self._rows(machine, mask):
+            report = machine.reporter(self.place.found)
+            rows[lanes] = memory.load(offsets, 4, 4, machine.who(lanes), report, True)
+        halves = rows.view(np.uint16).reshape(-1, 4, 8, 8)  # of each warp, four matrices
+        if self.turned:
+            halves = halves.transpose(0, 1, 3, 2)
+        words = np.ascontiguousarray(halves).view(np.uint32)  # [warps, 4, 8, 4]
+        for i, write in enumerate(writes):
+            write(machine, words[:, i].reshape(-1), mask)
+
+    def store(self, machine: "Machine", mask: Mask, reads: list[Read]) -> None:
+        words = np.zeros((machine.lanes // LANES, 4, 8, 4), np.uint32)
+        for i, read in enumerate(reads):
+            words[:, i] = machine.spread(read(machine)).reshape(-1, 8, 4)
+        halves = words.view(np.uint16)
+        if self.turned:
+            halves = halves.transpose(0, 1, 3, 2)
+        rows = np.ascontiguousarray(halves).view(np.uint32).reshape(-1, 4)
+        for memory, lanes, offsets in self._rows(machine, mask):
+            report = machine.reporter(self.place.found)
+            memory.store(offsets, rows[lanes], machine.who(lanes), report)

@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from ptx.launch import Driver
 
+from ptx.launch import Driver
 from support.agreement import kernel_gradient, kernel_loss
 from wmtp import kernels
 from wmtp.kernels import tiers
 
 # A barrier of a cluster is an arrival and a wait: both go.
-BARRIER = re.compile(r"\bbar\.sync[^;]*;|\bbarrier\.cluster\.arrive[^;]*;\s*barrier\.cluster\.wait[^;]*;")
+BARRIER = re.compile(
+    r"\bbar\.sync[^;]*;|\bbarrier\.cluster\.arrive[^;]*;\s*barrier\.cluster\.wait[^;]*;"
+)
 Run = Callable[[], object]
 Scenario = tuple[Run, str, int]  # what it does; the tier that is forced; processors
 
@@ -31,7 +33,9 @@ class Removal(NamedTuple):
     kinds: list[str]  # what was found; nothing: not seen
 
 
-def problem(vocabulary: int, dtype: torch.dtype, heads: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(
+    vocabulary: int, dtype: torch.dtype, heads: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Two tokens; their targets lie in the edges of a row, and between."""
     torch.manual_seed(0)
     logits = torch.randn(1, 3 + heads, heads, vocabulary).to(dtype)
@@ -41,7 +45,11 @@ def problem(vocabulary: int, dtype: torch.dtype, heads: int = 4) -> tuple[torch.
 
 
 def loss(
-    vocabulary: int, dtype: torch.dtype = torch.bfloat16, excess: bool = False, heads: int = 4, **how
+    vocabulary: int,
+    dtype: torch.dtype = torch.bfloat16,
+    excess: bool = False,
+    heads: int = 4,
+    **how,
 ) -> Run:
     """In place, where nothing of a row may be written before all of it that is needed is read."""
 
@@ -168,11 +176,13 @@ def removals(driver: Driver, chosen: dict[str, Scenario]) -> Iterator[Removal]:
             without = text[: barrier.start()] + text[barrier.end() :]
             kinds: list[str] = []
             for title in titles:
-                kinds = kinds or execute(
-                    driver, chosen[title], lambda each: without if each == text else each
-                )
+                kinds = kinds or execute(driver, chosen[title], replacing(text, without))
             name, line = _where(text[: barrier.start()])
             yield Removal(name, titles, number, barrier[0].split()[0].rstrip(";"), line, kinds)
+
+
+def replacing(text: str, other: str) -> Callable[[str], str]:
+    return lambda each: other if each == text else each
 
 
 def _where(before: str) -> tuple[str, str]:

@@ -287,6 +287,26 @@ def test_matrices_of_a_warp():
     assert np.array_equal(machine.shared.memory.data.view(np.uint32), np.tile(tid, 4))
 
 
+def test_matrices_that_are_turned():
+    """Lane t has elements t // 4 of rows 2 (t % 4) and the next."""
+    lane = np.arange(32)
+    code = """
+    mov.u32 %r1, %tid.x;
+    shl.b32 %r2, %r1, 4;
+    mul.lo.s32 %r3, %r1, 0x20002;
+    add.s32 %r3, %r3, 0x10000;
+    stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {%r3};
+    ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%r4}, [%r2];
+    """
+    machine = execute(code, shared=512)
+    low = 8 * (2 * (lane % 4)) + lane // 4  # what stands there is its number, 8 row + column
+    assert np.array_equal(machine.registers["%r4"] & 0xFFFF, low)
+    assert np.array_equal(machine.registers["%r4"] >> 16, low + 8)
+    back = code.replace("stmatrix.sync.aligned.m8n8.x1", "stmatrix.sync.aligned.m8n8.x1.trans")
+    machine = execute(back, shared=512)
+    assert np.array_equal(machine.registers["%r4"], machine.registers["%r3"])
+
+
 @pytest.mark.parametrize(
     "code",
     [

@@ -3,6 +3,7 @@ sm_90a, compiled, on the machine of tests/ptx. Either is chosen before Triton's 
 
 import os
 import runpy
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -63,12 +64,22 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _nothing_found():
+def _nothing_found(request):
     """By the PTX machine, in the kernels that a test has launched."""
     yield
-    if MACHINE is not None and (lines := MACHINE.record.lines()):
-        MACHINE.record.found.clear()
-        raise AssertionError("\n".join(lines))
+    if MACHINE is None:
+        return
+    lines, counts = MACHINE.record.taken()
+    request.node.user_properties.append(("ptx", {**counts, "findings": len(lines)}))
+    assert not lines, "\n".join(lines)
+
+
+@pytest.fixture
+def ptx_machine():
+    """The machine, where kernels run on it."""
+    if MACHINE is None:
+        pytest.skip("the kernels are not on the PTX machine: set WMTP_KERNELS_ON")
+    return MACHINE
 
 
 @pytest.fixture(scope="session")
@@ -147,7 +158,11 @@ def instruction_set(request, one_thread):
     cpu_library.select_instruction_set(cpu_library.load(), "")
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if (share := int(os.environ.get("WMTP_PTX_SHARE", 1))) > 1:
+        chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % share == 0]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     if torch.cuda.is_available():
         return
     for item in items:
@@ -168,11 +183,20 @@ def pytest_make_collect_report(collector):
     return report
 
 
+def told_by(reports, name) -> Counter[str]:
+    """The sum of what tests have noted under this name."""
+    noted = [dict(report.user_properties).get(name) for report in reports]
+    return sum(map(Counter, filter(None, noted)), Counter())
+
+
 def pytest_terminal_summary(terminalreporter):
-    """What the runs of test_faults.py went through."""
-    passed = terminalreporter.stats.get("passed", [])
-    rounds = [dict(report.user_properties).get("faults") for report in passed]
-    faults: Counter[str] = sum(map(Counter, filter(None, rounds)), Counter())
-    if faults:
+    """What the runs of test_faults.py went through, and what the PTX machine has run."""
+    every = [report for reports in terminalreporter.stats.values() for report in reports]
+    ends = [report for report in every if getattr(report, "when", "") == "teardown"]
+    if ran := told_by(ends, "ptx"):
+        names = ("launches", "programs", "instructions", "findings")
+        told = ", ".join(f"{ran[name]} {name}" for name in names)
+        terminalreporter.write_line(f"as PTX on {os.environ['WMTP_KERNELS_ON']}: {told}")
+    if faults := told_by(terminalreporter.stats.get("passed", []), "faults"):
         told = ", ".join(f"{count} {name}" for name, count in sorted(faults.items()))
         terminalreporter.write_line(f"runs that ended as they should, of all faults: {told}")

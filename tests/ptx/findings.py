@@ -27,6 +27,13 @@ class Record:
     def add(self, kernel: str, kind: str, instruction: Any, lanes: int = 1) -> None:
         self.found[Finding(kernel, kind, str(instruction))] += lanes
 
+    def taken(self) -> tuple[list[str], dict[str, int]]:
+        """The findings and counts since the last time."""
+        found = self.lines(), dict(self.counts)
+        self.found.clear()
+        self.counts.clear()
+        return found
+
     def kinds(self) -> set[str]:
         return {finding.kind for finding in self.found}
 

@@ -6,13 +6,13 @@ READY  := $(VENV)/.ready
 OUT    ?= benchmarks/results/gpu
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test fuzz faults lint types hooks sanitize static bench gpu clean help
+.PHONY: demo test fuzz faults lint types ptx hooks sanitize static bench gpu clean help
 
 demo: $(READY)  ## train and compare the three algorithms on real text
 	$(BIN)/wmtp compare --tiny --out runs/demo
 
 # Two processes of two threads on two cores: threads that wait must not spin.
-test fuzz faults sanitize: export OMP_WAIT_POLICY := passive
+test fuzz faults ptx sanitize: export OMP_WAIT_POLICY := passive
 test: $(READY)  ## the whole suite, doctests included; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -33,6 +33,17 @@ types: $(READY)  ## mypy on the package as it is installed
 	@ln -sfn $(CURDIR)/wmtp/* $(CURDIR)/benchmarks $(INSTALLED)
 	@ln -sfn $(CURDIR)/kernels/gpu $(INSTALLED)/kernels
 	$(BIN)/mypy
+
+# Compiled kernels on a machine of NumPy. SHARE=3: a third of the cases.
+ON    ?= sm_80 sm_90a
+SHARE ?= 1
+PTX_TESTS := $(addprefix tests/test_,$(addsuffix .py, kernels kernels_nonfinite kernels_tiers \
+	kernels_weights kernels_phase head_list inplace scale_kernel rows_ce linear \
+	linear_autograd loss gradient)) tests/ptx
+ptx: $(READY)  ## the kernels' tests on their PTX, executed without a card, with races and bounds watched; SHARE=3: a third; ON=sm_80: for that alone
+	@failed=; for on in $(ON); do \
+	WMTP_KERNELS_ON=$$on WMTP_PTX_SHARE=$(SHARE) $(BIN)/python -m pytest -n 2 --dist worksteal $(PTX_TESTS) || failed=1; \
+	done; [ -z "$$failed" ]
 
 hooks: $(READY)  ## ruff and mypy before every commit of yours (git hooks, by pre-commit)
 	$(BIN)/pip install --quiet pre-commit

@@ -1,7 +1,9 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, chosen before its import."""
+"""Without a GPU the Triton kernels run in Triton's interpreter or, with WMTP_KERNELS_ON=sm_80 or
+sm_90a, compiled, on the machine of tests/ptx. Either is chosen before Triton's import."""
 
 import os
 import runpy
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -11,7 +13,9 @@ os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
 
 import torch
 
-if not torch.cuda.is_available():
+if os.environ.get("WMTP_KERNELS_ON"):
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # The folders of the package, where it is not installed.
 if (links := Path(__file__).parents[1] / "benchmarks" / "__init__.py").exists():
@@ -24,7 +28,12 @@ from support import instruction_sets, interpreter
 from wmtp import kernels
 from wmtp.backends import cpu_library
 
-if kernels.interpreted():
+MACHINE = None
+if on := os.environ.get("WMTP_KERNELS_ON"):
+    from ptx import launch
+
+    MACHINE = launch.install(on)
+elif kernels.interpreted():
     interpreter.amend()
 
 # (backend, device): Triton on the CPU is its interpreter; on a GPU it is the real thing.
@@ -52,6 +61,25 @@ def _same_random_numbers():
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("WMTP_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_found(request):
+    """By the PTX machine, in the kernels that a test has launched."""
+    yield
+    if MACHINE is None:
+        return
+    lines, counts = MACHINE.record.taken()
+    request.node.user_properties.append(("ptx", {**counts, "findings": len(lines)}))
+    assert not lines, "\n".join(lines)
+
+
+@pytest.fixture
+def ptx_machine():
+    """The machine, where kernels run on it."""
+    if MACHINE is None:
+        pytest.skip("the kernels are not on the PTX machine: set WMTP_KERNELS_ON")
+    return MACHINE
 
 
 @pytest.fixture(scope="session")
@@ -126,6 +154,10 @@ def instruction_set(request, one_thread):
 
 def pytest_collection_modifyitems(config, items):
     """Without a device one skip a file says how many of its tests want one; `-m gpu` lists them."""
+    if (share := int(os.environ.get("WMTP_PTX_SHARE", 1))) > 1:
+        chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % share == 0]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
     if torch.cuda.is_available():
         return
     by_file = defaultdict(list)
@@ -155,11 +187,20 @@ def pytest_make_collect_report(collector):
     return report
 
 
+def told_by(reports, name) -> Counter[str]:
+    """The sum of what tests have noted under this name."""
+    noted = [dict(report.user_properties).get(name) for report in reports]
+    return sum(map(Counter, filter(None, noted)), Counter())
+
+
 def pytest_terminal_summary(terminalreporter):
-    """What the runs of test_faults.py went through."""
-    passed = terminalreporter.stats.get("passed", [])
-    rounds = [dict(report.user_properties).get("faults") for report in passed]
-    faults: Counter[str] = sum(map(Counter, filter(None, rounds)), Counter())
-    if faults:
+    """What the runs of test_faults.py went through, and what the PTX machine has run."""
+    every = [report for reports in terminalreporter.stats.values() for report in reports]
+    ends = [report for report in every if getattr(report, "when", "") == "teardown"]
+    if ran := told_by(ends, "ptx"):
+        names = ("launches", "programs", "instructions", "findings")
+        told = ", ".join(f"{ran[name]} {name}" for name in names)
+        terminalreporter.write_line(f"as PTX on {os.environ['WMTP_KERNELS_ON']}: {told}")
+    if faults := told_by(terminalreporter.stats.get("passed", []), "faults"):
         told = ", ".join(f"{count} {name}" for name, count in sorted(faults.items()))
         terminalreporter.write_line(f"runs that ended as they should, of all faults: {told}")

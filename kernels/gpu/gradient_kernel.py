@@ -71,6 +71,7 @@ def write_gradient(
     if live:
         edge = tl.load(row_ptr + column, mask=inside)
         edge = of_softmax(edge, shift, scale)
+        tl.debug_barrier()  # in place: a lane of the edges is several threads', and all have read
         tl.store(grad_row_ptr + column, edge, mask=inside)
         for start in range(0, full, BLOCK):
             x = tl.load(inner_ptr + start + offset, eviction_policy="evict_first")

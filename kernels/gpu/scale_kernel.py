@@ -54,15 +54,17 @@ def scale_kernel(
             if start == 0:
                 column = edge_columns(lane, peel, inner, UNIT)
                 inside = (column >= 0) & (column < vocab_size)
-                times(grad_ptr + begin + column, factor, inside)
+                times(grad_ptr + begin + column, factor, inside, True)
             rest = offset < inner - start  # both multiples of UNIT: a vector is in or out
-            times(grad_ptr + first_unit(begin, UNIT) + start + offset, factor, rest)
+            times(grad_ptr + first_unit(begin, UNIT) + start + offset, factor, rest, False)
 
 
 @triton.jit
-def times(ptr, factor, mask):
+def times(ptr, factor, mask, EDGES: tl.constexpr):
     """Times 0 even NaN and inf are 0: a loss that nobody wants leaves no gradient."""
     value = tl.load(ptr, mask=mask).to(tl.float32) * factor
+    if EDGES:
+        tl.debug_barrier()  # a lane of theirs is several threads', and all have read
     value = tl.where(factor == 0, 0.0, value)
     tl.store(ptr, value.to(ptr.dtype.element_ty), mask=mask)
 

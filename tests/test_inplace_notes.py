@@ -179,9 +179,11 @@ def test_logits_that_were_written_again_are_logits_again():
 
 @pytest.mark.gpu
 def test_logits_that_are_filled_again_are_known_without_waiting_for_the_device():
-    logits, ids = torch.randn(2, 6, 2, 40, device="cuda"), torch.randint(40, (2, 6), device="cuda")
+    logits = torch.randn(2, 6, 2, 40, device="cuda").requires_grad_()
+    ids = torch.randint(40, (2, 6), device="cuda")
     fused_weighted_mtp_loss(logits, ids, inplace=True)
-    logits.normal_()
+    with torch.no_grad():
+        logits.normal_()
     torch.cuda.set_sync_debug_mode("error")
     try:
         fused_weighted_mtp_loss(logits, ids, inplace=True)

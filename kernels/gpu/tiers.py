@@ -18,14 +18,16 @@ In registers a thread holds 64 logits at most 128 registers, or 128 of several r
 waves have 64 lanes, 32. More than four rows of a token hold 16384 at most: their edges take
 registers too. Clusters of CTAs, which hold longer rows, were slower than online in every case.
 
-Online, the rows in flight are made few where a row is read twice:
+Online, the rows in flight are made few where a long row is read twice:
 
-    programs' bytes   threads   a thread and step   programs an SM
-    two fit the L2    512       4 vectors           2
-    they do not       1024      2 vectors           1
-    rows < 48 KiB     <= 256    2 vectors           4 and more
+    rows                              threads   vectors a thread and step   programs an SM
+    < 48 KiB                          <= 256    2                           4 and more
+    read once                         256       4                           4
+    read twice, two programs' bytes   512       4                           2
+        an SM fit the L2
+    read twice, they do not           1024      4                           1
 
-Without a gradient there is nothing to keep and nothing is read twice.
+Without a gradient there is nothing to keep, and nothing is read twice.
 """
 
 import os
@@ -41,6 +43,7 @@ MOST, MOST_OF_SEVERAL = 32768, 16384  # logits that a CTA holds
 MOST_OF_16_BITS = 8192  # that are held sooner than read twice
 REGISTERS = 65536  # an NVIDIA SM's
 LONG_ROW_BYTES = 48 << 10
+VECTORS = 4  # that a thread takes of a long row in a step
 L2_SHARE = 0.7  # of the L2 that what was read stays in, beside the gradient that is written
 
 
@@ -110,9 +113,9 @@ def choose(
             "WMTP_TRITON_TIER=row cannot serve weights that need all rows of a token, as those "
             "from ref_ce: use token or online"
         )
+    online = _online(vocab_size, itemsize, rows if token else 1, gradient, machine)
     if not gradient:
-        return in_steps(vocab_size, itemsize, machine)
-    online = _online(vocab_size, itemsize, rows if token else 1, machine)
+        return online
     if forced == "online":
         return online
     tier = forced or ("token" if token else "row")
@@ -155,20 +158,21 @@ def _cap(registers: int, machine: Machine) -> int | None:
 
 
 def in_steps(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
-    """Rows that are read once, by programs of which an SM takes several."""
+    """Short rows, or parts of rows: an SM takes several programs."""
     shape = launch_shape(vocab_size, itemsize, machine.warp_size)
     return Launch("online", *shape, max_registers=_cap(64, machine))
 
 
-def _online(vocab_size: int, itemsize: int, rows: int, machine: Machine) -> Launch:
-    """Rows that are read twice: where a program's are long, few programs, of many threads."""
+def _online(vocab_size: int, itemsize: int, rows: int, twice: bool, machine: Machine) -> Launch:
+    """Whole rows. Of long ones that are read twice few at a time, by programs of many threads."""
     row_bytes = vocab_size * itemsize
     if row_bytes < LONG_ROW_BYTES or not machine.nvidia:
         return in_steps(vocab_size, itemsize, machine)
-    two_programs = 2 * machine.processors * rows * row_bytes
-    two_fit = two_programs <= L2_SHARE * machine.l2_bytes
-    threads, vectors = (512, 4) if two_fit else (1024, 2)
-    block = threads * vectors * VECTOR_BYTES.value // itemsize
+    threads = 256
+    if twice:
+        two_programs = 2 * machine.processors * rows * row_bytes
+        threads = 512 if two_programs <= L2_SHARE * machine.l2_bytes else 1024
+    block = threads * VECTORS * VECTOR_BYTES.value // itemsize
     return Launch("online", block, threads // machine.warp_size, _cap(64, machine))
 
 

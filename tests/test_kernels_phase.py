@@ -13,6 +13,7 @@ from wmtp.records import RowInputs
 if not kernels.interpreted():
     pytest.skip("a device aligns all its storages", allow_module_level=True)
 
+from wmtp.kernels import loss
 from wmtp.kernels.launch import Case, OfHeads, Rule, launch
 from wmtp.kernels.rows import UNIT_BYTES
 from wmtp.reference import max_and_log_sum
@@ -122,10 +123,7 @@ def test_heads_each_anywhere(tiers, in_place):
     for places in placed(EACH_PHASE, False):
         next(tiers)
         heads = [Placed(logits[:, :, k], place) for k, place in enumerate(places)]
-        lowest = min((head.tensor for head in heads), key=torch.Tensor.data_ptr)
-        bytes_between = (head.tensor.data_ptr() - lowest.data_ptr() for head in heads)
-        offsets = tuple(n // dtype.itemsize for n in bytes_between)
-        rows = lowest[:, :, None].expand(-1, -1, 2, -1)
+        rows, offsets = loss.as_rows([head.tensor for head in heads])
         grad = Placed(torch.full_like(logits, math.nan), next(anywhere))
         if in_place:
             launch_on(rows, target_ids, rows, offsets)

@@ -128,6 +128,7 @@ def smallest_access(text: str) -> int:
 def install(architecture: str) -> Driver:
     """For this process."""
     from wmtp import kernels
+    from wmtp.kernels import tiers
 
     driver = Driver(architecture, Record())
     # The machine's binary is the PTX itself.
@@ -137,7 +138,7 @@ def install(architecture: str) -> Driver:
     # Kernels run on CPU tensors, as they do in the interpreter.
     kernels.interpreted = lambda: True
     _note_lists(driver)
-    if driver.target.arch < 90:
+    if driver.target.arch < 90 or not tiers.triton_reduces_across_clusters():
         _without_clusters(architecture)
     return driver
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import pytest
 import torch
 
 from ptx.launch import Driver
@@ -45,11 +46,7 @@ def problem(
 
 
 def loss(
-    vocabulary: int,
-    dtype: torch.dtype = torch.bfloat16,
-    excess: bool = False,
-    heads: int = 4,
-    **how,
+    vocabulary: int, dtype: torch.dtype = torch.bfloat16, excess: bool = False, heads: int = 4
 ) -> Run:
     """In place, where nothing of a row may be written before all of it that is needed is read."""
 
@@ -57,10 +54,9 @@ def loss(
         logits, target_ids = problem(vocabulary, dtype, heads)
         ref_ce = 4 * torch.rand(target_ids.shape[1] - 1)[None] if excess else None
         weights = None if excess else 1 + torch.rand(logits.shape[:3])
-        options = {"gradient": "inplace", "reduction": "weight_mean", **how}
-        if excess:
-            options["reduction"] = "token_mean"
-        kernel_loss(kernels, logits, target_ids, weights, ref_ce, **options)
+        reduction = "token_mean" if excess else "weight_mean"
+        how = {"reduction": reduction, "gradient": "inplace"}
+        kernel_loss(kernels, logits, target_ids, weights, ref_ce, **how)
 
     return run
 
@@ -74,8 +70,8 @@ def many_tokens(excess: bool = False) -> Run:
         logits, target_ids = torch.randn(2, 600, 4, 9), torch.randint(9, (2, 600))
         weights = None if excess else 1e-38 * (1 + torch.rand(logits.shape[:3]))
         ref_ce = torch.rand(2, 599) if excess else None
-        how = {"reduction": "token_mean" if excess else "weight_mean", "gradient": "none"}
-        how["normalizer"] = None
+        reduction = "token_mean" if excess else "weight_mean"
+        how = {"reduction": reduction, "gradient": "none", "normalizer": None}
         kernel_loss(kernels, logits, target_ids, weights, ref_ce, **how)
 
     return run
@@ -100,14 +96,11 @@ def scaling() -> None:
 @contextlib.contextmanager
 def forced(tier: str, processors: int = 1) -> Iterator[None]:
     """Of a device with so many processors: rows are split where they are fewer."""
-    patch = __import__("pytest").MonkeyPatch()
     machine = tiers.machine
-    patch.setenv("WMTP_TRITON_TIER", tier)
-    patch.setattr(tiers, "machine", lambda device: machine(device)._replace(processors=processors))
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WMTP_TRITON_TIER", tier)
+        patch.setattr(tiers, "machine", lambda on: machine(on)._replace(processors=processors))
         yield
-    finally:
-        patch.undo()
 
 
 SCENARIOS: dict[str, Scenario] = {

@@ -94,6 +94,18 @@ def test_shared_memory_that_is_read_early(on, title):
             assert "reads shared memory before it is written" in kinds
 
 
+@pytest.mark.parametrize("fusion", [True, False])
+def test_sums_whose_lanes_differ_in_the_last_bit(on, fusion):
+    """A product that is fused into the first addition of a sum, in one lane of each pair."""
+    from support.compiled import unrounded_kernel
+
+    a, b = torch.rand(2, 128)
+    unrounded_kernel[(1,)](a, b, torch.empty(1), N=128, num_warps=4, enable_fp_fusion=fusion)
+    assert on[0].record.kinds() == (
+        {"lanes write different bits to one place"} if fusion else set()
+    )
+
+
 def test_a_guard_that_is_lost(on):
     """Masked lanes that load all the same leave the tensor, or its last row's end."""
     driver, mutations = on

@@ -18,6 +18,7 @@ from wmtp.benchmarks.gpu_cases import (
     FLOPS,
     HEADS,
     PREDICTED_CARD,
+    PRODUCT_SHARE,
     TOKENS,
     predicted_ms,
     predicted_tier,
@@ -50,15 +51,16 @@ NOTES = (
     f"Peers ({', '.join(PEERS)}) have no weights: they compute a mean cross entropy over the same "
     f"rows. {' and '.join(FACTORS)} take hidden states, of size 1 here, and read no logits. liger "
     "overwrites the logits with their gradient.",
-    f"*predicted* is a bound, not a measurement: the bytes that the tier moves, at "
-    f"{100 * COPY_SHARE:.0f} % of the {PREDICTED_CARD.name}'s bandwidth.",
+    f"*predicted* is no measurement, but of an {PREDICTED_CARD.name}: what the tier moves, at "
+    f"{100 * COPY_SHARE:.0f} % of its bandwidth, or its instructions, whichever takes longer, and "
+    "its launches and waves.",
     "Linear: hidden states times unembedding, a loss and gradients; `frozen` is without the "
     "unembedding's. `of products` is the time of the bare matrix products over that of the "
     "provider, TFLOP/s counts these products alone, MiB is memory beyond hidden states, "
     "unembedding and their gradients. linear_cross_entropy and liger have no weights. The gradient "
     "filter of cce drops what is small, which of random logits is nearly all. Predicted: each "
-    f"product takes the longer of its operations at {FLOPS / 1e12:.0f} TFLOP/s, the data sheet's, "
-    "and its bytes; what the kernel reads and writes is added.",
+    f"product takes the longer of its operations at {PRODUCT_SHARE * FLOPS / 1e12:.0f} TFLOP/s "
+    "and its bytes; what the kernel reads and writes is added, and the host's one wait.",
 )
 
 

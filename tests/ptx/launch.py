@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -128,7 +127,6 @@ def smallest_access(text: str) -> int:
 def install(architecture: str) -> Driver:
     """For this process."""
     from wmtp import kernels
-    from wmtp.kernels import tiers
 
     driver = Driver(architecture, Record())
     # The machine's binary is the PTX itself.
@@ -138,8 +136,6 @@ def install(architecture: str) -> Driver:
     # Kernels run on CPU tensors, as they do in the interpreter.
     kernels.interpreted = lambda: True
     _note_lists(driver)
-    if driver.target.arch < 90 or not tiers.triton_reduces_across_clusters():
-        _without_clusters(architecture)
     return driver
 
 
@@ -154,25 +150,3 @@ def _note_lists(driver: Driver) -> None:
         return as_rows(logits)
 
     loss.as_rows = noting
-
-
-def _without_clusters(architecture: str) -> None:
-    """A test that forces a tier which needs them is skipped."""
-    from wmtp.kernels import tiers
-
-    machine, choose = tiers.machine, tiers.choose
-
-    def or_skip(*arguments: Any, **options: Any) -> Any:
-        try:
-            return choose(*arguments, **options)
-        except ValueError as error:
-            if "in registers here" not in str(error):
-                raise
-            pytest.skip(f"{architecture}: {error}")
-
-    def alone(device: torch.device) -> Any:
-        found = machine(device)
-        return found._replace(most_ctas=1) if device.type == "cpu" else found
-
-    tiers.machine = alone
-    tiers.choose = or_skip

@@ -110,6 +110,8 @@ SCENARIOS: dict[str, Scenario] = {
     "token, 5 heads": (loss(2001, excess=True, heads=5), "token", 1),
     "online": (loss(8001), "online", 1),
     "online, token": (loss(8001, excess=True), "online", 1),
+    "online, 512 threads": (loss(32001), "online", 132),
+    "online, token, 1024 threads": (loss(32001, excess=True), "online", 132),
     "split": (loss(65537), "online", 64),
     "split, token": (loss(65537, excess=True, heads=3), "online", 64),
     "many tokens": (many_tokens(), "", 1),
@@ -118,14 +120,6 @@ SCENARIOS: dict[str, Scenario] = {
     "gradient, shared": (gradient(8001, shared=True), "", 1),
     "scale": (scaling, "", 1),
 }
-CLUSTERS: dict[str, Scenario] = {
-    "row, 4 CTAs": (loss(50257), "row", 1),
-    "token, 8 CTAs": (loss(30001, excess=True), "token", 1),
-}
-
-
-def scenarios(driver: Driver) -> dict[str, Scenario]:
-    return SCENARIOS | CLUSTERS if driver.target.arch >= 90 else SCENARIOS
 
 
 def texts(driver: Driver, scenario: Scenario) -> list[str]:
@@ -191,7 +185,7 @@ def main() -> None:
     from ptx import launch
 
     driver = launch.install(os.environ["WMTP_KERNELS_ON"])
-    chosen = scenarios(driver)
+    chosen = SCENARIOS
     for title, scenario in chosen.items():
         if first := execute(driver, scenario):
             print(f"{title}, as it is: {'; '.join(first)}")

@@ -40,7 +40,7 @@ def on(ptx_machine):
 
 def test_every_barrier_removed_in_turn(on):
     driver, mutations = on
-    found = list(mutations.removals(driver, mutations.scenarios(driver)))
+    found = list(mutations.removals(driver, mutations.SCENARIOS))
     missed = [removal for removal in found if not removal.kinds]
     print(f"{len(found) - len(missed)} of {len(found)} removals seen")
     assert len(found) > 100

@@ -399,6 +399,31 @@ def test_a_references_logits_beside_documents_with_the_usual_backend():
         torch.testing.assert_close(found.loss, wanted)
 
 
+@pytest.mark.parametrize("op", ["logits", "linear"])
+@pytest.mark.parametrize(
+    "how",
+    [{"head_prior": torch.tensor([0.3, 2.0])}, {"reduction": "weight_mean"}, {"dtype": "float16"}],
+    ids=["prior", "weight_mean", "half"],
+)
+def test_a_references_logits_where_it_takes_two_passes(how, op):
+    """The labels stand in a row, so that one pass would make the reference's cross entropies."""
+    how = dict(how)
+    dtype = getattr(torch, how.pop("dtype", "float32"))
+    if dtype == torch.float16:
+        how["position_mask"] = torch.rand(1, 6) + 0.1
+    ids, reference = torch.randint(V, (1, 6)), torch.randn(1, 6, V)
+    states = torch.randn(1, 6, 2, V if op == "logits" else D).to(dtype)
+    weight = torch.randn(V, D).to(dtype)
+
+    def loss(**reference):
+        if op == "logits":
+            return fused_weighted_mtp_loss(states, ids, **reference, **how).loss
+        return fused_linear_weighted_mtp_loss(states, weight, ids, **reference, **how).loss
+
+    ref_ce = next_token_cross_entropy(reference, ids)
+    torch.testing.assert_close(loss(ref_logits=reference), loss(ref_ce=ref_ce))
+
+
 OPTIONS = {
     "documents": {"document_ids": torch.arange(6)[None] // 3},
     "masks": {"target_mask": torch.rand(1, 6) > 0.3, "position_mask": torch.rand(1, 6) + 0.1},

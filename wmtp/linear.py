@@ -162,8 +162,10 @@ def fused_linear_weighted_mtp_loss(
         chunk_bytes=chunk_bytes,
         wanted=[False] * 3,
     )
-    call = reference_resolved(call.resolved(), chosen)
-    if not in_one_pass(call, dtype):
+    call = call.resolved()
+    one_pass = in_one_pass(call, dtype)
+    call = reference_resolved(call, chosen, one_pass=one_pass)
+    if not one_pass:
         with torch.no_grad():
             ce = linear_loss(_inputs(product, target_ids=call.targets.for_operators()), settings).ce
         call = call.formed(reference.formed(call.rule, ce, call))

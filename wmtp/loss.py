@@ -187,9 +187,11 @@ def fused_weighted_mtp_loss(
     refuse_transforms(*heads, *vars(rule).values())
     if isinstance(rule, Excess) and rule.ref_logits is not None:
         choose_backend(backend, seen.device.type, rule.ref_logits.dtype)
-    call = reference_resolved(call.resolved(), chosen)
+    call = call.resolved()
     key = call.rule.key()
-    if not (fuses(chosen, key) and in_one_pass(call, seen.dtype)):
+    one_pass = fuses(chosen, key) and in_one_pass(call, seen.dtype)
+    call = reference_resolved(call, chosen, one_pass=one_pass)
+    if not one_pass:
         ce = _cross_entropies([head.detach() for head in heads], call.targets, chosen)
         rule = reference.formed(call.rule, ce, call)
         call, key = call.formed(rule), rule.key()

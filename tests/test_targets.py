@@ -18,11 +18,13 @@ from wmtp import (
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,
     linear_next_token_cross_entropy,
+    loss_denominator,
     mtp_cross_entropy,
     next_token_cross_entropy,
     once,
 )
 from wmtp.arguments import checked_call, loss_inputs
+from wmtp.kinds import INTEGER_DTYPES
 from wmtp.label_checks import targets_of
 from wmtp.labels import Targets
 from wmtp.records import Inputs, Settings, flat
@@ -36,6 +38,7 @@ V, D = 17, 5
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:token_mean divides"),
+    pytest.mark.filterwarnings("ignore:logits have fewer positions", "ignore:hidden have fewer"),
 ]
 
 
@@ -77,6 +80,34 @@ def test_documents():
     cut_from = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])  # ids[t] is token t + 1
     wanted = [[10, 11], [11, NONE], [NONE, NONE], [13, 14], [14, 15], [15, NONE]]
     assert asked(IDS, 2, document_ids=cut_from, shifted=True) == wanted
+
+
+@pytest.mark.parametrize("dtype", INTEGER_DTYPES, ids=str)
+def test_integers_of_any_kind(dtype):
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    how = {"document_ids": documents, "target_mask": documents, "offsets": [3, 1]}
+    found = {name: each.to(dtype) for name, each in how.items() if name != "offsets"}
+    for shifted in (False, True):
+        wanted = asked(IDS, 2, **how, shifted=shifted)
+        assert asked(IDS, 2, **how | found, shifted=shifted) == wanted
+    logits, values = torch.randn(1, 6, 2, V), torch.randn(1, 6)
+    rule = {"weighting": Critic(values), "position_mask": documents + 1}
+    loss = fused_weighted_mtp_loss(logits, documents, document_ids=documents, **rule).loss
+    rule["position_mask"] = rule["position_mask"].to(dtype)
+    ids = documents.to(dtype)
+    assert fused_weighted_mtp_loss(logits, ids, document_ids=ids, **rule).loss == loss
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_as_many_tokens_a_row_as_heads(length, target):
+    backend, device = target
+    logits = torch.randn(2, length, 4, V)
+    for tokens in (4, 5):
+        ids = torch.randint(V, (2, tokens))
+        found = fused_weighted_mtp_loss(logits.to(device), ids.to(device), backend=backend)
+        truth = compute_weighted_mtp_loss(logits.double(), ids)
+        torch.testing.assert_close(found.loss.double().cpu(), truth.loss, rtol=1e-5, atol=1e-6)
+        assert loss_denominator(ids, 4, length=length).item() == found.valid_mask.sum()
 
 
 def test_equal_ids_are_one_document_whatever_lies_between():
@@ -424,6 +455,19 @@ def test_a_references_logits_where_it_takes_two_passes(how, op):
     torch.testing.assert_close(loss(ref_logits=reference), loss(ref_ce=ref_ce))
 
 
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_references_logits_beside_labels_that_are_masked(backend):
+    """A token that no pair is about need not be one."""
+    logits, ids, reference = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6)), torch.randn(1, 6, V)
+    kept = torch.tensor([[True, True, True, False, True, True]])
+    how = {"ref_logits": reference, "target_mask": kept, "backend": backend}
+    wanted = fused_weighted_mtp_loss(logits, ids, **how).loss
+    ids = ids.masked_fill(~kept, 999)
+    assert torch.equal(fused_weighted_mtp_loss(logits, ids, **how).loss, wanted)
+    hidden, weight = torch.randn(1, 6, 2, D), torch.randn(V, D)
+    assert fused_linear_weighted_mtp_loss(hidden, weight, ids, **how).loss.isfinite()
+
+
 OPTIONS = {
     "documents": {"document_ids": torch.arange(6)[None] // 3},
     "masks": {"target_mask": torch.rand(1, 6) > 0.3, "position_mask": torch.rand(1, 6) + 0.1},
@@ -483,6 +527,19 @@ def test_numpys_whole_numbers_in_compiled_code():
 
     compiled = torch.compile(loss, backend="aot_eager")  # numpy's numbers break the graph
     torch.testing.assert_close(compiled(logits), loss(logits))
+
+
+def test_at_most_two_graphs_of_a_list_of_labels_over_twelve_lengths():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(logits, first, second):
+        return fused_weighted_mtp_loss(logits, [first, second]).loss
+
+    for length in range(4, 16):
+        loss(torch.randn(1, length, 2, V), *torch.randint(V, (2, 1, length)))
+    assert counter.frame_count <= 2
 
 
 def test_at_most_two_graphs_over_twelve_lengths():

@@ -130,8 +130,21 @@ def checked_call(
     check_same_device(name, scores, **others)
     targets = rule.narrowed(targets)
     terms = terms_of(reduction, as_tensor(normalizer), head_prior, targets, dtype)
+    _warn_of_turned_axes(name, targets)
     _warn_of_what_cancels(named, rule, targets)
     return Call(targets, rule, terms)
+
+
+def _warn_of_turned_axes(name: str, targets: Targets) -> None:
+    """Of labels that fit [B, S, H, ...], and [B, H, S, ...] better."""
+    if torch.compiler.is_compiling() or targets.own:
+        return
+    if targets.ids.shape[1] == targets.heads > targets.length:
+        warn_once(
+            f"{name} have fewer positions than heads, and a target for each head: if they are "
+            f"[B, H, S, ...], pass {name}.transpose(1, 2)",
+            stacklevel=5,
+        )
 
 
 def _warn_of_what_cancels(reduction: str | None, rule: Weighting, targets: Targets) -> None:

@@ -55,6 +55,8 @@ def targets_of(
         position_mask=position_mask,
     )
     check_targets(name, scores, targets)
+    if document_ids is not None:  # unsigned ones, with which torch does little
+        targets = replace(targets, document_ids=document_ids.long())
     if type(ignore_index) is int:
         return targets
     return replace(targets, ignore_index=int(ignore_index))  # numpy's, which no operator takes
@@ -67,7 +69,9 @@ def is_listed(value: object) -> bool:
 def _stacked_labels(labels: Sequence[Tensor], heads: int) -> Tensor:
     for of_head in labels:
         check_integers("each head's target_ids", of_head, "[B, S]")
-    if len(labels) != heads or len({of_head.shape for of_head in labels}) != 1:
+    # One with the other: a set would hash the sizes, and torch.compile make a graph of each length.
+    alike = all(of_head.dim() == 2 and of_head.shape == labels[0].shape for of_head in labels)
+    if len(labels) != heads or not alike:
         found = [tuple(of_head.shape) for of_head in labels]
         raise ValueError(
             f"target_ids must be H = {heads} tensors [B, S], got {found}: pass one for each head"
@@ -135,11 +139,10 @@ def _check_own_labels(name: str, scores: Tensor, targets: Targets) -> None:
 
 def _check_target_ids(name: str, scores: Tensor, targets: Targets) -> None:
     (batch, length), found = scores.shape[:2], tuple(targets.ids.shape)
-    turned = scores.dim() == 4 and found == (batch, scores.shape[2]) != (batch, length)
-    if len(found) == 2 and found[0] == batch and found[1] >= length and not turned:
+    if len(found) == 2 and found[0] == batch and found[1] >= length:
         return
     remedy = f"pass ids, at least one for each position of {name}, or labels [B, S, H]"
-    if turned:
+    if scores.dim() == 4 and found == (batch, scores.shape[2]):
         remedy = f"{name} seems to be [B, H, S, ...], pass {name}.transpose(1, 2)"
     elif found == (length, batch):
         remedy = f"{name} seems to be [S, B, ...], pass {name}.transpose(0, 1)"

@@ -67,8 +67,6 @@ def draw(seed: int, vocabulary: int = 17) -> Batch:
     form = random.choice(FORMS)
     own = form in ("own", "list")
     tokens = length + ("longer" in form) * random.randint(1, 4)
-    if tokens == heads > length:  # taken for logits [B, H, S, V]
-        form, tokens = form.replace(" longer", ""), length
 
     def integers(most: int, *size: int) -> Tensor:
         return torch.randint(most, size, generator=generator)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from wmtp import checks, label_checks
-from wmtp.kinds import check_choice, check_same_device
+from wmtp.exact_zero import product
+from wmtp.kinds import check_choice, check_same_device, is_readable
 from wmtp.labels import Targets
 from wmtp.once import warn_once
 from wmtp.reduction import Terms, may_be_negative, terms_of
@@ -63,6 +64,7 @@ class Call(NamedTuple):
     targets: Targets
     rule: Weighting
     terms: Terms
+    checked: bool = False  # the weights: the caller's own were, and of a product is nothing to say
 
     @property
     def sums_to_one(self) -> bool:
@@ -73,15 +75,18 @@ class Call(NamedTuple):
         """With the rule that the operators take; what multiplies known weights is in them."""
         rule, terms = self.rule.resolved(self.targets), self.terms
         if terms.factor is None or not rule.known:
-            return self._replace(rule=rule)
-        weights = vars(rule).get("head_weights", terms.factor)
-        if weights is not terms.factor:
-            weights = weights.to(terms.factor.dtype) * terms.factor
-        return self.formed(Given(weights))
+            return self._replace(rule=rule, checked=terms.factor is not None)
+        weights = vars(rule).get("head_weights")
+        if weights is None:
+            return self.formed(Given(terms.factor))
+        if is_readable(weights):
+            negative = may_be_negative(terms.reduction, terms.normalizer is not None)
+            checks.raise_on_bad_weight(weights, self.targets.valid(), negative)
+        return self.formed(Given(product(terms.factor, weights.to(terms.factor.dtype))))
 
     def formed(self, weights: Given) -> "Call":
         """With the weights that the rule has come to, all else in them."""
-        return self._replace(rule=weights, terms=self.terms._replace(factor=None))
+        return self._replace(rule=weights, terms=self.terms._replace(factor=None), checked=True)
 
 
 def local_call(

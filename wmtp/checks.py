@@ -220,3 +220,14 @@ def weight_error(position: str, weight: float, *, negative: bool) -> ValueError:
         f"head_weights{position} is {weight}: weights must be {wanted}; "
         f"set it to 0 to leave that head out"
     )
+
+
+def raise_on_bad_weight(head_weights: Tensor, valid: Tensor, negative: bool = False) -> None:
+    """Weights, [B, S, H] or [H], are finite where they are valid, and >= 0 unless `negative`."""
+    if not is_readable(head_weights):
+        return
+    bad = valid & ~(((head_weights >= 0) | negative) & head_weights.isfinite())
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        weight = head_weights.expand(bad.shape)[tuple(place)]
+        raise weight_error(str(place), float(weight), negative=negative)

@@ -173,6 +173,7 @@ def fused_linear_weighted_mtp_loss(
         settings,
         rule=call.rule.key(),
         reduction=call.terms.reduction,
+        checked=call.checked,
         wanted=_wanted(*product),
         ahead=gradients_ahead(),
     )

@@ -201,6 +201,7 @@ def fused_weighted_mtp_loss(
         reduction=call.terms.reduction,
         ignore_index=call.targets.ignore_index,
         backend=chosen,
+        checked=call.checked,
         gradient="inplace" if inplace else "new",
     )
     inputs = Inputs(logits=heads, **loss_inputs(call, dtype))

@@ -130,8 +130,10 @@ def to_token_scalar(valid: Tensor, dtype: torch.dtype, terms: Terms) -> Tensor:
 
 
 def _shares(weights: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """w / sum w, also where the sum is out of the dtype's range; 0 where all of them are 0."""
+    """w / sum w, also where the sum is out of the dtype's range; where all of them are 0 a constant
+    0, for the loss is no slope there."""
     largest = weights.detach().amax(dims, keepdim=True) if weights.numel() else weights
     relative = weights / torch.where(largest > 0, largest, 1.0)
     total = relative.sum(dims, keepdim=True)
-    return product(relative, torch.where(total == 0, 1.0, total).reciprocal())
+    empty = total == 0
+    return product(relative, total.masked_fill(empty, 1.0).reciprocal()).masked_fill(empty, 0.0)

@@ -338,15 +338,51 @@ def test_a_critic_weighs_no_pair_without_a_value():
     assert not result.valid_mask[0, -1]
 
 
-def test_what_cancels_is_said():
-    once._said.clear()
+FLOATS, ONES = torch.rand(1, 6), torch.tensor([[1.0, 1, 0, 1, 1, 0]])
+SAID = "what a float mask says of a position cancels"
+
+
+@pytest.mark.parametrize(
+    ("heads", "how", "message"),
+    [
+        (2, {"position_mask": FLOATS}, SAID),
+        (2, {"target_mask": FLOATS, "reduction": "token_mean"}, SAID),
+        (1, {"target_mask": FLOATS}, SAID),
+        (1, {"position_mask": FLOATS[..., None]}, SAID),
+        (1, {"head_weights": FLOATS[..., None]}, "with one head Given cancels"),
+        (1, {"weighting": Critic(FLOATS)}, "with one head Critic cancels"),
+        (2, {"target_mask": FLOATS}, None),
+        (2, {"position_mask": FLOATS[..., None].expand(1, 6, 2)}, None),
+        (2, {"position_mask": FLOATS, "reduction": "pair_mean"}, None),
+        (2, {"position_mask": ONES, "reduction": "token_mean"}, None),
+        (1, {"position_mask": ONES > 0, "target_mask": ONES}, None),
+        (1, {"head_weights": ONES[..., None]}, None),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_cancels_is_said(monkeypatch, heads, how, message):
+    monkeypatch.setattr(once, "_said", set())
+    logits, ids = torch.randn(1, 6, heads, V), torch.randint(V, (1, 6))
+    if message is None:
+        fused_weighted_mtp_loss(logits, ids, **how)
+        return
+    with pytest.warns(RuntimeWarning, match=message) as said:
+        fused_weighted_mtp_loss(logits, ids, **how)
+    assert said[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error:token_mean divides")
+def test_compiled_code_says_nothing_of_it(monkeypatch):
+    monkeypatch.setattr(once, "_said", set())
     logits, ids = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6))
-    with pytest.warns(RuntimeWarning, match="what a float mask says of a position cancels"):
-        fused_weighted_mtp_loss(logits, ids, position_mask=torch.rand(1, 6), reduction="token_mean")
-    once._said.clear()
-    weights = torch.rand(1, 6, 1)
-    with pytest.warns(RuntimeWarning, match="with one head Given cancels"):
-        fused_weighted_mtp_loss(logits[:, :, :1], ids, weights, reduction="token_mean")
+
+    def loss(logits):
+        return fused_weighted_mtp_loss(logits, ids, position_mask=FLOATS).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(logits)
+    assert not once._said
+    plain = fused_weighted_mtp_loss(logits, ids, position_mask=FLOATS > 0).loss
+    torch.testing.assert_close(compiled, plain)
 
 
 def test_negative_weights_where_nothing_divides(target):

@@ -136,7 +136,8 @@ def checked_call(
     targets = rule.narrowed(targets)
     terms = terms_of(reduction, as_tensor(normalizer), head_prior, targets, dtype)
     _warn_of_turned_axes(name, targets)
-    _warn_of_what_cancels(named, rule, targets)
+    if terms.reduction == "token_mean" and not torch.compiler.is_compiling():
+        _warn_of_what_cancels(named, rule, targets)
     return Call(targets, rule, terms)
 
 
@@ -152,14 +153,28 @@ def _warn_of_turned_axes(name: str, targets: Targets) -> None:
         )
 
 
-def _warn_of_what_cancels(reduction: str | None, rule: Weighting, targets: Targets) -> None:
-    if reduction != "token_mean":
-        return
-    how = "token_mean divides by the weights of each token, so that"
-    if targets.heads == 1 and rule.scope == "row" and not isinstance(rule, Uniform):
-        warn_once(f"{how} with one head {type(rule).__name__} cancels: name another reduction")
-    if targets.has_factor:
-        warn_once(f"{how} what a float mask says of a position cancels: name another reduction")
+def _warn_of_what_cancels(named: str | None, rule: Weighting, targets: Targets) -> None:
+    """Of what is the same for all heads of a token, whoever chose token_mean; of masks that differ
+    between heads and cancel in part, where it was named."""
+    how, alone = "token_mean divides by the weights of each token, so that", targets.heads == 1
+    if alone and rule.scope == "row" and not isinstance(rule, Uniform):
+        weights = vars(rule).get("head_weights")
+        if weights is None or not _keeps_or_drops(weights):
+            name = type(rule).__name__
+            warn_once(f"{how} with one head {name} cancels: name another reduction", stacklevel=5)
+    moving, still = targets.target_mask, targets.position_mask
+    masks = [moving] if named or alone else []
+    masks += [still] if named or alone or (still is not None and still.dim() == 2) else []
+    if not all(mask is None or _keeps_or_drops(mask) for mask in masks):
+        what = "what a float mask says of a position cancels, but for 0"
+        warn_once(f"{how} {what}: name another reduction", stacklevel=5)
+
+
+def _keeps_or_drops(values: Tensor) -> bool:
+    """Whether they are 0 or 1, which cancels nothing; of floats on a device that is not asked."""
+    if not values.is_floating_point():
+        return True
+    return is_readable(values) and bool(((values == 0) | (values == 1)).all())
 
 
 def in_one_pass(call: Call, dtype: torch.dtype) -> bool:

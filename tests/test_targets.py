@@ -420,7 +420,7 @@ BAD = {
     ),
     "too few offsets": (
         dict(offsets=[1, 2]),
-        r"offsets must be H = 3 whole numbers >= 1, got \(1, 2",
+        r"offsets must be H = 3 whole numbers >= 1 .*, got \(1, 2",
     ),
     "an offset of 0": (dict(offsets=[0, 1, 2]), "offsets must be H = 3"),
     "a mask's shape": (
@@ -435,6 +435,36 @@ BAD = {
         "goes with reduction='head_",
     ),
     "T < S": (dict(target_ids=torch.zeros(2, 5).long()), r"target_ids must be \[B, T >= S\]"),
+    "[:, 1:]": (
+        dict(target_ids=torch.zeros(2, 5).long()),
+        r"labels ids\[:, 1:\] with shifted=True",
+    ),
+    "a negative integer": (
+        dict(position_mask=torch.tensor([1, 1, 1, 1, 1, -1]).expand(2, 6)),
+        r"position_mask\[0, 5\] is -1: entries must be finite and >= 0",
+    ),
+    "a mask that learns": (
+        dict(target_mask=torch.ones(2, 6, requires_grad=True)),
+        "target_mask must be a constant",
+    ),
+    "a normalizer that learns": (
+        dict(normalizer=torch.ones((), requires_grad=True)),
+        "normalizer must be a constant",
+    ),
+    "a negative normalizer": (
+        dict(normalizer=torch.tensor([1, -1, 1]), reduction="head_mean"),
+        r"normalizer must be finite and >= 0, got \[1, -1, 1\]",
+    ),
+    "no normalizer": (
+        dict(normalizer=torch.tensor([1.0, float("nan"), 1]), reduction="head_mean"),
+        "normalizer must be finite and >= 0",
+    ),
+    "far offsets": (dict(offsets=[1, 2, 2**63]), "offsets must be H = 3 whole numbers >= 1"),
+    "documents of the inputs": (
+        dict(target_ids=torch.zeros(2, 7).long(), document_ids=torch.zeros(2, 6).long()),
+        r"append those of the 1 tokens beyond the input, e.g. torch.cat\(\(document_ids",
+    ),
+    "labels of one row": (dict(target_ids=[torch.zeros(6).long()] * 3), r"3 tensors \[B, S\]"),
     "a prior that learns": (
         dict(head_prior=torch.ones(3, requires_grad=True)),
         "must be a constant",
@@ -451,6 +481,23 @@ def test_bad_targets(bad, message, function):
         arguments["horizon"] = 3
     with pytest.raises(ValueError, match=message):
         function(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_documents_are_integers(dtype):
+    logits, ids = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6))
+    with pytest.raises(TypeError, match=r"document_ids must hold .*: pass document_ids.long\(\)"):
+        fused_weighted_mtp_loss(logits, ids, document_ids=ids.to(dtype))
+
+
+def test_logits_that_lack_an_axis():
+    ids = torch.randint(V, (6,))
+    with pytest.raises(ValueError, match=r"if they are \[N, H, V\], with logits\[None\]"):
+        fused_weighted_mtp_loss(torch.randn(6, 2, V), ids)
+    with pytest.raises(ValueError, match=r"pass logits\[None, :, None\] and target_ids\[None\]"):
+        fused_weighted_mtp_loss(torch.randn(6, V), ids)
+    with pytest.raises(ValueError, match=r"or logits\[None\], if they are \[T, V\]"):
+        next_token_cross_entropy(torch.randn(6, V), ids)
 
 
 def test_a_references_logits_beside_documents_with_the_usual_backend():

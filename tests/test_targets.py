@@ -31,7 +31,7 @@ from wmtp.records import Inputs, Settings, flat
 from wmtp.reference import compute_weighted_mtp_loss
 from wmtp.weightings import Critic, Excess, Uniform
 
-# How many are drawn (`make fuzz`: 300); unsaid, those of 400 that hold all pairs of choices.
+# How many are drawn (`make fuzz`: 500); unsaid, those of 400 that hold all pairs of choices.
 CASES = int(os.environ.get("WMTP_TARGET_CASES", "0"))
 SEEDS = range(CASES) if CASES else covering([features(draw(seed)) for seed in range(400)])
 V, D = 17, 5

@@ -203,7 +203,8 @@ def linear_next_token_cross_entropy(
             as in `fused_weighted_mtp_loss`.
         lm_head_weight, lm_head_bias, chunk_bytes, backend: as in `fused_linear_weighted_mtp_loss`.
         target_ids, shifted, document_ids, target_mask, position_mask, ignore_index: as in
-            `next_token_cross_entropy`. The logits of positions that do not count are not computed.
+            `next_token_cross_entropy`, which see for masks of a reference. The logits of positions
+            that do not count are not computed.
 
     Returns:
         [B, T - 1], with `shifted` [B, T], float32 (float64 for float64 hidden states), nats, 0

@@ -296,6 +296,9 @@ def next_token_cross_entropy(
         target_ids: [B, T] integer, unshifted, T = S or S + 1; with `shifted` T = S.
         ignore_index, shifted, document_ids, target_mask, position_mask: which positions count, as
             in `fused_weighted_mtp_loss`; masks of bools or integers alone.
+            For `ref_ce=` leave position_mask and document_ids out, which are of the positions that
+            predict: a token whose predecessor does not count has 0 here, and other heads may still
+            predict it. The loss reads no entry of a pair that its own masks take out.
         backend: "auto", "cpu", "triton" or "eager".
 
     Returns:

@@ -254,6 +254,7 @@ def spoiled(kind):
     return logits, ids, ref_ce
 
 
+@pytest.mark.filterwarnings("ignore:token_mean divides")
 @in_pairs(
     kind=["nan", "inf", "a target of -inf", "reference nan", "reference inf"],
     how=["prior", "prior of 0", "mask"],
@@ -295,6 +296,7 @@ def _linear(hidden, weight, ids, **how):
     return fused_linear_weighted_mtp_loss(hidden, weight, ids, **how).loss
 
 
+@pytest.mark.filterwarnings("ignore:token_mean divides")
 @pytest.mark.parametrize("how", [{"position_mask": torch.full((2, 7), 0.5)}, {}], ids=["mask", ""])
 def test_the_weights_that_are_refused_are_those_that_were_passed(how):
     logits, ids, weights = torch.randn(SHAPE), torch.randint(33, (2, 7)), torch.ones(SHAPE[:3])
@@ -305,6 +307,25 @@ def test_the_weights_that_are_refused_are_those_that_were_passed(how):
             fused_weighted_mtp_loss(logits, ids, **how)
         with pytest.raises(ValueError, match=rf"head_weights\[1, 2, 0\] is {bad}: weights"):
             _linear(logits, torch.randn(33, 33), ids, **how)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"head_prior": torch.tensor([0.5, 2.0, 1.0])}], ids=["", "prior"]
+)
+def test_a_value_that_is_nan_surfaces(target, more):
+    """No head_weights were passed that could be refused."""
+    backend, device = target
+    values = torch.rand(2, 7, device=device)
+    values[1, 4] = float("nan")
+    logits, ids = torch.randn(FEW_ROWS, device=device), torch.randint(33, (2, 4), device=device)
+    more = {name: value.to(device) for name, value in more.items()}
+    how = {"weighting": Critic(values[:, 1:5]), "backend": backend, **more}
+    leaf = logits.requires_grad_()
+    loss = fused_weighted_mtp_loss(leaf, ids, **how).loss
+    assert loss.isnan()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert gradient[1].isnan().any()
+    assert gradient[0].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpu"])

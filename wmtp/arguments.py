@@ -74,12 +74,13 @@ class Call(NamedTuple):
     def resolved(self) -> "Call":
         """With the rule that the operators take; what multiplies known weights is in them."""
         rule, terms = self.rule.resolved(self.targets), self.terms
+        own = rule is self.rule
         if terms.factor is None or not rule.known:
-            return self._replace(rule=rule, checked=terms.factor is not None)
+            return self._replace(rule=rule, checked=not own or terms.factor is not None)
         weights = vars(rule).get("head_weights")
         if weights is None:
             return self.formed(Given(terms.factor))
-        if is_readable(weights):
+        if own and is_readable(weights):
             negative = may_be_negative(terms.reduction, terms.normalizer is not None)
             checks.raise_on_bad_weight(weights, self.targets.valid(), negative)
         return self.formed(Given(product(terms.factor, weights.to(terms.factor.dtype))))

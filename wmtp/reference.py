@@ -110,13 +110,12 @@ def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
     """`compute_weighted_mtp_loss` of arguments as checked."""
     rule, targets, terms = call.rule, call.targets, call.terms
     ce = cross_entropies(logits, targets)
-    rule = rule.resolved(targets)
     if isinstance(rule, Given):
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
         checks.raise_on_bad_weight(rule.head_weights, targets.valid(), negative)
     elif isinstance(rule, Excess) and rule.ref_logits is not None:
         rule = rule.with_fields(ref_ce=reference_ce(rule.ref_logits, targets), ref_logits=None)
-    weights = final_weights(rule, ce, call)
+    weights = final_weights(rule.resolved(targets), ce, call)
     return loss_of_weights(ce, weights, targets.valid(), terms, bare=call.sums_to_one)
 
 

@@ -127,3 +127,21 @@ def test_what_divides_by_nothing():
         loss_denominator(ids, 2, reduction="sum")
     with pytest.raises(ValueError, match="reduction must be one of"):
         loss_denominator(ids, 2, weighting=Uniform(), reduction="mean")
+
+
+def test_weights_that_the_loss_refuses():
+    ids, weights = torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4, 2)
+    weights[0, 1, 0] = -1.0
+    for reduction in ("token_mean", "weight_mean"):
+        with pytest.raises(ValueError, match=r"head_weights\[0, 1, 0\] is -1.0"):
+            loss_denominator(ids, 2, head_weights=weights, reduction=reduction)
+    assert loss_denominator(ids, 2, head_weights=weights, reduction="pair_mean") == 5
+    weights[0, 1, 0] = float("nan")
+    for reduction in DIVIDED:
+        with pytest.raises(ValueError, match=r"head_weights\[0, 1, 0\] is nan"):
+            loss_denominator(ids, 2, head_weights=weights, reduction=reduction)
+
+
+def test_no_labels_at_all():
+    with pytest.raises(ValueError, match=r"target_ids must be H = 2 tensors \[B, S\], got \[\]"):
+        loss_denominator([], 2)

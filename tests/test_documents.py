@@ -55,3 +55,9 @@ def test_bad_positions(bad, error, message):
 def test_bad_sums(bad, length):
     with pytest.raises(ValueError, match="cu_seqlens must"):
         documents_from_cu_seqlens(torch.tensor(bad), length)
+
+
+@pytest.mark.parametrize("length", [6.5, True, "6", -1])
+def test_a_length_that_is_no_whole_number(length):
+    with pytest.raises(ValueError, match="length must be a whole number >= 0"):
+        documents_from_cu_seqlens(torch.tensor([0, 3]), length)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import wmtp
+from wmtp import once
 from wmtp.reference import compute_weighted_mtp_loss
 
 numpy = pytest.importorskip("numpy")
@@ -235,8 +236,8 @@ REMEDIES = {
     "a reference's output": (dict(ref_logits=SimpleNamespace(logits=HEAD)), r"pass \.logits"),
     "an array": (dict(logits=LOGITS.numpy()), "pass torch.as_tensor of it"),
     "a list of ids": (dict(target_ids=IDS.tolist()), "pass torch.tensor of it"),
-    "[B, H, S, V]": (
-        dict(logits=LOGITS.transpose(1, 2)),
+    "[B, H, S, V], H > S": (
+        dict(logits=torch.randn(B, S + 2, S, V)),
         r"logits seems to be \[B, H, S, ...\], pass logits.transpose\(1, 2\)",
     ),
     "[S, B, H, V]": (dict(logits=LOGITS.transpose(0, 1)), r"pass logits.transpose\(0, 1\)"),
@@ -255,6 +256,13 @@ def test_the_remedy(bad, remedy):
         wmtp.fused_weighted_mtp_loss(**{**CALLS[wmtp.fused_weighted_mtp_loss], **bad})
 
 
+def test_heads_and_positions_that_may_have_changed_places(monkeypatch):
+    """T = H > S is legal, and is most often [B, H, S, V]."""
+    monkeypatch.setattr(once, "_said", set())
+    with pytest.warns(RuntimeWarning, match=r"if they are \[B, H, S, ...\], pass logits.transpose"):
+        wmtp.fused_weighted_mtp_loss(LOGITS.transpose(1, 2), IDS)
+
+
 def test_the_remedies_of_the_linear_loss():
     layer, output = torch.nn.Linear(D, V), SimpleNamespace(last_hidden_state=HIDDEN)
     loss = wmtp.fused_linear_weighted_mtp_loss
@@ -265,7 +273,7 @@ def test_the_remedies_of_the_linear_loss():
     with pytest.raises(TypeError, match=r"hidden .* got SimpleNamespace: pass \.last_hidden_state"):
         loss(output, layer.weight, IDS)
     with pytest.raises(ValueError, match=r"pass hidden.transpose\(1, 2\)"):
-        loss(HIDDEN.transpose(1, 2), layer.weight, IDS)
+        loss(torch.randn(B, S + 2, S, D), layer.weight, IDS)
     with pytest.raises(ValueError, match="all heads' hidden must have one dtype"):
         loss([HIDDEN[:, :, 0], HIDDEN[:, :, 1].double()], layer.weight, IDS)
 

@@ -18,24 +18,27 @@ from wmtp import (
     fused_linear_weighted_mtp_loss,
     fused_weighted_mtp_loss,
     linear_next_token_cross_entropy,
+    loss_denominator,
     mtp_cross_entropy,
     next_token_cross_entropy,
     once,
 )
 from wmtp.arguments import checked_call, loss_inputs
+from wmtp.kinds import INTEGER_DTYPES
 from wmtp.label_checks import targets_of
 from wmtp.labels import Targets
 from wmtp.records import Inputs, Settings, flat
 from wmtp.reference import compute_weighted_mtp_loss
 from wmtp.weightings import Critic, Excess, Uniform
 
-# How many are drawn (`make fuzz`: 300); unsaid, those of 400 that hold all pairs of choices.
+# How many are drawn (`make fuzz`: 500); unsaid, those of 400 that hold all pairs of choices.
 CASES = int(os.environ.get("WMTP_TARGET_CASES", "0"))
 SEEDS = range(CASES) if CASES else covering([features(draw(seed)) for seed in range(400)])
 V, D = 17, 5
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:token_mean divides"),
+    pytest.mark.filterwarnings("ignore:logits have fewer positions", "ignore:hidden have fewer"),
 ]
 
 
@@ -77,6 +80,34 @@ def test_documents():
     cut_from = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])  # ids[t] is token t + 1
     wanted = [[10, 11], [11, NONE], [NONE, NONE], [13, 14], [14, 15], [15, NONE]]
     assert asked(IDS, 2, document_ids=cut_from, shifted=True) == wanted
+
+
+@pytest.mark.parametrize("dtype", INTEGER_DTYPES, ids=str)
+def test_integers_of_any_kind(dtype):
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    how = {"document_ids": documents, "target_mask": documents, "offsets": [3, 1]}
+    found = {name: each.to(dtype) for name, each in how.items() if name != "offsets"}
+    for shifted in (False, True):
+        wanted = asked(IDS, 2, **how, shifted=shifted)
+        assert asked(IDS, 2, **how | found, shifted=shifted) == wanted
+    logits, values = torch.randn(1, 6, 2, V), torch.randn(1, 6)
+    rule = {"weighting": Critic(values), "position_mask": documents + 1}
+    loss = fused_weighted_mtp_loss(logits, documents, document_ids=documents, **rule).loss
+    rule["position_mask"] = rule["position_mask"].to(dtype)
+    ids = documents.to(dtype)
+    assert fused_weighted_mtp_loss(logits, ids, document_ids=ids, **rule).loss == loss
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_as_many_tokens_a_row_as_heads(length, target):
+    backend, device = target
+    logits = torch.randn(2, length, 4, V)
+    for tokens in (4, 5):
+        ids = torch.randint(V, (2, tokens))
+        found = fused_weighted_mtp_loss(logits.to(device), ids.to(device), backend=backend)
+        truth = compute_weighted_mtp_loss(logits.double(), ids)
+        torch.testing.assert_close(found.loss.double().cpu(), truth.loss, rtol=1e-5, atol=1e-6)
+        assert loss_denominator(ids, 4, length=length).item() == found.valid_mask.sum()
 
 
 def test_equal_ids_are_one_document_whatever_lies_between():
@@ -175,7 +206,10 @@ def test_the_linear_loss_agrees_with_the_truth(seed):
     case = draw(seed)
     hidden = torch.randn(*case.shape[:3], D, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(V, D, dtype=torch.float64, requires_grad=True)
-    how = {"weighting": case.rule, **case.options, **case.how}
+    rule = case.rule
+    if isinstance(rule, Excess) and rule.ref_logits is not None:  # whose float32 rounds either way
+        rule = rule.with_fields(ref_logits=rule.ref_logits.double())
+    how = {"weighting": rule, **case.options, **case.how}
     chunk_bytes = (None, 1, 2000)[seed % 3]
     ours = fused_linear_weighted_mtp_loss(
         hidden, weight, case.target_ids, chunk_bytes=chunk_bytes, **how
@@ -307,15 +341,51 @@ def test_a_critic_weighs_no_pair_without_a_value():
     assert not result.valid_mask[0, -1]
 
 
-def test_what_cancels_is_said():
-    once._said.clear()
+FLOATS, ONES = torch.rand(1, 6), torch.tensor([[1.0, 1, 0, 1, 1, 0]])
+SAID = "what a float mask says of a position cancels"
+
+
+@pytest.mark.parametrize(
+    ("heads", "how", "message"),
+    [
+        (2, {"position_mask": FLOATS}, SAID),
+        (2, {"target_mask": FLOATS, "reduction": "token_mean"}, SAID),
+        (1, {"target_mask": FLOATS}, SAID),
+        (1, {"position_mask": FLOATS[..., None]}, SAID),
+        (1, {"head_weights": FLOATS[..., None]}, "with one head Given cancels"),
+        (1, {"weighting": Critic(FLOATS)}, "with one head Critic cancels"),
+        (2, {"target_mask": FLOATS}, None),
+        (2, {"position_mask": FLOATS[..., None].expand(1, 6, 2)}, None),
+        (2, {"position_mask": FLOATS, "reduction": "pair_mean"}, None),
+        (2, {"position_mask": ONES, "reduction": "token_mean"}, None),
+        (1, {"position_mask": ONES > 0, "target_mask": ONES}, None),
+        (1, {"head_weights": ONES[..., None]}, None),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_what_cancels_is_said(monkeypatch, heads, how, message):
+    monkeypatch.setattr(once, "_said", set())
+    logits, ids = torch.randn(1, 6, heads, V), torch.randint(V, (1, 6))
+    if message is None:
+        fused_weighted_mtp_loss(logits, ids, **how)
+        return
+    with pytest.warns(RuntimeWarning, match=message) as said:
+        fused_weighted_mtp_loss(logits, ids, **how)
+    assert said[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error:token_mean divides")
+def test_compiled_code_says_nothing_of_it(monkeypatch):
+    monkeypatch.setattr(once, "_said", set())
     logits, ids = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6))
-    with pytest.warns(RuntimeWarning, match="what a float mask says of a position cancels"):
-        fused_weighted_mtp_loss(logits, ids, position_mask=torch.rand(1, 6), reduction="token_mean")
-    once._said.clear()
-    weights = torch.rand(1, 6, 1)
-    with pytest.warns(RuntimeWarning, match="with one head Given cancels"):
-        fused_weighted_mtp_loss(logits[:, :, :1], ids, weights, reduction="token_mean")
+
+    def loss(logits):
+        return fused_weighted_mtp_loss(logits, ids, position_mask=FLOATS).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)(logits)
+    assert not once._said
+    plain = fused_weighted_mtp_loss(logits, ids, position_mask=FLOATS > 0).loss
+    torch.testing.assert_close(compiled, plain)
 
 
 def test_negative_weights_where_nothing_divides(target):
@@ -353,7 +423,7 @@ BAD = {
     ),
     "too few offsets": (
         dict(offsets=[1, 2]),
-        r"offsets must be H = 3 whole numbers >= 1, got \(1, 2",
+        r"offsets must be H = 3 whole numbers >= 1 .*, got \(1, 2",
     ),
     "an offset of 0": (dict(offsets=[0, 1, 2]), "offsets must be H = 3"),
     "a mask's shape": (
@@ -368,6 +438,36 @@ BAD = {
         "goes with reduction='head_",
     ),
     "T < S": (dict(target_ids=torch.zeros(2, 5).long()), r"target_ids must be \[B, T >= S\]"),
+    "[:, 1:]": (
+        dict(target_ids=torch.zeros(2, 5).long()),
+        r"labels ids\[:, 1:\] with shifted=True",
+    ),
+    "a negative integer": (
+        dict(position_mask=torch.tensor([1, 1, 1, 1, 1, -1]).expand(2, 6)),
+        r"position_mask\[0, 5\] is -1: entries must be finite and >= 0",
+    ),
+    "a mask that learns": (
+        dict(target_mask=torch.ones(2, 6, requires_grad=True)),
+        "target_mask must be a constant",
+    ),
+    "a normalizer that learns": (
+        dict(normalizer=torch.ones((), requires_grad=True)),
+        "normalizer must be a constant",
+    ),
+    "a negative normalizer": (
+        dict(normalizer=torch.tensor([1, -1, 1]), reduction="head_mean"),
+        r"normalizer must be finite and >= 0, got \[1, -1, 1\]",
+    ),
+    "no normalizer": (
+        dict(normalizer=torch.tensor([1.0, float("nan"), 1]), reduction="head_mean"),
+        "normalizer must be finite and >= 0",
+    ),
+    "far offsets": (dict(offsets=[1, 2, 2**63]), "offsets must be H = 3 whole numbers >= 1"),
+    "documents of the inputs": (
+        dict(target_ids=torch.zeros(2, 7).long(), document_ids=torch.zeros(2, 6).long()),
+        r"append those of the 1 tokens beyond the input, e.g. torch.cat\(\(document_ids",
+    ),
+    "labels of one row": (dict(target_ids=[torch.zeros(6).long()] * 3), r"3 tensors \[B, S\]"),
     "a prior that learns": (
         dict(head_prior=torch.ones(3, requires_grad=True)),
         "must be a constant",
@@ -386,6 +486,23 @@ def test_bad_targets(bad, message, function):
         function(**arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool], ids=str)
+def test_documents_are_integers(dtype):
+    logits, ids = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6))
+    with pytest.raises(TypeError, match=r"document_ids must hold .*: pass document_ids.long\(\)"):
+        fused_weighted_mtp_loss(logits, ids, document_ids=ids.to(dtype))
+
+
+def test_logits_that_lack_an_axis():
+    ids = torch.randint(V, (6,))
+    with pytest.raises(ValueError, match=r"if they are \[N, H, V\], with logits\[None\]"):
+        fused_weighted_mtp_loss(torch.randn(6, 2, V), ids)
+    with pytest.raises(ValueError, match=r"pass logits\[None, :, None\] and target_ids\[None\]"):
+        fused_weighted_mtp_loss(torch.randn(6, V), ids)
+    with pytest.raises(ValueError, match=r"or logits\[None\], if they are \[T, V\]"):
+        next_token_cross_entropy(torch.randn(6, V), ids)
+
+
 def test_a_references_logits_beside_documents_with_the_usual_backend():
     """They are made cross entropies of before, for the operator knows labels in a row alone."""
     logits, ids, reference = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6)), torch.randn(1, 6, V)
@@ -397,6 +514,44 @@ def test_a_references_logits_beside_documents_with_the_usual_backend():
         compute_weighted_mtp_loss(logits, ids, horizon=2, ref_logits=reference, **how),
     ):
         torch.testing.assert_close(found.loss, wanted)
+
+
+@pytest.mark.parametrize("op", ["logits", "linear"])
+@pytest.mark.parametrize(
+    "how",
+    [{"head_prior": torch.tensor([0.3, 2.0])}, {"reduction": "weight_mean"}, {"dtype": "float16"}],
+    ids=["prior", "weight_mean", "half"],
+)
+def test_a_references_logits_where_it_takes_two_passes(how, op):
+    """The labels stand in a row, so that one pass would make the reference's cross entropies."""
+    how = dict(how)
+    dtype = getattr(torch, how.pop("dtype", "float32"))
+    if dtype == torch.float16:
+        how["position_mask"] = torch.rand(1, 6) + 0.1
+    ids, reference = torch.randint(V, (1, 6)), torch.randn(1, 6, V)
+    states = torch.randn(1, 6, 2, V if op == "logits" else D).to(dtype)
+    weight = torch.randn(V, D).to(dtype)
+
+    def loss(**reference):
+        if op == "logits":
+            return fused_weighted_mtp_loss(states, ids, **reference, **how).loss
+        return fused_linear_weighted_mtp_loss(states, weight, ids, **reference, **how).loss
+
+    ref_ce = next_token_cross_entropy(reference, ids)
+    torch.testing.assert_close(loss(ref_logits=reference), loss(ref_ce=ref_ce))
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_a_references_logits_beside_labels_that_are_masked(backend):
+    """A token that no pair is about need not be one."""
+    logits, ids, reference = torch.randn(1, 6, 2, V), torch.randint(V, (1, 6)), torch.randn(1, 6, V)
+    kept = torch.tensor([[True, True, True, False, True, True]])
+    how = {"ref_logits": reference, "target_mask": kept, "backend": backend}
+    wanted = fused_weighted_mtp_loss(logits, ids, **how).loss
+    ids = ids.masked_fill(~kept, 999)
+    assert torch.equal(fused_weighted_mtp_loss(logits, ids, **how).loss, wanted)
+    hidden, weight = torch.randn(1, 6, 2, D), torch.randn(V, D)
+    assert fused_linear_weighted_mtp_loss(hidden, weight, ids, **how).loss.isfinite()
 
 
 OPTIONS = {
@@ -458,6 +613,19 @@ def test_numpys_whole_numbers_in_compiled_code():
 
     compiled = torch.compile(loss, backend="aot_eager")  # numpy's numbers break the graph
     torch.testing.assert_close(compiled(logits), loss(logits))
+
+
+def test_at_most_two_graphs_of_a_list_of_labels_over_twelve_lengths():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def loss(logits, first, second):
+        return fused_weighted_mtp_loss(logits, [first, second]).loss
+
+    for length in range(4, 16):
+        loss(torch.randn(1, length, 2, V), *torch.randint(V, (2, 1, length)))
+    assert counter.frame_count <= 2
 
 
 def test_at_most_two_graphs_over_twelve_lengths():

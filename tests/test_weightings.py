@@ -237,3 +237,106 @@ def test_what_is_no_rule_is_refused(options, message):
     case = make_case(SHAPE)
     with pytest.raises((TypeError, ValueError), match=message):
         fused_weighted_mtp_loss(case.logits, case.target_ids, **options)
+
+
+def spoiled(kind):
+    """Logits [1, 4, 2, V], ids and a reference, one of them not finite at a pair that counts."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, 4, 2, 11, generator=generator)
+    ids = torch.randint(11, (1, 4), generator=generator)
+    ref_ce = torch.rand(1, 3, generator=generator)
+    if kind == "a target of -inf":
+        logits[0, 1, 1, ids[0, 3]] = -torch.inf
+    elif kind in ("nan", "inf"):
+        logits[0, 1, 1, (ids[0, 3] + 1) % 11] = float(kind)
+    else:
+        ref_ce[0, 2] = float(kind.removeprefix("reference "))
+    return logits, ids, ref_ce
+
+
+@pytest.mark.filterwarnings("ignore:token_mean divides")
+@in_pairs(
+    kind=["nan", "inf", "a target of -inf", "reference nan", "reference inf"],
+    how=["prior", "prior of 0", "mask"],
+    excess=["abs", "signed"],
+    reduction=REDUCTIONS,
+    op=["logits", "linear"],
+)
+def test_what_is_not_finite_surfaces_where_masks_and_priors_multiply(
+    target, kind, how, excess, reduction, op
+):
+    """As in eager: the loss, and which rows have gradients of what value."""
+    backend, device = target
+    logits, ids, ref_ce = spoiled(kind)
+    more = {
+        "prior": {"head_prior": torch.tensor([0.5, 2.0])},
+        "prior of 0": {"head_prior": torch.tensor([0.5, 0.0])},
+        "mask": {"position_mask": torch.tensor([[1.0, 0.5, 0.25, 1.0]])},
+    }[how]
+    how = {"ref_ce": ref_ce, "excess": excess, "reduction": reduction, **more}
+
+    def found(backend, device):
+        leaf = logits.to(device).requires_grad_()
+        there = {
+            name: value.to(device) if isinstance(value, torch.Tensor) else value
+            for name, value in how.items()
+        }
+        if op == "logits":
+            loss = fused_weighted_mtp_loss(leaf, ids.to(device), **there, backend=backend).loss
+        else:
+            eye = torch.eye(11, device=device)  # the hidden states are the logits
+            loss = _linear(leaf, eye, ids.to(device), **there, backend=backend)
+        return loss.detach().cpu(), torch.autograd.grad(loss, leaf)[0].cpu()
+
+    wanted = found("eager", "cpu")
+    torch.testing.assert_close(found(backend, device), wanted, equal_nan=True, rtol=1e-4, atol=1e-6)
+
+
+def _linear(hidden, weight, ids, **how):
+    return fused_linear_weighted_mtp_loss(hidden, weight, ids, **how).loss
+
+
+@pytest.mark.filterwarnings("ignore:token_mean divides")
+@pytest.mark.parametrize("how", [{"position_mask": torch.full((2, 7), 0.5)}, {}], ids=["mask", ""])
+def test_the_weights_that_are_refused_are_those_that_were_passed(how):
+    logits, ids, weights = torch.randn(SHAPE), torch.randint(33, (2, 7)), torch.ones(SHAPE[:3])
+    for bad in (float("nan"), -3.0):
+        weights[1, 2, 0] = bad
+        how = {**how, "head_weights": weights}
+        with pytest.raises(ValueError, match=rf"head_weights\[1, 2, 0\] is {bad}: weights"):
+            fused_weighted_mtp_loss(logits, ids, **how)
+        with pytest.raises(ValueError, match=rf"head_weights\[1, 2, 0\] is {bad}: weights"):
+            _linear(logits, torch.randn(33, 33), ids, **how)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"head_prior": torch.tensor([0.5, 2.0, 1.0])}], ids=["", "prior"]
+)
+def test_a_value_that_is_nan_surfaces(target, more):
+    """No head_weights were passed that could be refused."""
+    backend, device = target
+    values = torch.rand(2, 7, device=device)
+    values[1, 4] = float("nan")
+    logits, ids = torch.randn(FEW_ROWS, device=device), torch.randint(33, (2, 4), device=device)
+    more = {name: value.to(device) for name, value in more.items()}
+    how = {"weighting": Critic(values[:, 1:5]), "backend": backend, **more}
+    leaf = logits.requires_grad_()
+    loss = fused_weighted_mtp_loss(leaf, ids, **how).loss
+    assert loss.isnan()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert gradient[1].isnan().any()
+    assert gradient[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+def test_masks_of_any_size(backend):
+    """A product that overflows is infinite as anywhere; of tiny masks a mean is what it is."""
+    logits, ids = torch.randn(SHAPE), torch.randint(33, (2, 7))
+    huge = {"position_mask": torch.full((2, 7), 1e30), "backend": backend}
+    weights = torch.full(SHAPE[:3], 1e30)
+    found = fused_weighted_mtp_loss(logits, ids, weights, reduction="sum", **huge)
+    assert found.loss == float("inf")
+    wanted = fused_weighted_mtp_loss(logits, ids, reduction="head_mean", backend=backend).loss
+    tiny = {"position_mask": torch.full((2, 7), 1e-40), "backend": backend}
+    found = fused_weighted_mtp_loss(logits, ids, reduction="head_mean", **tiny).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=0)

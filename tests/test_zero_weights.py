@@ -244,3 +244,18 @@ def test_something_over_a_denominator_of_zero_is_infinite(backend, op, dtype, re
         return
     assert result.loss == math.inf
     assert not gradients[0][counts].isfinite().any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["token_mean", "weight_mean"])
+@pytest.mark.parametrize("op", LOSSES)
+def test_a_mean_of_no_weight_is_a_constant(op, reduction, backend):
+    """0 over 0 is 0, and there the loss does not learn what would make it something else."""
+    weights = torch.zeros(1, 5, 2, requires_grad=True)
+    states, ids = torch.randn(1, 5, 2, 11, requires_grad=True), torch.randint(11, (1, 5))
+    more = {"lm_head_weight": torch.randn(11, 11)} if op == "linear" else {}
+    how = {"target_ids": ids, "head_weights": weights, "reduction": reduction, "backend": backend}
+    loss = LOSSES[op](states, **more, **how).loss
+    assert loss == 0
+    for gradient in grad(loss, (weights, states)):
+        assert torch.count_nonzero(gradient) == 0

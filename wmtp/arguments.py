@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from wmtp import checks, label_checks
-from wmtp.kinds import check_choice, check_same_device
+from wmtp.exact_zero import product
+from wmtp.kinds import check_choice, check_same_device, is_readable
 from wmtp.labels import Targets
 from wmtp.once import warn_once
 from wmtp.reduction import Terms, may_be_negative, terms_of
@@ -63,6 +64,7 @@ class Call(NamedTuple):
     targets: Targets
     rule: Weighting
     terms: Terms
+    checked: bool = False  # the weights: the caller's own were, and of a product is nothing to say
 
     @property
     def sums_to_one(self) -> bool:
@@ -72,16 +74,20 @@ class Call(NamedTuple):
     def resolved(self) -> "Call":
         """With the rule that the operators take; what multiplies known weights is in them."""
         rule, terms = self.rule.resolved(self.targets), self.terms
+        own = rule is self.rule
         if terms.factor is None or not rule.known:
-            return self._replace(rule=rule)
-        weights = vars(rule).get("head_weights", terms.factor)
-        if weights is not terms.factor:
-            weights = weights.to(terms.factor.dtype) * terms.factor
-        return self.formed(Given(weights))
+            return self._replace(rule=rule, checked=not own or terms.factor is not None)
+        weights = vars(rule).get("head_weights")
+        if weights is None:
+            return self.formed(Given(terms.factor))
+        if own and is_readable(weights):
+            negative = may_be_negative(terms.reduction, terms.normalizer is not None)
+            checks.raise_on_bad_weight(weights, self.targets.valid(), negative)
+        return self.formed(Given(product(terms.factor, weights.to(terms.factor.dtype))))
 
     def formed(self, weights: Given) -> "Call":
         """With the weights that the rule has come to, all else in them."""
-        return self._replace(rule=weights, terms=self.terms._replace(factor=None))
+        return self._replace(rule=weights, terms=self.terms._replace(factor=None), checked=True)
 
 
 def local_call(
@@ -130,18 +136,46 @@ def checked_call(
     check_same_device(name, scores, **others)
     targets = rule.narrowed(targets)
     terms = terms_of(reduction, as_tensor(normalizer), head_prior, targets, dtype)
-    _warn_of_what_cancels(named, rule, targets)
+    _warn_of_turned_axes(name, targets)
+    if terms.reduction == "token_mean" and not torch.compiler.is_compiling():
+        _warn_of_what_cancels(named, rule, targets)
     return Call(targets, rule, terms)
 
 
-def _warn_of_what_cancels(reduction: str | None, rule: Weighting, targets: Targets) -> None:
-    if reduction != "token_mean":
+def _warn_of_turned_axes(name: str, targets: Targets) -> None:
+    """Of labels that fit [B, S, H, ...], and [B, H, S, ...] better."""
+    if torch.compiler.is_compiling() or targets.own:
         return
-    how = "token_mean divides by the weights of each token, so that"
-    if targets.heads == 1 and rule.scope == "row" and not isinstance(rule, Uniform):
-        warn_once(f"{how} with one head {type(rule).__name__} cancels: name another reduction")
-    if targets.has_factor:
-        warn_once(f"{how} what a float mask says of a position cancels: name another reduction")
+    if targets.ids.shape[1] == targets.heads > targets.length:
+        warn_once(
+            f"{name} have fewer positions than heads, and a target for each head: if they are "
+            f"[B, H, S, ...], pass {name}.transpose(1, 2)",
+            stacklevel=5,
+        )
+
+
+def _warn_of_what_cancels(named: str | None, rule: Weighting, targets: Targets) -> None:
+    """Of what is the same for all heads of a token, whoever chose token_mean; of masks that differ
+    between heads and cancel in part, where it was named."""
+    how, alone = "token_mean divides by the weights of each token, so that", targets.heads == 1
+    if alone and rule.scope == "row" and not isinstance(rule, Uniform):
+        weights = vars(rule).get("head_weights")
+        if weights is None or not _keeps_or_drops(weights):
+            name = type(rule).__name__
+            warn_once(f"{how} with one head {name} cancels: name another reduction", stacklevel=5)
+    moving, still = targets.target_mask, targets.position_mask
+    masks = [moving] if named or alone else []
+    masks += [still] if named or alone or (still is not None and still.dim() == 2) else []
+    if not all(mask is None or _keeps_or_drops(mask) for mask in masks):
+        what = "what a float mask says of a position cancels, but for 0"
+        warn_once(f"{how} {what}: name another reduction", stacklevel=5)
+
+
+def _keeps_or_drops(values: Tensor) -> bool:
+    """Whether they are 0 or 1, which cancels nothing; of floats on a device that is not asked."""
+    if not values.is_floating_point():
+        return True
+    return is_readable(values) and bool(((values == 0) | (values == 1)).all())
 
 
 def in_one_pass(call: Call, dtype: torch.dtype) -> bool:

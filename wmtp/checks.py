@@ -8,6 +8,7 @@ from torch import Tensor
 from wmtp.inplace import check_not_overwritten
 from wmtp.kinds import (
     FLOAT_DTYPES,
+    check_constant,
     check_float_or_whole,
     check_float_tensor,
     check_number,
@@ -65,10 +66,16 @@ def check_logits(name: str, logits: Tensor, axes: str) -> None:
     rank = axes.count(",") + 1
     if logits.dim() != rank:
         remedy = "batch, sequence and vocabulary or channels are axes of their own"
-        if logits.dim() == 3:
-            remedy = f"add the head axis with {name}.unsqueeze(2)"
-        elif logits.dim() == 4:
-            remedy = "pass one head's, [:, :, k]"
+        last = axes[-2]
+        if rank == 3:
+            remedy = f"pass one head's, {name}[:, :, k]; or {name}[None], if they are [T, {last}]"
+        elif logits.dim() == 3:
+            remedy = (
+                f"add the head axis with {name}.unsqueeze(2), or the batch axis, if they are "
+                f"[N, H, {last}], with {name}[None] (and target_ids[None])"
+            )
+        elif logits.dim() == 2:
+            remedy = f"pass {name}[None, :, None] and target_ids[None], if they are [T, {last}]"
         raise ValueError(shape_message(name, axes, None, logits, remedy))
     if any(size == 0 for size in logits.shape[2:]):
         entry = "vocabulary entry" if axes.endswith("V]") else "channel"
@@ -143,8 +150,7 @@ def check_head_prior(head_prior: Tensor | None, heads: int) -> None:
         return
     remedy = "what each head's weights are multiplied by, a constant"
     check_float_tensor("head_prior", head_prior, "[H]", (heads,), remedy)
-    if head_prior.requires_grad:
-        raise ValueError("head_prior must be a constant, got one that requires grad: detach it")
+    check_constant("head_prior", head_prior)
     if is_readable(head_prior) and not bool(((head_prior >= 0) & head_prior.isfinite()).all()):
         raise ValueError(
             f"head_prior must be finite and >= 0, got {head_prior.tolist()}: set it to 0 to leave "
@@ -190,6 +196,8 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str, heads: i
     remedy = (
         "it replaces the denominator, e.g. the number of valid tokens over all accumulated batches"
     )
+    if isinstance(normalizer, Tensor):
+        check_constant("normalizer", normalizer)
     if isinstance(normalizer, Tensor) and normalizer.dim() == 1:
         if reduction != "head_mean":
             raise ValueError(
@@ -198,6 +206,11 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str, heads: i
             )
         check_float_or_whole("normalizer", normalizer, "[H]")
         check_shape("normalizer", normalizer, "[H]", (heads,), "what divides each head's sum")
+        if is_readable(normalizer) and not bool(((normalizer >= 0) & normalizer.isfinite()).all()):
+            raise ValueError(
+                f"normalizer must be finite and >= 0, got {normalizer.tolist()}: a head whose "
+                "entry is 0 adds nothing"
+            )
     elif normalizer is not None:
         check_number("normalizer", normalizer, remedy)
 
@@ -220,3 +233,14 @@ def weight_error(position: str, weight: float, *, negative: bool) -> ValueError:
         f"head_weights{position} is {weight}: weights must be {wanted}; "
         f"set it to 0 to leave that head out"
     )
+
+
+def raise_on_bad_weight(head_weights: Tensor, valid: Tensor, negative: bool = False) -> None:
+    """Weights, [B, S, H] or [H], are finite where they are valid, and >= 0 unless `negative`."""
+    if not is_readable(head_weights):
+        return
+    bad = valid & ~(((head_weights >= 0) | negative) & head_weights.isfinite())
+    if bad.any():
+        place = bad.nonzero()[0].tolist()
+        weight = head_weights.expand(bad.shape)[tuple(place)]
+        raise weight_error(str(place), float(weight), negative=negative)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from wmtp import checks, label_checks
 from wmtp.arguments import Call, chosen_weighting
-from wmtp.kinds import check_choice, check_same_device, check_whole
+from wmtp.kinds import check_choice, check_same_device, check_whole, is_readable
 from wmtp.labels import IGNORE_INDEX
 from wmtp.reduction import counted_tokens, pairs_of_heads, terms_of
 from wmtp.weightings import Given, Weighting
@@ -43,15 +43,18 @@ def loss_denominator(
     Args:
         target_ids, head_weights, weighting, head_prior, shifted, offsets, document_ids,
             target_mask, position_mask, ignore_index, reduction: as the loss is given them.
+            A reference's weights are weighting=Excess(ref_ce), not a keyword of their own.
         horizon: H.
-        length: S, where the labels are longer: T > S.
+        length: S, where the labels are longer: T > S. None means T: labels [B, S + H] without it
+            have every token counted as a position that predicts.
 
     Returns:
         [] float64; [H] for "head_mean".
 
     Raises:
         ValueError: "sum", which divides by nothing; a rule whose weights follow from the cross
-            entropies, where these divide; otherwise as `fused_weighted_mtp_loss`.
+            entropies, where these divide; on the CPU, weights that the loss refuses; otherwise as
+            `fused_weighted_mtp_loss`.
 
     Example: a step of two micro-batches is the step of the whole batch.
 
@@ -68,18 +71,20 @@ def loss_denominator(
         head_weights, weighting, ref_ce=None, ref_logits=None, temperature=1.0, excess="abs"
     )
     check_whole("horizon", horizon, 1, "it is the number of heads, H")
-    first: Any = target_ids[0] if isinstance(target_ids, (list, tuple)) else target_ids
-    checks.check_tensor("target_ids", first, "[B, T]")
-    tokens = first.shape[1] if first.dim() > 1 else 0
+    ids: Any = target_ids
+    if label_checks.is_listed(ids):
+        ids = label_checks.stacked_labels(ids, horizon)
+    checks.check_tensor("target_ids", ids, "[B, T]")
+    tokens = ids.shape[1] if ids.dim() > 1 else 0
     if length is not None:
         check_whole("length", length, 0, "it is the number of positions, S")
-    shape = (*first.shape[:1], tokens if length is None else length, horizon, 1)
-    scores = torch.empty((), device=first.device).expand(shape)  # of heads' shape, not data
+    shape = (*ids.shape[:1], tokens if length is None else length, horizon, 1)
+    scores = torch.empty((), device=ids.device).expand(shape)  # of heads' shape, not data
     targets = label_checks.targets_of(
         "logits",
         scores,
         horizon,
-        target_ids,
+        ids,
         ignore_index=ignore_index,
         shifted=shifted,
         offsets=offsets,
@@ -93,6 +98,9 @@ def loss_denominator(
     checks.check_head_prior(head_prior, horizon)
     check_same_device("target_ids", targets.ids, head_prior=head_prior, **vars(rule))
     targets = rule.narrowed(targets)
+    if isinstance(rule, Given) and is_readable(rule.head_weights):
+        negative = reduction in ("pair_mean", "head_mean")
+        checks.raise_on_bad_weight(rule.head_weights, targets.valid(), negative)
     terms = terms_of("sum", None, head_prior, targets, torch.float64)
     return _denominator(Call(targets, rule, terms), reduction)
 

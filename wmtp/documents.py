@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from wmtp.kinds import check_integers, is_readable
+from wmtp.kinds import check_integers, check_whole, is_readable
 
 
 def documents_from_position_ids(position_ids: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, length: int | None = None) -> 
 
     Raises:
         TypeError: not integer.
-        ValueError: not one-dimensional; on the CPU, not ascending from 0, or beyond `length`.
+        ValueError: not one-dimensional; `length` no whole number; on the CPU, not ascending from 0,
+            or beyond `length`.
 
         >>> documents_from_cu_seqlens(torch.tensor([0, 3, 5]), length=6)
         tensor([[0, 0, 0, 1, 1, 2]])
@@ -59,6 +60,8 @@ def documents_from_cu_seqlens(cu_seqlens: Tensor, length: int | None = None) -> 
         raise ValueError(
             f"cu_seqlens must be [documents + 1], got {tuple(cu_seqlens.shape)}: it begins with 0"
         )
+    if length is not None:
+        check_whole("length", length, 0, "it is the number of tokens of the row, T")
     ends = cu_seqlens.long()
     total = int(ends[-1]) if length is None else length
     if is_readable(ends):

@@ -86,7 +86,8 @@ def _check_floating(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...] = 
 def check_integers(name: str, value: Tensor, axes: str) -> None:
     check_tensor(name, value, axes)
     if value.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name} must hold integers, got {value.dtype}: pass token ids as int64")
+        remedy = "token ids as int64" if name.endswith("target_ids") else f"{name}.long()"
+        raise TypeError(f"{name} must hold integers, got {value.dtype}: pass {remedy}")
 
 
 def check_shape(name: str, value: Tensor, axes: str, shape: tuple[int, ...], remedy: str) -> None:
@@ -125,6 +126,11 @@ def check_number(name: str, value: Tensor | float, remedy: str) -> None:
             )
     elif not (is_real(value) and 0 < value < math.inf):
         raise ValueError(f"{name} must be a finite number > 0, got {shown(value)}: {remedy}")
+
+
+def check_constant(name: str, value: Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(f"{name} must be a constant, got one that requires grad: detach it")
 
 
 def check_float_or_whole(name: str, value: Tensor, axes: str) -> None:

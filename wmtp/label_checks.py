@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wmtp.kinds import (
+    check_constant,
     check_flag,
     check_integers,
     check_same_device,
@@ -38,7 +39,7 @@ def targets_of(
     """What `heads` heads of the scores are asked for, as checked."""
     ids: Any = target_ids
     if is_listed(ids):
-        ids = _stacked_labels(ids, heads)
+        ids = stacked_labels(ids, heads)
     distances: Any = offsets
     if is_listed(distances) or isinstance(distances, range):
         distances = tuple(distances)
@@ -55,6 +56,8 @@ def targets_of(
         position_mask=position_mask,
     )
     check_targets(name, scores, targets)
+    if document_ids is not None:  # unsigned ones, with which torch does little
+        targets = replace(targets, document_ids=document_ids.long())
     if type(ignore_index) is int:
         return targets
     return replace(targets, ignore_index=int(ignore_index))  # numpy's, which no operator takes
@@ -64,10 +67,13 @@ def is_listed(value: object) -> bool:
     return isinstance(value, (list, tuple))
 
 
-def _stacked_labels(labels: Sequence[Tensor], heads: int) -> Tensor:
+def stacked_labels(labels: Sequence[Tensor], heads: int) -> Tensor:
+    """[B, S, H] of each head's own."""
     for of_head in labels:
         check_integers("each head's target_ids", of_head, "[B, S]")
-    if len(labels) != heads or len({of_head.shape for of_head in labels}) != 1:
+    # One with the other: a set would hash the sizes, and torch.compile make a graph of each length.
+    alike = all(of_head.dim() == 2 and of_head.shape == labels[0].shape for of_head in labels)
+    if len(labels) != heads or not alike:
         found = [tuple(of_head.shape) for of_head in labels]
         raise ValueError(
             f"target_ids must be H = {heads} tensors [B, S], got {found}: pass one for each head"
@@ -135,11 +141,12 @@ def _check_own_labels(name: str, scores: Tensor, targets: Targets) -> None:
 
 def _check_target_ids(name: str, scores: Tensor, targets: Targets) -> None:
     (batch, length), found = scores.shape[:2], tuple(targets.ids.shape)
-    turned = scores.dim() == 4 and found == (batch, scores.shape[2]) != (batch, length)
-    if len(found) == 2 and found[0] == batch and found[1] >= length and not turned:
+    if len(found) == 2 and found[0] == batch and found[1] >= length:
         return
     remedy = f"pass ids, at least one for each position of {name}, or labels [B, S, H]"
-    if turned:
+    if found == (batch, length - 1):
+        remedy = f"pass the ids uncut, or {name}[:, :-1] and labels ids[:, 1:] with shifted=True"
+    elif scores.dim() == 4 and found == (batch, scores.shape[2]):
         remedy = f"{name} seems to be [B, H, S, ...], pass {name}.transpose(1, 2)"
     elif found == (length, batch):
         remedy = f"{name} seems to be [S, B, ...], pass {name}.transpose(0, 1)"
@@ -156,10 +163,11 @@ def _check_offsets(targets: Targets) -> None:
             f"offsets must be a list of H = {targets.heads} whole numbers, got {shown(offsets)}: "
             "head k at t predicts the token at t + offsets[k]"
         )
-    if len(offsets) != targets.heads or not all(is_whole(each) and each >= 1 for each in offsets):
+    fit = all(is_whole(each) and 1 <= each < 2**31 for each in offsets)  # sums stay in int64
+    if len(offsets) != targets.heads or not fit:
         raise ValueError(
-            f"offsets must be H = {targets.heads} whole numbers >= 1, got {offsets}: head k at t "
-            "predicts the token at t + offsets[k]"
+            f"offsets must be H = {targets.heads} whole numbers >= 1 (and < 2**31), got {offsets}: "
+            "head k at t predicts the token at t + offsets[k]"
         )
 
 
@@ -173,6 +181,11 @@ def _check_document_ids(targets: Targets) -> None:
         return
     remedy = "the document of each token, as target_ids has them"
     remedy += ", or of the T + 1 that they were cut from" * targets.shifted
+    if tuple(documents.shape) == (batch, targets.length):
+        remedy = (
+            f"append those of the {tokens - targets.length} tokens beyond the input, e.g. "
+            "torch.cat((document_ids, document_ids[:, -1:]), 1) where the last document goes on"
+        )
     check_shape("document_ids", documents, "[B, T]", (batch, tokens), remedy)
 
 
@@ -193,12 +206,13 @@ def _check_mask(name: str, mask: Tensor, axes: str, shape: tuple[int, ...], reme
     check_shape(name, mask, axes, shape, remedy)
     if mask.is_complex():
         raise TypeError(f"{name} must hold bools, integers or floats, got {mask.dtype}: {remedy}")
-    if mask.is_floating_point() and is_readable(mask):
+    check_constant(name, mask)
+    if mask.dtype.is_signed and is_readable(mask):
         bad = ~((mask >= 0) & mask.isfinite())
         if bad.any():
             place = bad.nonzero()[0].tolist()
             raise ValueError(
-                f"{name}{place} is {float(mask[tuple(place)])}: entries must be finite and >= 0; "
+                f"{name}{place} is {mask[tuple(place)].item()}: entries must be finite and >= 0; "
                 "set it to 0 to leave the pair out"
             )
 

@@ -141,8 +141,18 @@ class Targets:
         return ref_ce.contiguous()
 
     def next_tokens(self) -> "Targets":
-        """Those of one head that predicts the next token, all of them."""
-        return Targets(self.ids, self.length, 1, self.ignore_index, self.shifted)
+        """Those of one head that predicts the next token, of all tokens that a pair is about."""
+        ids = self.ids if self.in_a_row else self.ids.long().where(self._asked(), self.ignore_index)
+        return Targets(ids, self.length, 1, self.ignore_index, self.shifted)
+
+    def _asked(self) -> Tensor:
+        """[B, T] bool: the tokens that a pair which counts is about."""
+        tokens, valid = self.ids.shape[1], self.valid()
+        position = torch.arange(self.length, device=valid.device)[:, None]
+        place = position + torch.tensor(self._offsets(), device=valid.device) - int(self.shifted)
+        pairs = valid.new_zeros((len(valid), tokens + 1), dtype=torch.int32)
+        pairs.index_add_(1, place.clamp(max=tokens).flatten(), valid.flatten(1).int())
+        return pairs[:, :tokens] > 0
 
     def about(self) -> int:
         """How many tokens a reference is about: T - 1, or T where the labels are shifted."""

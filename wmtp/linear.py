@@ -162,8 +162,10 @@ def fused_linear_weighted_mtp_loss(
         chunk_bytes=chunk_bytes,
         wanted=[False] * 3,
     )
-    call = reference_resolved(call.resolved(), chosen)
-    if not in_one_pass(call, dtype):
+    call = call.resolved()
+    one_pass = in_one_pass(call, dtype)
+    call = reference_resolved(call, chosen, one_pass=one_pass)
+    if not one_pass:
         with torch.no_grad():
             ce = linear_loss(_inputs(product, target_ids=call.targets.for_operators()), settings).ce
         call = call.formed(reference.formed(call.rule, ce, call))
@@ -171,6 +173,7 @@ def fused_linear_weighted_mtp_loss(
         settings,
         rule=call.rule.key(),
         reduction=call.terms.reduction,
+        checked=call.checked,
         wanted=_wanted(*product),
         ahead=gradients_ahead(),
     )
@@ -200,7 +203,8 @@ def linear_next_token_cross_entropy(
             as in `fused_weighted_mtp_loss`.
         lm_head_weight, lm_head_bias, chunk_bytes, backend: as in `fused_linear_weighted_mtp_loss`.
         target_ids, shifted, document_ids, target_mask, position_mask, ignore_index: as in
-            `next_token_cross_entropy`. The logits of positions that do not count are not computed.
+            `next_token_cross_entropy`, which see for masks of a reference. The logits of positions
+            that do not count are not computed.
 
     Returns:
         [B, T - 1], with `shifted` [B, T], float32 (float64 for float64 hidden states), nats, 0

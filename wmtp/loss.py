@@ -187,9 +187,11 @@ def fused_weighted_mtp_loss(
     refuse_transforms(*heads, *vars(rule).values())
     if isinstance(rule, Excess) and rule.ref_logits is not None:
         choose_backend(backend, seen.device.type, rule.ref_logits.dtype)
-    call = reference_resolved(call.resolved(), chosen)
+    call = call.resolved()
     key = call.rule.key()
-    if not (fuses(chosen, key) and in_one_pass(call, seen.dtype)):
+    one_pass = fuses(chosen, key) and in_one_pass(call, seen.dtype)
+    call = reference_resolved(call, chosen, one_pass=one_pass)
+    if not one_pass:
         ce = _cross_entropies([head.detach() for head in heads], call.targets, chosen)
         rule = reference.formed(call.rule, ce, call)
         call, key = call.formed(rule), rule.key()
@@ -199,6 +201,7 @@ def fused_weighted_mtp_loss(
         reduction=call.terms.reduction,
         ignore_index=call.targets.ignore_index,
         backend=chosen,
+        checked=call.checked,
         gradient="inplace" if inplace else "new",
     )
     inputs = Inputs(logits=heads, **loss_inputs(call, dtype))
@@ -293,6 +296,9 @@ def next_token_cross_entropy(
         target_ids: [B, T] integer, unshifted, T = S or S + 1; with `shifted` T = S.
         ignore_index, shifted, document_ids, target_mask, position_mask: which positions count, as
             in `fused_weighted_mtp_loss`; masks of bools or integers alone.
+            For `ref_ce=` leave position_mask and document_ids out, which are of the positions that
+            predict: a token whose predecessor does not count has 0 here, and other heads may still
+            predict it. The loss reads no entry of a pair that its own masks take out.
         backend: "auto", "cpu", "triton" or "eager".
 
     Returns:

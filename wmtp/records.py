@@ -38,6 +38,7 @@ class LossSettings:
     reduction: str  # of `reduction.Terms`
     ignore_index: int  # a target of this id is no target
     backend: str  # of `backends.BACKENDS`
+    checked: bool = False  # head_weights may be anything; else the CPU refuses NaN, inf, negative
 
 
 @dataclass(slots=True, kw_only=True)

@@ -17,7 +17,7 @@ MIN_WEIGHT_SUM = 1e-8
 class Terms(NamedTuple):
     """How a loss is made of its weights and cross entropies; three reductions are left of five.
 
-    pair_mean is "sum" over a normalizer, head_mean "sum" with a scale for each head.
+    pair_mean is "sum" over a normalizer, head_mean too, with a scale for each head.
     """
 
     reduction: str  # "token_mean", "weight_mean" or "sum"
@@ -47,15 +47,23 @@ def terms_of(
         if normalizer is None:
             normalizer = pairs_of_heads(targets)
         prior = 1 / targets.heads if head_prior is None else head_prior
-        divisor = normalizer.to(targets.ids.device, torch.float64)
-        scale = torch.where(divisor == 0, 0.0, prior / torch.where(divisor == 0, 1.0, divisor))
-        return Terms("sum", None, scale.to(dtype).expand(targets.heads).contiguous(), factor)
+        scale, unit = _of_heads(normalizer.to(targets.ids.device, torch.float64))
+        scale = (prior * scale).to(dtype).expand(targets.heads).contiguous()
+        return Terms("sum", unit, scale, factor)
     if head_prior is not None:
         factor = head_prior if factor is None else factor * head_prior
     if reduction == "pair_mean":
         counted = pairs_of_heads(targets).sum() if normalizer is None else normalizer
         return Terms("sum", counted, None, factor)
     return Terms(reduction, normalizer, None, factor)
+
+
+def _of_heads(divisors: Tensor) -> tuple[Tensor, Tensor]:
+    """1 / divisors, 0 for 0, times and over the smallest of them, which keeps it in range."""
+    empty = divisors == 0
+    unit = divisors.masked_fill(empty, torch.inf).amin()
+    unit = torch.where(unit.isinf(), 1.0, unit)
+    return torch.where(empty, 0.0, unit / divisors.masked_fill(empty, 1.0)), unit
 
 
 def pairs_of_heads(targets: Targets) -> Tensor:
@@ -122,8 +130,10 @@ def to_token_scalar(valid: Tensor, dtype: torch.dtype, terms: Terms) -> Tensor:
 
 
 def _shares(weights: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """w / sum w, also where the sum is out of the dtype's range; 0 where all of them are 0."""
+    """w / sum w, also where the sum is out of the dtype's range; where all of them are 0 a constant
+    0, for the loss is no slope there."""
     largest = weights.detach().amax(dims, keepdim=True) if weights.numel() else weights
     relative = weights / torch.where(largest > 0, largest, 1.0)
     total = relative.sum(dims, keepdim=True)
-    return product(relative, torch.where(total == 0, 1.0, total).reciprocal())
+    empty = total == 0
+    return product(relative, total.masked_fill(empty, 1.0).reciprocal()).masked_fill(empty, 0.0)

@@ -110,13 +110,12 @@ def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
     """`compute_weighted_mtp_loss` of arguments as checked."""
     rule, targets, terms = call.rule, call.targets, call.terms
     ce = cross_entropies(logits, targets)
-    rule = rule.resolved(targets)
     if isinstance(rule, Given):
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
-        raise_on_bad_weight(rule.head_weights, targets.valid(), negative)
+        checks.raise_on_bad_weight(rule.head_weights, targets.valid(), negative)
     elif isinstance(rule, Excess) and rule.ref_logits is not None:
         rule = rule.with_fields(ref_ce=reference_ce(rule.ref_logits, targets), ref_logits=None)
-    weights = final_weights(rule, ce, call)
+    weights = final_weights(rule.resolved(targets), ce, call)
     return loss_of_weights(ce, weights, targets.valid(), terms, bare=call.sums_to_one)
 
 
@@ -155,14 +154,9 @@ def weights_of(rule: Weighting, ce: Tensor, targets: Targets) -> Tensor:
 
 @torch.no_grad()
 def formed(rule: Weighting, ce: Tensor, call: Call) -> Given:
-    """A rule's weights of cross entropies [B, S, H] that another pass made, for the pass to come.
-
-    NaN and inf of the logits reach the loss by their cross entropies; the weights that follow from
-    these would be refused as if the caller had given them, and are 1.
-    """
-    weights = final_weights(rule, ce, call)
-    spoiled = ~ce.isfinite().all(-1, keepdim=True) & ~weights.isfinite()
-    return Given(weights.masked_fill(spoiled, 1.0))
+    """A rule's weights of cross entropies [B, S, H] that another pass made, for the pass to come:
+    of any value, for NaN and inf of logits and references surface by them."""
+    return Given(final_weights(rule, ce, call))
 
 
 def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:
@@ -228,14 +222,3 @@ def raise_on_bad_target(targets: Tensor, valid: Tensor, vocabulary: int, ignore_
     if bad.any():
         b, t, k = bad.nonzero()[0].tolist()
         raise checks.target_error((b, t, k), int(targets[b, t, k]), vocabulary, ignore_index)
-
-
-def raise_on_bad_weight(head_weights: Tensor, valid: Tensor, negative: bool = False) -> None:
-    """Weights, [B, S, H] or [H], are finite where they are valid, and >= 0 unless `negative`."""
-    if not is_readable(head_weights):
-        return
-    bad = valid & ~(((head_weights >= 0) | negative) & head_weights.isfinite())
-    if bad.any():
-        b, t, k = bad.nonzero()[0].tolist()
-        place, weight = (b, t, k), head_weights.expand(bad.shape)[b, t, k]
-        raise checks.weight_error(str(list(place)), float(weight), negative=negative)

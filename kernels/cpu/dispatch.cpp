@@ -129,9 +129,9 @@ WMTP_EXPORT int64_t wmtp_cpu_scratch_bytes(const Inputs* in, const Settings* set
 WMTP_EXPORT int wmtp_cpu_weighted_loss(const Inputs* in, const Settings* set, const Outputs* out,
                                        int64_t* position) {
   if (!targets_ok(*in, position)) return kBadTarget;
-  const bool weighs = set->rule != kRowScalar && in->head_weights;
-  if (weighs && !(in->dtype == kFloat64 ? weights_ok<double>(*in, *set, position)
-                                        : weights_ok<float>(*in, *set, position)))
+  const bool asks = in->head_weights && !set->checked;
+  if (asks && !(in->dtype == kFloat64 ? weights_ok<double>(*in, *set, position)
+                                      : weights_ok<float>(*in, *set, position)))
     return kBadWeight;
   chosen->kernels->weighted_loss(*in, *set, *out);
   return kOk;

@@ -91,11 +91,12 @@ template <class T> double sum_of(const T* w, Heads heads) {
 
 template <class T> bool counts(T weight_sum) { return !(weight_sum <= T(1e-8)); }  // so does NaN
 
-// w -> d token_loss / d ce. In double there is no sum of float weights that is out of range.
+// w -> d token_loss / d ce, 0 for 0 whatever their sum. In double there is no sum of float weights that is out
+// of range.
 template <class T>
 void to_row_scalars(const Settings& set, double weight_sum, int64_t H, T* w) {
   if (set.reduction != kTokenMean) return;
-  for (int64_t k = 0; k < H; ++k) w[k] = counts(T(weight_sum)) ? T(w[k] / weight_sum) : T(0);
+  for (int64_t k = 0; k < H; ++k) w[k] = counts(T(weight_sum)) && w[k] != 0 ? T(w[k] / weight_sum) : T(0);
 }
 
 // Known before the first logit is read: weights that follow from the cross entropies sum to 1 over a token,
@@ -116,7 +117,7 @@ template <class T> Totals find_totals(const Inputs& in, const Settings& set) {
     for (int64_t k = 0; k < in.H && set.known; ++k) {
       const T w = size(known_weight<T>(in, token, k));
       weight_sum += w;
-      largest = w > largest ? w : largest;
+      largest = w > largest && finite(w) ? w : largest;
     }
     if (!set.known) weight_sum = lives;
     live += lives;

@@ -29,7 +29,7 @@ struct Inputs {
   int32_t threads;
 };
 
-// Instead of a rule: head_weights are d loss / d ce itself, of any sign, unchecked, and grad is final.
+// Instead of a rule: head_weights are d loss / d ce itself, of any sign, and grad is final.
 constexpr int32_t kRowScalar = -1;
 
 struct Settings {
@@ -38,6 +38,7 @@ struct Settings {
   int32_t whole_token;  // else: they follow from those of all heads of a token,
   int32_t sums_to_one;  // and sum to 1 over its valid heads
   int32_t reduction;
+  int32_t checked;      // head_weights may be anything
 };
 
 // Contiguous, acc unless said otherwise; every entry is written.
@@ -58,7 +59,7 @@ struct Outputs {
 };
 
 // Library and cpu_library.py must mean the same by all this: raise the version with every change of it.
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 struct Kernels {
   void (*weighted_loss)(const Inputs&, const Settings&, const Outputs&);

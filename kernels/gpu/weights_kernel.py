@@ -84,7 +84,8 @@ def weights_kernel(
         if WEIGHTS != LATER:
             if REDUCTION == TOKEN_MEAN:
                 part = w * (1 / HEADS)  # their sum is finite
-                w = tl.where(counts[:, None], part / tl.sum(part, axis=1)[:, None], 0.0)
+                shares = part / tl.sum(part, axis=1)[:, None]
+                w = tl.where(counts[:, None] & (w != 0.0), shares, 0.0)
             tl.store(row_scalar_ptr + row, w, mask=real[:, None] & (head < H))
             tl.store(weight_sum_ptr + token, weight_sum, mask=real)
             tl.store(valid_mask_ptr + token, counts, mask=real)

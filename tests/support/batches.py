@@ -44,10 +44,11 @@ def features(case: Batch) -> tuple[str, ...]:
         return f"{value.dtype} {value.dim()}" if isinstance(value, Tensor) else type(value).__name__
 
     rule = case.rule
+    weighting = type(rule).__name__
     if isinstance(rule, Given):
         weighting = f"given {rule.head_weights.dim()}"
-    else:
-        weighting = rule.excess if isinstance(rule, Excess) else type(rule).__name__
+    elif isinstance(rule, Excess):
+        weighting = rule.excess + " of logits" * (rule.ref_logits is not None)
     options = ("offsets", "document_ids", "target_mask", "position_mask")
     return (
         case.form,
@@ -66,8 +67,6 @@ def draw(seed: int, vocabulary: int = 17) -> Batch:
     form = random.choice(FORMS)
     own = form in ("own", "list")
     tokens = length + ("longer" in form) * random.randint(1, 4)
-    if tokens == heads > length:  # taken for logits [B, H, S, V]
-        form, tokens = form.replace(" longer", ""), length
 
     def integers(most: int, *size: int) -> Tensor:
         return torch.randint(most, size, generator=generator)
@@ -110,7 +109,12 @@ def draw(seed: int, vocabulary: int = 17) -> Batch:
         rule = Critic(torch.randn(batch, length, generator=generator))
     elif name != "uniform":
         sign = "signed" if name == "signed" else "abs"
-        rule = Excess(5 * torch.rand(reference, generator=generator), 0.7, sign)
+        next_tokens = not own and tokens <= length + ("shifted" not in options)
+        if next_tokens and random.random() < 0.5:
+            logits = 3 * torch.randn(batch, length, vocabulary, generator=generator)
+            rule = Excess(None, 0.7, sign, ref_logits=logits)
+        else:
+            rule = Excess(5 * torch.rand(reference, generator=generator), 0.7, sign)
     how: dict[str, Any] = {"reduction": random.choice(REDUCTIONS)}
     if random.random() < 0.3:
         how["head_prior"] = torch.rand(heads, generator=generator)
@@ -245,10 +249,14 @@ def _weights(case: Batch, b: int, t: int, ce: dict[int, float]) -> dict[int, flo
 
 
 def _reference(case: Batch, b: int, t: int, k: int) -> float:
-    ref_ce = case.rule.ref_ce
-    if ref_ce.dim() == 3:
+    ref_ce, ref_logits = case.rule.ref_ce, case.rule.ref_logits
+    if ref_ce is not None and ref_ce.dim() == 3:
         return float(ref_ce[b, t, k])
-    return float(ref_ce[b, _place(case, t, k) - (not case.options.get("shifted", False))])
+    place = _place(case, t, k)
+    position = place - (not case.options.get("shifted", False))
+    if ref_logits is not None:
+        return -float(ref_logits[b, position].double().log_softmax(-1)[case.target_ids[b, place]])
+    return float(ref_ce[b, position])
 
 
 def _rise(case: Batch, b: int, position: int) -> float:

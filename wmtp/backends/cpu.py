@@ -33,7 +33,7 @@ _NOWHERE = (None, 0, 0)
 _NO_RULE = -2
 _BAD_TARGET, _BAD_WEIGHT = 1, 2
 # head_weights are row scalars.
-_ROW_SCALAR = cpu_library.Settings(rule=-1, known=True, reduction=_REDUCTIONS["sum"])
+_ROW_SCALAR = cpu_library.Settings(rule=-1, known=True, reduction=_REDUCTIONS["sum"], checked=True)
 
 
 class _Gradient(NamedTuple):
@@ -175,6 +175,7 @@ def _settings(settings: Settings, *, multiplied: bool) -> cpu_library.Settings:
         not rule.known and rule.scope == "token",
         bare and rule.sums_to_one,
         _REDUCTIONS[settings.reduction],
+        settings.checked,
     )
 
 

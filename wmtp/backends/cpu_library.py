@@ -38,7 +38,7 @@ class Inputs(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
 class Settings(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int32)
-        for name in ("rule", "known", "whole_token", "sums_to_one", "reduction")
+        for name in ("rule", "known", "whole_token", "sums_to_one", "reduction", "checked")
     ]
 
 
@@ -55,7 +55,7 @@ class Outputs(ctypes.Structure):
     ]
 
 
-ABI = (3, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
+ABI = (4, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
 
 
 class _VersionError(OSError):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp import reference
+from wmtp.checks import raise_on_bad_weight
 from wmtp.exact_zero import product
 from wmtp.labels import Targets, as_targets
 from wmtp.ops.chunks import (
@@ -91,9 +91,9 @@ def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
     valid, dtype = targets.valid(), accumulation_dtype(inputs.hidden)
     rule = rule_of(settings.rule)
     terms = Terms(settings.reduction, inputs.normalizer, inputs.head_scale)
-    if inputs.head_weights is not None:
+    if inputs.head_weights is not None and not settings.checked:
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
-        reference.raise_on_bad_weight(inputs.head_weights, valid, negative)
+        raise_on_bad_weight(inputs.head_weights, valid, negative)
     weigh = None
     if rule.known:
         weights = valid.to(dtype)

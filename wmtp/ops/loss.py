@@ -167,11 +167,12 @@ def reference_ce(logits: Tensor, targets: Targets, backend: str) -> Tensor:
     return ce[:, : targets.about()]
 
 
-def reference_resolved(call: Call, backend: str) -> Call:
-    """With the cross entropies of a reference's logits, where the operator cannot make them: it
-    knows no other labels than those that stand in a row."""
+def reference_resolved(call: Call, backend: str, *, one_pass: bool) -> Call:
+    """With the cross entropies of a reference's logits, where the operator does not make them: it
+    knows no other labels than those that stand in a row, and in two passes weights are made
+    between them."""
     ref_logits = vars(call.rule).get("ref_logits")
-    if ref_logits is None or call.targets.in_a_row:
+    if ref_logits is None or (one_pass and call.targets.in_a_row):
         return call
     ref_ce = reference_ce(ref_logits, call.targets.next_tokens(), backend)
     return call._replace(rule=call.rule.with_fields(ref_ce=ref_ce, ref_logits=None))

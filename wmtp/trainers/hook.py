@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from wmtp.checks import raise_on_bad_weight
 from wmtp.kinds import check_same_device
 from wmtp.labels import Targets
-from wmtp.reference import raise_on_bad_weight
 from wmtp.trainers.step import TRAIN, as_weighting
 from wmtp.weightings import Given, Weighting
 

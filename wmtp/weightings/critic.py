@@ -25,7 +25,9 @@ class Critic(Weighting):
     """w[b, t, :] = softmax over valid k of (V[t+k+1] - discount V[t+k]) / temperature.
 
     The labels tell the weights, so that the loss takes them as `Given`; no gradient reaches the
-    values.
+    values. Pairs about a position at which there is no value do not count, nor in what pair_mean
+    and head_mean divide by: with T > S, or shifted labels, these are not the losses of
+    head_weights=td_head_weights(...), where such pairs count, with weight 0.
 
     Attributes:
         values: [B, S] float, one value per position.

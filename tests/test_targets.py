@@ -628,18 +628,22 @@ def test_at_most_two_graphs_of_a_list_of_labels_over_twelve_lengths():
     assert counter.frame_count <= 2
 
 
-def test_at_most_two_graphs_over_twelve_lengths():
+@pytest.mark.parametrize("refers", [False, True])
+def test_at_most_two_graphs_over_twelve_lengths(refers):
     torch._dynamo.reset()
     counter = CompileCounter()
 
     @torch.compile(backend=counter, fullgraph=True)
-    def loss(logits, ids, documents, mask):
+    def loss(logits, ids, documents, mask, reference):
         how = {"document_ids": documents, "position_mask": mask, "reduction": "pair_mean"}
+        if refers:
+            how |= {"ref_logits": reference, "reduction": "weight_mean"}
         return fused_weighted_mtp_loss(logits, ids, **how).loss
 
     for length in range(4, 16):
         logits, ids = torch.randn(1, length, 2, V), torch.randint(V, (1, length))
-        loss(logits, ids, torch.arange(length)[None] // 5, torch.rand(1, length))
+        documents, mask = torch.arange(length)[None] // 5, torch.rand(1, length)
+        loss(logits, ids, documents, mask, torch.randn(1, length, V))
     assert counter.frame_count <= 2
 
 

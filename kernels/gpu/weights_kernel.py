@@ -1,13 +1,13 @@
 """What is known of the loss before the first logit is read: weights, and what divides their sum.
 
     w[b,t,k]    = 1  |  head_weights[b,t,k]                          0 where (t, k) is not valid
-    row_scalar  = w / sum_k w  (token_mean; 0 where the sum is <= 1e-8), else w
+    row_scalar  = w / sum_k w  (token_mean; 0 where w is, or the sum is <= 1e-8), else w
     denominator = normalizer  |  number of tokens with sum_k w > 1e-8  |  sum w  |  1
                   1 where nothing weighs, so that an empty batch has loss 0
 
 Weights that follow from the cross entropies are not known yet. Either they sum to 1 on every token
 that has a target, or nothing is divided by them; finish_kernel adds them up. BY_HEAD what a head
-adds to the loss is times its head_scale, and the denominator is 1. One program
+adds to the loss is times its head_scale. One program
 goes over all tokens, in a fixed order: that is 20 bytes for each row, beside its V logits. All
 arithmetic is float32: where the denominator, or its inverse, would leave its range, the weights are
 stored in another unit, a power of two.

@@ -169,8 +169,9 @@ def _further(modules: dict[str, Any], variant: Variant, machine: Any) -> Iterato
     """What changes little of the stream, each on its own."""
     constants = variant.constants
     gradient, of_four = variant.stores_logits, constants["H"] == 4
+    itemsize = ITEMSIZE[variant.dtype]
     if variant.launch.tier == "online" and (gradient or of_four):
-        steps = modules["tiers"].in_steps(variant.vocabulary, ITEMSIZE[variant.dtype], machine)
+        steps = modules["tiers"].in_steps(variant.vocabulary, itemsize, machine)
         yield from _split(modules, variant, steps)
     if not (gradient and of_four):
         return
@@ -187,7 +188,12 @@ def _further(modules: dict[str, Any], variant: Variant, machine: Any) -> Iterato
     if constants["RULE"] is None:
         del more["signed"], more["multiplied"]
     for name, changed in more.items():
-        yield variant._replace(name=f"{variant.name} {name}", constants=constants | changed)
+        launch = variant.launch
+        if online and name == "out of phase":
+            launch = modules["tiers"].out_of_phase(variant.vocabulary, itemsize, machine)
+        changed |= {"BLOCK": launch.block}
+        name = f"{variant.name} {name}"
+        yield variant._replace(name=name, constants=constants | changed, launch=launch)
 
 
 def _split(modules: dict[str, Any], variant: Variant, launch: Any) -> Iterator[Variant]:

@@ -450,10 +450,6 @@ BAD = {
         dict(target_mask=torch.ones(2, 6, requires_grad=True)),
         "target_mask must be a constant",
     ),
-    "a normalizer that learns": (
-        dict(normalizer=torch.ones((), requires_grad=True)),
-        "normalizer must be a constant",
-    ),
     "a negative normalizer": (
         dict(normalizer=torch.tensor([1, -1, 1]), reduction="head_mean"),
         r"normalizer must be finite and >= 0, got \[1, -1, 1\]",

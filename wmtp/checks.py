@@ -196,8 +196,6 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str, heads: i
     remedy = (
         "it replaces the denominator, e.g. the number of valid tokens over all accumulated batches"
     )
-    if isinstance(normalizer, Tensor):
-        check_constant("normalizer", normalizer)
     if isinstance(normalizer, Tensor) and normalizer.dim() == 1:
         if reduction != "head_mean":
             raise ValueError(

@@ -85,6 +85,8 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     base, lead = aligned_base(rows)
     grad_base, grad_lead = aligned_base(target)
     same = target is rows or in_phase(rows, target, (lead, grad_lead), case.head_offsets)
+    if chosen.tier == "online" and not same:
+        chosen = tiers.out_of_phase(vocab_size, rows.element_size(), tiers.machine(rows.device))
     divided = tiers.constants(chosen, case.heads, count, case.rule.whole_token)
     programs = batch * seq_len * divided["PROGRAMS"]
     where = {

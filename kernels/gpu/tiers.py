@@ -26,6 +26,7 @@ Online, the rows in flight are made few where a long row is read twice:
     read twice, two programs' bytes   512       4                           2
         an SM fit the L2
     read twice, they do not           1024      4                           1
+    of more than one head             the same  2
 
 Without a gradient there is nothing to keep, and nothing is read twice.
 """
@@ -43,7 +44,6 @@ MOST, MOST_OF_SEVERAL = 32768, 16384  # logits that a CTA holds
 MOST_OF_16_BITS = 8192  # that are held sooner than read twice
 REGISTERS = 65536  # an NVIDIA SM's
 LONG_ROW_BYTES = 48 << 10
-VECTORS = 4  # that a thread takes of a long row in a step
 L2_SHARE = 0.7  # of the L2 that what was read stays in, beside the gradient that is written
 
 
@@ -113,7 +113,8 @@ def choose(
             "WMTP_TRITON_TIER=row cannot serve weights that need all rows of a token, as those "
             "from ref_ce: use token or online"
         )
-    online = _online(vocab_size, itemsize, rows if token else 1, gradient, machine)
+    alone = not token and rows == heads
+    online = _online(vocab_size, itemsize, rows if token else 1, alone, gradient, machine)
     if not gradient:
         return online
     if forced == "online":
@@ -163,16 +164,26 @@ def in_steps(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
     return Launch("online", *shape, max_registers=_cap(64, machine))
 
 
-def _online(vocab_size: int, itemsize: int, rows: int, twice: bool, machine: Machine) -> Launch:
-    """Whole rows. Of long ones that are read twice few at a time, by programs of many threads."""
+def out_of_phase(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
+    """Rows that lie otherwise than their gradient: the loads are narrow, and so many that they take
+    registers."""
+    shape = launch_shape(vocab_size, itemsize, machine.warp_size)
+    return Launch("online", *shape, max_registers=_cap(80, machine))
+
+
+def _online(
+    vocab_size: int, itemsize: int, rows: int, alone: bool, twice: bool, machine: Machine
+) -> Launch:
+    """Whole rows, of one head's or of more. Of long ones that are read twice few at a time, by
+    programs of many threads."""
     row_bytes = vocab_size * itemsize
     if row_bytes < LONG_ROW_BYTES or not machine.nvidia:
         return in_steps(vocab_size, itemsize, machine)
-    threads = 256
+    threads, vectors = 256, 4 if alone else 2
     if twice:
         two_programs = 2 * machine.processors * rows * row_bytes
         threads = 512 if two_programs <= L2_SHARE * machine.l2_bytes else 1024
-    block = threads * VECTORS * VECTOR_BYTES.value // itemsize
+    block = threads * vectors * VECTOR_BYTES.value // itemsize
     return Launch("online", block, threads // machine.warp_size, _cap(64, machine))
 
 

@@ -67,6 +67,7 @@ PINNED = [
     {"weighting": "given", "weights": "denormal", "reduction": "weight_mean"},
     {"weighting": "given", "weights": "huge"},
     {"weighting": "given", "weights": "huge", "reduction": "weight_mean"},
+    {"weighting": "given", "weights": "huge", "reduction": "sum", "normalizer": ("int64", 5)},
     {"length": 0, "form": "list", "leaf": False, "inplace": True, "objectives": ("loss",)},
     {"weighting": "ref_ce", "reference": math.inf, "reduction": "weight_mean"},
 ]

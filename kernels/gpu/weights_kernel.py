@@ -185,6 +185,7 @@ def finish_kernel(
     head = tl.arange(0, triton.next_power_of_2(H))[None, :]
     inverse = tl.load(factors_ptr + 3)
     losses = tl.zeros((TOKENS,), tl.float32)
+    divided = tl.zeros((TOKENS,), tl.float32)
     for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS).to(tl.int64)
         row, real = token[:, None] * H + head, (token[:, None] < tokens) & (head < H)
@@ -200,5 +201,10 @@ def finish_kernel(
         token_loss = tl.sum(rounded_product(row_scalar, ce), axis=1)
         losses += token_loss
         tl.store(token_loss_ptr + token, token_loss, mask=token < tokens)
-        tl.store(row_scalar_ptr + row, rounded_product(row_scalar, inverse), mask=real)
-    tl.store(loss_ptr, tl.sum(losses, axis=0) * inverse)
+        row_scalar = rounded_product(row_scalar, inverse)
+        divided += tl.sum(rounded_product(row_scalar, ce), axis=1)
+        tl.store(row_scalar_ptr + row, row_scalar, mask=real)
+    # Undivided the sum may be out of float32's range, divided it loses what is below it.
+    total = tl.sum(losses, axis=0)
+    loss = tl.where(tl.abs(total) == float("inf"), tl.sum(divided, axis=0), total * inverse)
+    tl.store(loss_ptr, loss)

@@ -4,8 +4,7 @@
 
 One line a weighting, tier and direction, in units of the valid logits (rows that have a target) for
 what is read, and of all logits for what is written; `others` is everything else that is moved, in
-units of the valid logits. The interpreter counts each lane of each access once: a cluster's are its
-program's.
+units of the valid logits. The interpreter counts each lane of each access once.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -128,6 +129,9 @@ def install(architecture: str) -> Driver:
     """For this process."""
     from wmtp import kernels
 
+    if architecture not in ARCHITECTURES:
+        known = " or ".join(ARCHITECTURES)
+        raise pytest.UsageError(f"WMTP_KERNELS_ON must be {known}, got {architecture!r}")
     driver = Driver(architecture, Record())
     # The machine's binary is the PTX itself.
     CUDABackend.make_cubin = lambda self, ptx, *_: ptx.encode()

@@ -15,11 +15,15 @@ GROUPS = (access, convert, floating, integer, warp)
 
 def decode(kernel: Kernel, found: Instruction) -> Step:
     """What it does to the lanes of a mask."""
+    unknown = UnknownError(f"the instruction {found.opcode}: {found}")
     for group in GROUPS:
-        step = group.decode(kernel, found)
+        try:
+            step = group.decode(kernel, found)
+        except (KeyError, ValueError, IndexError) as error:  # another form of what it knows
+            raise unknown from error
         if step is not None:
             return step if found.guard is None else guarded(step, found.guard)
-    raise UnknownError(f"the instruction {found.opcode}: {found}")
+    raise unknown
 
 
 def guarded(step: Step, guard: str) -> Step:

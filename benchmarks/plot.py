@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-from wmtp.benchmarks.memory import MEBI, allowed_bytes, chunk_scratch_bytes, scratch_bytes
+from wmtp.benchmarks.memory import MEBI
 from wmtp.benchmarks.problem import Record, Shape
+from wmtp.benchmarks.profile import allowed_bytes, chunk_scratch_bytes, scratch_bytes
 from wmtp.benchmarks.report import cases_by_key, spread
 
 INK, MUTED, GRID, RED = "#22262b", "#6c7480", "#e6e8eb", "#d23f3f"
@@ -127,7 +128,7 @@ def plot_profile(results: dict[str, Any], file: Path) -> None:
     over S where it was varied.
 
     Args:
-        results: of `memory.profile`.
+        results: of `profile.profile`.
         file: where.
     """
     dim, heads = results["dim"], results["heads"]

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from wmtp.benchmarks.sass import disassemble, loads_in_flight, passes
 from wmtp.benchmarks.static_variants import CARDS, ITEMSIZE, Variant
 
 # The least share of `needed` that must be in flight: latencies are not known better than that.
@@ -30,7 +31,7 @@ def compile_variant(variant: Variant, target: str) -> Any:
             signature[name] = f"*{variant.dtype if of_logits else known.get(name, 'fp32')}"
             if not parameter.do_not_specialize_on_alignment:
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        elif name in ("temperature", "heads_share"):
+        elif name == "heads_share":
             signature[name] = "fp32"
         else:
             assert parameter.do_not_specialize, f"{name} would make a binary for every value"
@@ -75,8 +76,13 @@ def describe(variant: Variant, target: str, binary: Any) -> dict[str, Any]:
         card.threads // threads,
         card.shared_bytes // max(usage["shared_bytes"] + 1024, 1),
     )
-    # Online: a step of every thread, two accesses of 16 bytes.
-    in_flight = occupancy * (launch.block * itemsize if in_loop else tile)
+    # A step of every thread, where the machine code is not read: AMD's, and narrow loads.
+    under_way = launch.block * itemsize if in_loop else tile
+    wide = variant.streams_logits and variant.constants.get("IN_PHASE", True)
+    if in_loop and wide and target.startswith("cuda"):
+        loops = passes(disassemble(binary.asm["cubin"]))
+        under_way = 16 * threads * min(map(loads_in_flight, loops), default=0)
+    in_flight = occupancy * under_way
     return {
         "name": variant.name,
         "target": target,

@@ -63,7 +63,7 @@ def be_the_package() -> None:
 if __name__ == "__main__":
     be_the_package()
 
-from wmtp.benchmarks import sass  # noqa: E402
+from wmtp.benchmarks import static_table  # noqa: E402
 from wmtp.benchmarks.static_compile import (  # noqa: E402
     compile_variant,
     complaint,
@@ -269,7 +269,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="variants whose name matches this pattern")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("targets", nargs="*", help=f"of {', '.join(CARDS)}; all by default")
-    parser.add_argument("--sass", type=Path, help="put the table of sass.py there, and no more")
+    parser.add_argument("--sass", type=Path, help="put static_table.py's table there, and no more")
     options = parser.parse_args()
     partly = options.only or options.dtype or options.sample is not None
     if options.summary is not None and partly:
@@ -285,8 +285,8 @@ def main() -> None:
 
     options, version = arguments(), triton.__version__
     if options.sass is not None:
-        rows = sass.table(load_kernels(), "cuda:90")
-        sass.add_table(options.sass, version, rows)
+        rows = static_table.table(load_kernels(), "cuda:90")
+        static_table.add_table(options.sass, version, rows)
         print("\n".join(map(json.dumps, rows)))
         return
     known, rows, complaints, faults = Known(options.known), [], 0, 0

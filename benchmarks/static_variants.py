@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2}
-VOCABULARIES = (1000, 2000, 4000, 8000, 16000, 32000, 50257, 128256, 256000, 300000)
+VOCABULARIES = (
+    *(1000, 2000, 4000, 8000, 16000, 32000, 50257, 128256, 151936, 152064, 256000, 300000),
+)
 ODD = 50257
 HEADS = (1, 2, 3, 4, 5, 8)
 # By what they are called, the functions of wmtp.weightings; None: the weights are known.

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from support.command_line import wmtp
 from support.made_up import columns_of, made_up
+from support.pictures import assert_drawn
 from wmtp.benchmarks import bench, report
 from wmtp.benchmarks.bench import present
 from wmtp.benchmarks.plot import plot_loss
@@ -149,9 +150,7 @@ def test_plot_writes_a_picture(tmp_path):
     results = loss_results((1, 2, 2, 10), 1.0, runs=2)
     results["cases"] += loss_results((1, 2, 2, 20), 3.0, runs=2)["cases"]
     plot_loss(results, tmp_path / "loss.png")
-    content = (tmp_path / "loss.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert len(content) > 10_000  # an empty picture of this size has less
+    assert_drawn(tmp_path / "loss.png")
 
 
 def test_command_runs_tabulates_and_writes(monkeypatch, tmp_path):
@@ -306,9 +305,7 @@ def test_plot_of_the_linear_loss_writes_a_picture(tmp_path):
     found = linear_results(runs=2)
     found["cases"] += linear_results((1, 256, 4, 32000), runs=2)["cases"]
     plot_loss(found, tmp_path / "linear.png")
-    content = (tmp_path / "linear.png").read_bytes()
-    assert content.startswith(b"\x89PNG")
-    assert len(content) > 10_000  # an empty picture of this size has less
+    assert_drawn(tmp_path / "linear.png")
 
 
 def test_command_runs_the_linear_suite_alone(monkeypatch, tmp_path):

@@ -309,11 +309,11 @@ def test_a_process_that_dies_in_the_compiler_costs_one_case(monkeypatch, tmp_pat
 
 
 def test_a_call_that_fails_is_told(monkeypatch):
-    code = "import sys; number = sys.argv[-1]; print('bad ' + number); sys.exit(number == '1/6')"
+    code = "import sys; number = sys.argv[-1]; print('bad ' + number); sys.exit(number == '1/9')"
     monkeypatch.setattr(gpu, "WORKER", (sys.executable, "-c", code))
     found = gpu.call_in_processes(30.0)
-    assert [record["outcome"] for record in found] == ["ok", "failed", *["ok"] * 4]
-    assert found[1]["why"] == "exit status 1: bad 1/6"
+    assert [record["outcome"] for record in found] == ["ok", "failed", *["ok"] * 7]
+    assert found[1]["why"] == "exit status 1: bad 1/9"
 
 
 def test_the_suites_workers_compile_their_share(monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from wmtp.trainers.config import LOSSES
 from wmtp.trainers.reference_model import (
     LinearReference,
     WholeReference,
+    _tells_documents_apart,
     find_reference,
     load_reference,
     prepare_reference,
@@ -229,6 +230,16 @@ def test_packed_documents_are_read_apart(name, settings, way):
         whole = reference_ce(reference, ids[1:], ids[1:], way)
     torch.testing.assert_close(torch.cat((found[:1, :6], found[:1, 7:]), 1), torch.cat(parts, 1))
     torch.testing.assert_close(found[1:], whole)
+
+
+def test_a_model_that_only_takes_position_ids_does_not_know_documents():
+    base = hugging_face("Llama").eval().base_model
+    assert _tells_documents_apart(base)
+    whole = base.forward
+    base.forward = lambda input_ids, position_ids=None, use_cache=None: whole(
+        input_ids=input_ids, position_ids=position_ids, attention_mask=torch.ones_like(input_ids)
+    )
+    assert not _tells_documents_apart(base)
 
 
 def test_a_reference_that_reads_packed_documents_as_one_text_says_so(monkeypatch):

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from wmtp.benchmarks.sass import add_table, innermost_loops, loads_in_flight, parse
+from wmtp.benchmarks.sass import innermost_loops, loads_in_flight, parse, passes
+from wmtp.benchmarks.static_table import add_table
 
 LOOPS = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00000a00ff017624 */
@@ -34,6 +35,12 @@ def test_loads_count_until_one_of_them_is_used():
     assert loads_in_flight(first) == 2
     assert loads_in_flight(second) == 1
     assert loads_in_flight(second[1:2]) == 0
+
+
+def test_a_loop_that_loads_nothing_is_no_pass():
+    zeros = "/*0100*/ STG.E.128 [R2.64], RZ ;\n/*0110*/ @P0 BRA 0x100 ;"
+    assert passes(parse(zeros)) == []
+    assert len(passes(parse(LOOPS + zeros))) == 2
 
 
 @pytest.mark.parametrize("versions", [["3.6.0"], ["3.9.0", "3.6.0"]])

@@ -82,7 +82,7 @@ class Call(NamedTuple):
             return self.formed(Given(terms.factor))
         if own and is_readable(weights):
             negative = may_be_negative(terms.reduction, terms.normalizer is not None)
-            checks.raise_on_bad_weight(weights, self.targets.valid(), negative)
+            checks.raise_on_bad_weight(weights, self.targets.valid, negative)
         return self.formed(Given(product(terms.factor, weights.to(terms.factor.dtype))))
 
     def formed(self, weights: Given) -> "Call":

@@ -1,6 +1,6 @@
 """What the public functions demand of their arguments: that each is right and fits the others."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from wmtp.inplace import check_not_overwritten
 from wmtp.kinds import (
     FLOAT_DTYPES,
+    are_finite,
     check_constant,
     check_float_or_whole,
     check_float_tensor,
@@ -151,7 +152,7 @@ def check_head_prior(head_prior: Tensor | None, heads: int) -> None:
     remedy = "what each head's weights are multiplied by, a constant"
     check_float_tensor("head_prior", head_prior, "[H]", (heads,), remedy)
     check_constant("head_prior", head_prior)
-    if is_readable(head_prior) and not bool(((head_prior >= 0) & head_prior.isfinite()).all()):
+    if is_readable(head_prior) and not are_finite(head_prior):
         raise ValueError(
             f"head_prior must be finite and >= 0, got {head_prior.tolist()}: set it to 0 to leave "
             "a head out"
@@ -204,7 +205,7 @@ def check_normalizer(normalizer: Tensor | float | None, reduction: str, heads: i
             )
         check_float_or_whole("normalizer", normalizer, "[H]")
         check_shape("normalizer", normalizer, "[H]", (heads,), "what divides each head's sum")
-        if is_readable(normalizer) and not bool(((normalizer >= 0) & normalizer.isfinite()).all()):
+        if is_readable(normalizer) and not are_finite(normalizer.detach()):
             raise ValueError(
                 f"normalizer must be finite and >= 0, got {normalizer.tolist()}: a head whose "
                 "entry is 0 adds nothing"
@@ -233,11 +234,13 @@ def weight_error(position: str, weight: float, *, negative: bool) -> ValueError:
     )
 
 
-def raise_on_bad_weight(head_weights: Tensor, valid: Tensor, negative: bool = False) -> None:
+def raise_on_bad_weight(
+    head_weights: Tensor, valid: Callable[[], Tensor], negative: bool = False
+) -> None:
     """Weights, [B, S, H] or [H], are finite where they are valid, and >= 0 unless `negative`."""
-    if not is_readable(head_weights):
+    if not is_readable(head_weights) or are_finite(head_weights.detach(), negative):
         return
-    bad = valid & ~(((head_weights >= 0) | negative) & head_weights.isfinite())
+    bad = valid() & ~(((head_weights >= 0) | negative) & head_weights.isfinite())
     if bad.any():
         place = bad.nonzero()[0].tolist()
         weight = head_weights.expand(bad.shape)[tuple(place)]

@@ -100,7 +100,7 @@ def loss_denominator(
     targets = rule.narrowed(targets)
     if isinstance(rule, Given) and is_readable(rule.head_weights):
         negative = reduction in ("pair_mean", "head_mean")
-        checks.raise_on_bad_weight(rule.head_weights, targets.valid(), negative)
+        checks.raise_on_bad_weight(rule.head_weights, targets.valid, negative)
     terms = terms_of("sum", None, head_prior, targets, torch.float64)
     return _denominator(Call(targets, rule, terms), reduction)
 

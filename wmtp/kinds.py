@@ -172,6 +172,14 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise ValueError(f"{name} must be one of {listed}, got {shown(value)}: pass one of these")
 
 
+def are_finite(values: Tensor, negative: bool = False) -> bool:
+    """All of them, and >= 0 unless `negative`; by one read."""
+    if not values.numel():
+        return True
+    least, most = (value.item() for value in torch.aminmax(values))
+    return (-math.inf if negative else 0) <= least and -math.inf < least and most < math.inf
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether its values may be looked at: on the CPU, elsewhere that would wait; now, and no
     tracer's or vmap's stand-in for it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wmtp.kinds import (
+    are_finite,
     check_constant,
     check_flag,
     check_integers,
@@ -207,14 +208,12 @@ def _check_mask(name: str, mask: Tensor, axes: str, shape: tuple[int, ...], reme
     if mask.is_complex():
         raise TypeError(f"{name} must hold bools, integers or floats, got {mask.dtype}: {remedy}")
     check_constant(name, mask)
-    if mask.dtype.is_signed and is_readable(mask):
-        bad = ~((mask >= 0) & mask.isfinite())
-        if bad.any():
-            place = bad.nonzero()[0].tolist()
-            raise ValueError(
-                f"{name}{place} is {mask[tuple(place)].item()}: entries must be finite and >= 0; "
-                "set it to 0 to leave the pair out"
-            )
+    if mask.dtype.is_signed and is_readable(mask) and not are_finite(mask):
+        place = (~((mask >= 0) & mask.isfinite())).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}{place} is {mask[tuple(place)].item()}: entries must be finite and >= 0; "
+            "set it to 0 to leave the pair out"
+        )
 
 
 def check_ignore_index(ignore_index: int) -> None:

@@ -112,7 +112,7 @@ def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
     ce = cross_entropies(logits, targets)
     if isinstance(rule, Given):
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
-        checks.raise_on_bad_weight(rule.head_weights, targets.valid(), negative)
+        checks.raise_on_bad_weight(rule.head_weights, targets.valid, negative)
     elif isinstance(rule, Excess) and rule.ref_logits is not None:
         rule = rule.with_fields(ref_ce=reference_ce(rule.ref_logits, targets), ref_logits=None)
     weights = final_weights(rule.resolved(targets), ce, call)

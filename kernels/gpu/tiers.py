@@ -154,7 +154,7 @@ def _in_registers(
 
 
 def _cap(registers: int, machine: Machine) -> int | None:
-    """Said, it is a limit to keep to; unsaid, NVIDIA's compiler aims lower, and spills for it."""
+    """NVIDIA's compiler keeps to a limit that it is given; without one it aims lower and spills."""
     return registers if machine.nvidia else None
 
 

@@ -113,16 +113,16 @@ def profile(
 def _measured(
     vocabularies: list[int], lengths: list[int], common: tuple[Any, ...], snapshot: Path | None
 ) -> dict[str, Any]:
-    from wmtp.benchmarks import memory
+    from wmtp.benchmarks import profile as sweeps
 
-    setting, sizes = memory.Setting(*common), memory.sweep(vocabularies, lengths)
+    setting, sizes = sweeps.Setting(*common), sweeps.sweep(vocabularies, lengths)
     long = "the products of large sizes take minutes"
     slow = long if setting.dim else "torch.compile takes some seconds a vocabulary"
     with console.status(f"measuring; {slow}"):
-        measured = memory.profile(sizes, setting, _section_writer(memory.table))
-    console.print(memory.caption(measured), style="italic")
+        measured = sweeps.profile(sizes, setting, _section_writer(sweeps.table))
+    console.print(sweeps.caption(measured), style="italic")
     if snapshot is not None:
-        memory.write_snapshot(snapshot, sizes[0], setting)
+        sweeps.write_snapshot(snapshot, sizes[0], setting)
     return measured
 
 

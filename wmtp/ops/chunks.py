@@ -100,8 +100,8 @@ class Linear(NamedTuple):
 
     @property
     def most_chunk_bytes(self) -> int:
-        """Of a chunk: as asked for, or by default; if all rows take no more than that and the sum
-        in float32 that several chunks need, there is one chunk."""
+        """What a chunk may take: chunk_bytes, or the default; or all rows, if they take no more
+        than the default and the float32 sum that several chunks need."""
         if self.chunk_bytes:
             return self.chunk_bytes
         default = default_chunk_bytes(self.row_bytes)

@@ -93,7 +93,7 @@ def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
     terms = Terms(settings.reduction, inputs.normalizer, inputs.head_scale)
     if inputs.head_weights is not None and not settings.checked:
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
-        raise_on_bad_weight(inputs.head_weights, valid, negative)
+        raise_on_bad_weight(inputs.head_weights, lambda: valid, negative)
     weigh = None
     if rule.known:
         weights = valid.to(dtype)

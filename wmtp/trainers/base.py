@@ -23,7 +23,7 @@ from wmtp.models import MTPOutput, MTPTransformer, ValueHead
 from wmtp.reference import MTPLoss, weights_of
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
-from wmtp.trainers.evaluation import Evaluation, evaluate, run_result, step_statistics
+from wmtp.trainers.evaluation import Evaluation, evaluate, step_statistics
 from wmtp.trainers.hook import checked_weighting, own_code, what_weighs_nothing
 from wmtp.trainers.kept_state import KeptState
 from wmtp.trainers.losses import (
@@ -223,7 +223,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
             if stop:
                 raise StoppedError(f"stopped after step {self.step} of {self.total_steps}")
             before = time.perf_counter()
-        return self._finish()
+        return self._finish(self._evaluated or self._evaluate())
 
     def train_step(self, batch: Batch) -> dict[str, Any]:
         """One update on one batch, which is on the model's device.
@@ -386,8 +386,6 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         self._evaluated = None
         return {}
 
-    # ---- what stays on disk ----
-
     def _evaluate(self) -> Evaluation:
         config = self.config
         batches = self.data.validation.evaluation_batches(
@@ -396,15 +394,3 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         model = self.accelerator.unwrap_model(self.model)
         with self.autocast():
             return evaluate(model, batches, self.accelerator.device)
-
-    def _finish(self) -> dict[str, Any]:
-        ends = {"start": self.evaluation_at_start, "end": self._evaluated or self._evaluate()}
-        model = self.accelerator.unwrap_model(self.model)
-        result = run_result(
-            self.config, model, self.accelerator.device, self.folder.read_metrics(), ends
-        )
-        if self.accelerator.is_main_process:
-            self._save_final_checkpoint()
-            self.folder.write_result(result, self.step)
-        self.accelerator.wait_for_everyone()
-        return result

@@ -57,7 +57,7 @@ def checked_weighting(
         check_same_device("the model", states, **vars(weighting))
         weighting = weighting.resolved(weighting.narrowed(targets))
         if isinstance(weighting, Given):
-            raise_on_bad_weight(weighting.head_weights.detach().float(), targets.valid())
+            raise_on_bad_weight(weighting.head_weights.detach().float(), targets.valid)
     except (TypeError, ValueError) as error:
         raise WeightsError(f"{where}: {error}") from error
     return weighting

@@ -12,7 +12,7 @@ from wmtp.data import PreparedData
 from wmtp.files import FileError, writing
 from wmtp.models.storage import save_model_folder
 from wmtp.trainers.config import TrainConfig
-from wmtp.trainers.evaluation import Evaluation
+from wmtp.trainers.evaluation import Evaluation, run_result
 from wmtp.trainers.optimizer import state_bytes
 from wmtp.trainers.run_folder import FREE_SPACE, RunFolder
 
@@ -81,3 +81,15 @@ class KeptState:
         self.folder.write_folder(
             "final", lambda path: save_model_folder(model, tokenizer, path, value_head, run)
         )
+
+    def _finish(self, end: Evaluation) -> dict[str, Any]:
+        ends = {"start": self.evaluation_at_start, "end": end}
+        model = self.accelerator.unwrap_model(self.model)
+        result = run_result(
+            self.config, model, self.accelerator.device, self.folder.read_metrics(), ends
+        )
+        if self.accelerator.is_main_process:
+            self._save_final_checkpoint()
+            self.folder.write_result(result, self.step)
+        self.accelerator.wait_for_everyone()
+        return result

@@ -13,6 +13,7 @@ from support.faults.moments import EXITS, Strike, train
 
 LIMIT = 120  # seconds, of a process
 GOING_ON = ": going on from "
+RESTORED = "restored from"  # metrics of a part that had ended
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """The lines but those that a checkpoint was passed over."""
-        return [line for line in self.lines if GOING_ON not in line]
+        """The lines but those that a checkpoint was passed over, or metrics restored."""
+        return [line for line in self.lines if GOING_ON not in line and RESTORED not in line]
 
 
 class Runs:
@@ -158,9 +159,9 @@ class Round:
 
     def _process(self, strike: Strike | None) -> Ended:
         ended = self._runs.process(self._out, strike)
-        passed_over = len(ended.lines) - len(ended.errors)
-        self.counts["checkpoints passed over"] += passed_over
-        if passed_over:  # and not refused
+        mended = len(ended.lines) - len(ended.errors)
+        self.counts["passed over or restored"] += mended
+        if mended:  # and not refused
             self._refusable = None
         return ended
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from wmtp import checks, label_checks
 from wmtp.exact_zero import product
-from wmtp.kinds import check_choice, check_same_device, is_readable
+from wmtp.kinds import check_choice, check_flag, check_same_device, is_readable
 from wmtp.labels import Targets
+from wmtp.numerics import PLAIN, Numerics, check_vocab_size
 from wmtp.once import warn_once
 from wmtp.reduction import Terms, may_be_negative, terms_of
 from wmtp.sharded import local_parts
@@ -65,6 +66,9 @@ class Call(NamedTuple):
     rule: Weighting
     terms: Terms
     checked: bool = False  # the weights: the caller's own were, and of a product is nothing to say
+    numerics: Numerics = PLAIN
+    vocab_size: int | None = None
+    metrics: bool = False
 
     @property
     def sums_to_one(self) -> bool:
@@ -114,6 +118,10 @@ def checked_call(
     normalizer: Tensor | float | None,
     horizon: int | None,
     head_prior: Tensor | None,
+    numerics: Numerics,
+    vocab_size: int | None,
+    metrics: bool,
+    columns: int | None = None,
     **of_targets: Any,
 ) -> Call:
     """What goes with logits [B, S, H, V] or hidden states [B, S, H, D], `name`, checked before:
@@ -121,6 +129,8 @@ def checked_call(
 
     Args:
         dtype: that the loss is accumulated in.
+        numerics: as checked.
+        columns: V, where they are hidden states.
         of_targets: see `label_checks.targets_of`.
     """
     heads = scores.shape[2]
@@ -132,6 +142,8 @@ def checked_call(
     named, reduction = reduction, reduction or rule.reduction
     checks.check_normalizer(normalizer, reduction, heads)
     checks.check_head_prior(head_prior, heads)
+    check_flag("metrics", metrics)
+    check_columns(name, scores, vocab_size, columns)
     others = {"normalizer": normalizer, "head_prior": head_prior, **vars(rule)}
     check_same_device(name, scores, **others)
     targets = rule.narrowed(targets)
@@ -139,7 +151,18 @@ def checked_call(
     _warn_of_turned_axes(name, targets)
     if terms.reduction == "token_mean" and not torch.compiler.is_compiling():
         _warn_of_what_cancels(named, rule, targets)
-    return Call(targets, rule, terms)
+    how = {"numerics": numerics, "vocab_size": vocab_size, "metrics": metrics}
+    return Call(targets, rule, terms, **how)
+
+
+def check_columns(
+    name: str, scores: Tensor, vocab_size: int | None, columns: int | None = None
+) -> None:
+    """Of logits [..., V], or of the `columns` that are made of hidden states."""
+    if columns is None:
+        check_vocab_size(vocab_size, scores.shape[-1], name)
+    else:
+        check_vocab_size(vocab_size, columns, "rows of lm_head_weight")
 
 
 def _warn_of_turned_axes(name: str, targets: Targets) -> None:
@@ -208,6 +231,16 @@ def loss_inputs(call: Call, dtype: torch.dtype) -> dict[str, Any]:
         "numbers": _numbers(call.rule),
         "normalizer": terms.normalizer,
         "teacher": None if ref_logits is None else ref_logits.detach(),
+    }
+
+
+def row_settings_of(call: Call, backend: str) -> dict[str, Any]:
+    """The fields of `records.RowSettings` that a call tells."""
+    return {
+        "ignore_index": call.targets.ignore_index,
+        "backend": backend,
+        "numerics": call.numerics,
+        "vocab_size": call.vocab_size,
     }
 
 

@@ -9,13 +9,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks, label_checks, reference
-from wmtp.arguments import checked_call, chosen_weighting, in_one_pass, local_call, loss_inputs
+from wmtp.arguments import (
+    check_columns,
+    checked_call,
+    chosen_weighting,
+    in_one_pass,
+    local_call,
+    loss_inputs,
+    row_settings_of,
+)
 from wmtp.backends import choose_backend
+from wmtp.metrics import MTPLoss, OfRows
+from wmtp.numerics import numerics_of
 from wmtp.ops.linear import linear_loss
 from wmtp.ops.loss import gradients_ahead, reference_resolved
 from wmtp.records import LinearInputs, LinearSettings
 from wmtp.reduction import accumulation_dtype
-from wmtp.reference import MTPLoss
 from wmtp.sharded import gathered
 from wmtp.transforms import refuse_transforms
 from wmtp.weightings import Uniform, Weighting
@@ -40,9 +49,16 @@ def fused_linear_weighted_mtp_loss(
     target_mask: Tensor | None = None,
     position_mask: Tensor | None = None,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sigmoid_cap: Sequence[float] | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int | None = None,
     reduction: str | None = None,
     normalizer: Tensor | float | None = None,
     horizon: int | None = None,
+    metrics: bool = False,
     chunk_bytes: int | None = None,
     grad_accum_dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -72,8 +88,11 @@ def fused_linear_weighted_mtp_loss(
             the products then have. May be the embedding's (tied), or a DTensor, FSDP's for one: it
             is gathered once a call, and its gradient averaged over the processes.
         target_ids, head_weights, weighting, ref_ce, ref_logits, temperature, excess, head_prior,
-            shifted, offsets, document_ids, target_mask, position_mask, ignore_index, reduction,
-            normalizer, horizon: as in `fused_weighted_mtp_loss`.
+            shifted, offsets, document_ids, target_mask, position_mask, ignore_index, logit_scale,
+            softcap, sigmoid_cap, z_loss, label_smoothing, reduction, normalizer, horizon, metrics:
+            as in `fused_weighted_mtp_loss`.
+        vocab_size: how many rows of lm_head_weight are tokens; None: all. The products of the
+            others are not computed.
         lm_head_bias: [V], likewise.
         chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
             one token is computed at a time. A weight that autocast converts is copied besides, once
@@ -139,6 +158,10 @@ def fused_linear_weighted_mtp_loss(
         ignore_index=ignore_index,
         shifted=shifted,
         offsets=offsets,
+        numerics=numerics_of(logit_scale, softcap, sigmoid_cap, z_loss, label_smoothing),
+        vocab_size=vocab_size,
+        metrics=metrics,
+        columns=len(lm_head_weight),
         **others,
     )
     checks.check_accum_dtype(grad_accum_dtype, lm_head_weight.dtype)
@@ -155,19 +178,19 @@ def fused_linear_weighted_mtp_loss(
     settings = LinearSettings(
         rule=Uniform().key(),
         reduction="sum",
-        ignore_index=call.targets.ignore_index,
-        backend=chosen,
         dtype=dtype,
         accum_dtype=grad_accum_dtype or _widest(weight),
         chunk_bytes=chunk_bytes,
         wanted=[False] * 3,
+        **row_settings_of(call, chosen),
     )
     call = call.resolved()
     one_pass = in_one_pass(call, dtype)
     call = reference_resolved(call, chosen, one_pass=one_pass)
     if not one_pass:
+        ce_inputs = _inputs(product, target_ids=call.targets.for_operators())
         with torch.no_grad():
-            ce = linear_loss(_inputs(product, target_ids=call.targets.for_operators()), settings).ce
+            ce = linear_loss(ce_inputs, replace(settings, numerics=call.numerics.of_ce)).ce
         call = call.formed(reference.formed(call.rule, ce, call))
     settings = replace(
         settings,
@@ -176,8 +199,13 @@ def fused_linear_weighted_mtp_loss(
         checked=call.checked,
         wanted=_wanted(*product),
         ahead=gradients_ahead(),
+        metrics=metrics,
     )
-    return MTPLoss(*linear_loss(_inputs(product, **loss_inputs(call, acc)), settings)[:3])
+    out = linear_loss(_inputs(product, **loss_inputs(call, acc)), settings)
+    loss = MTPLoss(out.loss, out.valid_mask, out.ce)
+    if not metrics:
+        return loss
+    return reference.with_metrics(loss, OfRows(out.lse, out.entropy, out.correct), call)
 
 
 def linear_next_token_cross_entropy(
@@ -191,6 +219,10 @@ def linear_next_token_cross_entropy(
     target_mask: Tensor | None = None,
     position_mask: Tensor | None = None,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sigmoid_cap: Sequence[float] | None = None,
+    vocab_size: int | None = None,
     chunk_bytes: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -202,8 +234,9 @@ def linear_next_token_cross_entropy(
         hidden: [B, S, D] float32, bfloat16 or float16 (float64 on the CPU), any strides; DTensors
             as in `fused_weighted_mtp_loss`.
         lm_head_weight, lm_head_bias, chunk_bytes, backend: as in `fused_linear_weighted_mtp_loss`.
-        target_ids, shifted, document_ids, target_mask, position_mask, ignore_index: as in
-            `next_token_cross_entropy`, which see for masks of a reference. The logits of positions
+        target_ids, shifted, document_ids, target_mask, position_mask, ignore_index, logit_scale,
+            softcap, sigmoid_cap, vocab_size: as in `next_token_cross_entropy`, which see for masks
+            of a reference. The logits of positions
             that do not count are not computed.
 
     Returns:
@@ -231,13 +264,16 @@ def linear_next_token_cross_entropy(
     others |= {"shifted": shifted, "ignore_index": ignore_index}
     targets = label_checks.targets_of("hidden", hidden, 1, **others)
     label_checks.check_next_tokens(targets)
+    numerics = numerics_of(logit_scale, softcap, sigmoid_cap)
+    check_columns("hidden", hidden, vocab_size, len(lm_head_weight))
     chosen = choose_backend(backend, hidden.device.type, dtype)
     with torch.no_grad():
         weight = gathered(lm_head_weight)
         bias = None if lm_head_bias is None else gathered(lm_head_bias)
         if chosen == "eager":
             logits = F.linear(hidden, weight, bias)[:, :, None]
-            return reference.cross_entropies(logits, targets)[:, : targets.about(), 0]
+            ce = reference.cross_entropies(logits, targets, numerics, vocab_size)
+            return ce[:, : targets.about(), 0]
         settings = LinearSettings(
             rule=Uniform().key(),
             reduction="sum",
@@ -247,6 +283,8 @@ def linear_next_token_cross_entropy(
             accum_dtype=_widest(weight),
             chunk_bytes=chunk_bytes,
             wanted=[False] * 3,
+            numerics=numerics,
+            vocab_size=vocab_size,
         )
         product = (hidden[:, :, None], weight, bias)
         inputs = _inputs(product, target_ids=targets.for_operators())

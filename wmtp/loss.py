@@ -5,16 +5,25 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from wmtp import checks, label_checks, reference
-from wmtp.arguments import checked_call, chosen_weighting, in_one_pass, local_call, loss_inputs
+from wmtp.arguments import (
+    Call,
+    check_columns,
+    checked_call,
+    chosen_weighting,
+    in_one_pass,
+    local_call,
+    loss_inputs,
+    row_settings_of,
+)
 from wmtp.backends import choose_backend, fuses
 from wmtp.inplace import check_inplace
 from wmtp.kinds import check_flag
-from wmtp.labels import Targets
 from wmtp.layout import one_tensor
+from wmtp.metrics import MTPLoss, OfRows
+from wmtp.numerics import Numerics, numerics_of
 from wmtp.ops.loss import reference_ce, reference_resolved, weighted_loss
-from wmtp.records import Inputs, Settings
-from wmtp.reduction import accumulation_dtype
-from wmtp.reference import MTPLoss
+from wmtp.records import Inputs, RowSettings, Settings
+from wmtp.reduction import Terms, accumulation_dtype
 from wmtp.transforms import refuse_transforms
 from wmtp.weightings import Excess, Uniform, Weighting
 
@@ -36,9 +45,16 @@ def fused_weighted_mtp_loss(
     target_mask: Tensor | None = None,
     position_mask: Tensor | None = None,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sigmoid_cap: Sequence[float] | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int | None = None,
     reduction: str | None = None,
     normalizer: Tensor | float | None = None,
     horizon: int | None = None,
+    metrics: bool = False,
     inplace: bool = False,
     backend: str = "auto",
 ) -> MTPLoss:
@@ -60,6 +76,11 @@ def fused_weighted_mtp_loss(
         head_mean:   sum_k prior_k sum_bt w ce / n_k     their number; prior is 1 / H by default
                                                           and no part of w
         dloss/dlogits[b, t, k, :] = c[b, t, k] (softmax - onehot)
+
+    The logits may be scaled and capped before, and the loss may average more than ce:
+
+        x = s logits | c tanh(s logits / c) | a sigmoid((s logits + b) / c)    in place of logits
+        f = (1 - eps) ce + eps (lse - mean_v x) + z lse^2                      in place of ce
 
     Excess and value weights are constants: no gradient flows through them. A `head_weights` that
     requires grad gets its true gradient, and so does whatever is computed from `ce_per_head`.
@@ -103,12 +124,24 @@ def fused_weighted_mtp_loss(
             Where a mask is 0 or False the pair does not count. Other values of a float mask, >= 0,
             multiply the pair's weight.
         ignore_index: a target of this id is no target.
+        logit_scale: s > 0, multiplies the logits (Cohere's head).
+        softcap: c > 0 (Gemma 2's head, arXiv 2408.00118, section 2).
+        sigmoid_cap: (a, b, c), a and c > 0, instead of softcap.
+        z_loss: z >= 0, of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
+        label_smoothing: eps in [0, 1), as in `torch.nn.functional.cross_entropy`: over all
+            columns, the target's too; a logit of -inf makes that loss inf.
+            Weightings and `ce_per_head` see ce without these two. All five are numbers, of each
+            value of which torch.compile makes a graph.
+        vocab_size: how many of the V columns are tokens, the rest being padding that takes no part
+            in anything and gets a gradient of 0; None: all.
         reduction: "token_mean", "weight_mean", "pair_mean", "head_mean" or "sum"; None: the
             weighting's own, "token_mean" unless its docstring says otherwise.
         normalizer: a number > 0 or a 0-d tensor (not checked) that replaces the denominator, for
             gradient accumulation and data-parallel runs, see `loss_denominator`; with "head_mean"
             also [H] (a head whose entry is 0 adds nothing).
         horizon: when given, must equal H.
+        metrics: the result has `.metrics` too, of the same read of the logits: see
+            `wmtp.metrics.Metrics`, and `wmtp.summarize`.
         inplace: lets the loss write the gradient over the logits, whose values are then gone.
             Another loss of ours from them raises, a second backward, and a backward that saved
             them; whatever else reads them afterwards sees the gradient. Slices that share no
@@ -120,17 +153,20 @@ def fused_weighted_mtp_loss(
 
     Returns:
         MTPLoss(loss [], valid_mask [B, S] bool, ce_per_head [B, S, H]); float32, float64 for
-        float64 logits. No valid token at all: loss 0, gradients 0. NaN logits make that token's
+        float64 logits; with `metrics` a MeasuredLoss, which unpacks alike. No valid token at all: loss 0, gradients 0. NaN logits make that token's
         loss NaN, and the loss with it.
 
     Raises:
         ValueError: wrong shapes, mixed devices, two weightings at once, temperature <= 0, unknown
-            excess / reduction / backend, horizon != H, on the CPU negative or non-finite weights.
+            excess / reduction / backend, horizon != H, both caps, a scale or cap <= 0, z_loss < 0,
+            label_smoothing outside [0, 1), vocab_size > V, on the CPU negative or non-finite
+            weights.
         TypeError: logits or weights not floating point, target_ids not integer, `weighting` no
             rule.
         NotImplementedError: inside torch.func (grad, jvp, vmap, ...) and under forward-mode AD, but
             for backend="eager".
-        IndexError: on the CPU, a target outside [0, V). On a GPU that token's loss is NaN.
+        IndexError: on the CPU, a target outside [0, V), or [0, vocab_size). On a GPU that token's
+            loss is NaN.
         RuntimeError: a backend asked for by name is not available.
 
     Example: uniform predictions over five tokens cost log 5 nats, whatever the weights.
@@ -178,6 +214,9 @@ def fused_weighted_mtp_loss(
         ignore_index=ignore_index,
         shifted=shifted,
         offsets=offsets,
+        numerics=numerics_of(logit_scale, softcap, sigmoid_cap, z_loss, label_smoothing),
+        vocab_size=vocab_size,
+        metrics=metrics,
         **others,
     )
     check_flag("inplace", inplace)
@@ -192,20 +231,23 @@ def fused_weighted_mtp_loss(
     one_pass = fuses(chosen, key) and in_one_pass(call, seen.dtype)
     call = reference_resolved(call, chosen, one_pass=one_pass)
     if not one_pass:
-        ce = _cross_entropies([head.detach() for head in heads], call.targets, chosen)
+        ce = _row_losses([head.detach() for head in heads], call, chosen, call.numerics.of_ce)
         rule = reference.formed(call.rule, ce, call)
         call, key = call.formed(rule), rule.key()
     check_inplace(inplace, heads)
     settings = Settings(
         rule=key,
         reduction=call.terms.reduction,
-        ignore_index=call.targets.ignore_index,
-        backend=chosen,
         checked=call.checked,
         gradient="inplace" if inplace else "new",
+        metrics=metrics,
+        **row_settings_of(call, chosen),
     )
-    inputs = Inputs(logits=heads, **loss_inputs(call, dtype))
-    return MTPLoss(*weighted_loss(inputs, settings)[:3])
+    out = weighted_loss(Inputs(logits=heads, **loss_inputs(call, dtype)), settings)
+    loss = MTPLoss(out.loss, out.valid_mask, out.ce)
+    if not metrics:
+        return loss
+    return reference.with_metrics(loss, OfRows(out.row_max + out.log_sum, out.entropy, out.correct), call)
 
 
 def mtp_cross_entropy(
@@ -218,6 +260,12 @@ def mtp_cross_entropy(
     target_mask: Tensor | None = None,
     position_mask: Tensor | None = None,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sigmoid_cap: Sequence[float] | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The cross entropy of every head, differentiable per element.
@@ -231,6 +279,8 @@ def mtp_cross_entropy(
             [B, S, V]; DTensors as in `fused_weighted_mtp_loss`.
         target_ids, ignore_index, shifted, offsets, document_ids, target_mask, position_mask: which
             pairs count, as in `fused_weighted_mtp_loss`; masks of bools or integers alone.
+        logit_scale, softcap, sigmoid_cap, z_loss, label_smoothing, vocab_size: as there; with
+            z_loss or label_smoothing it is f that is returned.
         backend: "auto", "cpu", "triton" or "eager".
 
     Returns:
@@ -260,19 +310,23 @@ def mtp_cross_entropy(
     others |= {"shifted": shifted, "offsets": offsets, "ignore_index": ignore_index}
     targets = label_checks.targets_of("logits", seen, seen.shape[2], **others)
     label_checks.check_no_weights(targets)
+    numerics = numerics_of(logit_scale, softcap, sigmoid_cap, z_loss, label_smoothing)
+    check_columns("logits", seen, vocab_size)
     chosen = choose_backend(backend, seen.device.type, seen.dtype)
     if chosen == "eager":
-        return reference.cross_entropies(one_tensor(heads), targets)
+        rows = reference.row_statistics(one_tensor(heads), targets, numerics, vocab_size)
+        return rows.row_loss
     refuse_transforms(*heads)
-    return _cross_entropies(heads, targets, chosen)
+    call = Call(targets, Uniform(), Terms("sum"), vocab_size=vocab_size)
+    return _row_losses(heads, call, chosen, numerics)
 
 
-def _cross_entropies(heads: list[Tensor], targets: Targets, backend: str) -> Tensor:
-    inputs = Inputs(logits=heads, target_ids=targets.for_operators())
-    settings = Settings(
-        rule=Uniform().key(), reduction="sum", ignore_index=targets.ignore_index, backend=backend
-    )
-    return weighted_loss(inputs, settings).ce
+def _row_losses(heads: list[Tensor], call: Call, backend: str, numerics: Numerics) -> Tensor:
+    """[B, S, H]: f of these numerics, differentiable by element."""
+    how = row_settings_of(call._replace(numerics=numerics), backend)
+    settings = Settings(rule=Uniform().key(), reduction="sum", **how)
+    out = weighted_loss(Inputs(logits=heads, target_ids=call.targets.for_operators()), settings)
+    return out.row_loss if numerics.adds_terms else out.ce
 
 
 def next_token_cross_entropy(
@@ -284,6 +338,10 @@ def next_token_cross_entropy(
     target_mask: Tensor | None = None,
     position_mask: Tensor | None = None,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sigmoid_cap: Sequence[float] | None = None,
+    vocab_size: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """A reference model's cross entropy, without gradient: one read of its logits.
@@ -299,6 +357,8 @@ def next_token_cross_entropy(
             For `ref_ce=` leave position_mask and document_ids out, which are of the positions that
             predict: a token whose predecessor does not count has 0 here, and other heads may still
             predict it. The loss reads no entry of a pair that its own masks take out.
+        logit_scale, softcap, sigmoid_cap, vocab_size: of this model's head, as in
+            `fused_weighted_mtp_loss`.
         backend: "auto", "cpu", "triton" or "eager".
 
     Returns:
@@ -325,11 +385,20 @@ def next_token_cross_entropy(
     others |= {"shifted": shifted, "ignore_index": ignore_index}
     targets = label_checks.targets_of("logits", logits, 1, **others)
     label_checks.check_next_tokens(targets)
+    numerics = numerics_of(logit_scale, softcap, sigmoid_cap)
+    check_columns("logits", logits, vocab_size)
     chosen = choose_backend(backend, logits.device.type, logits.dtype)
     if chosen == "eager":
-        ce = reference.cross_entropies(logits.detach()[:, :, None], targets)[:, :, 0]
+        rows = logits.detach()[:, :, None]
+        ce = reference.cross_entropies(rows, targets, numerics, vocab_size)[:, :, 0]
         return ce[:, : targets.about()]
-    return reference_ce(logits, targets, chosen)
+    settings = RowSettings(
+        ignore_index=targets.ignore_index,
+        backend=chosen,
+        numerics=numerics,
+        vocab_size=vocab_size,
+    )
+    return reference_ce(logits, targets, settings)
 
 
 def _as_heads(logits: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

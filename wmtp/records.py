@@ -4,11 +4,14 @@ B batch, S sequence, H heads, V vocabulary, D hidden size. "acc" is float32, flo
 logits or hidden states. Tensors are on one device, but that 0-d ones may be on the host.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
+
+from wmtp.numerics import PLAIN, Numerics
 
 R = TypeVar("R")
 
@@ -31,13 +34,23 @@ class LossInputs:
 
 
 @dataclass(slots=True, kw_only=True)
-class LossSettings:
+class RowSettings:
+    """The plain values that say what a row of logits is to its cross entropy."""
+
+    ignore_index: int  # a target of this id is no target
+    backend: str  # of `backends.BACKENDS`
+    numerics: Numerics = PLAIN
+    vocab_size: int | None = None  # the columns that are tokens; the rest is padding. None: all
+    metrics: bool = False  # entropy and correct are wanted
+    shared_heads: bool = False  # of heads that are one row the sum of their gradients is wanted
+
+
+@dataclass(slots=True, kw_only=True)
+class LossSettings(RowSettings):
     """The plain values that both losses have."""
 
     rule: str  # `Weighting.key`
     reduction: str  # of `reduction.Terms`
-    ignore_index: int  # a target of this id is no target
-    backend: str  # of `backends.BACKENDS`
     checked: bool = False  # head_weights may be anything; else the CPU refuses NaN, inf, negative
 
 
@@ -55,35 +68,76 @@ class Settings(LossSettings):
     """The plain values of the loss on logits."""
 
     gradient: str = "none"  # written with the loss: "none", "new", or "inplace" over the logits
-    shared_heads: bool = False  # of heads that are one row the sum of their gradients is wanted
     once: bool = False  # the permission to write in place serves one backward
 
 
 class Outputs(NamedTuple):
     """What the loss on logits leaves."""
 
-    loss: Tensor  # []                      sum row_scalar ce
+    loss: Tensor  # []                      sum row_scalar f
     valid_mask: Tensor  # [B, S] bool       sum_k |w| > 1e-8
     ce: Tensor  # [B, S, H] acc             0 without a target, and so the rows' statistics
-    token_loss: Tensor  # [B, S] acc        sum_k w ce, over sum_k w for token_mean
+    row_loss: Tensor  # [B, S, H] acc       f of `numerics`; [0] where that is ce
+    token_loss: Tensor  # [B, S] acc        sum_k w f, over sum_k w for token_mean
     weight_sum: Tensor  # [B, S] acc        sum_k |w|
-    row_scalar: Tensor  # [B, S, H] acc     dloss / dce
+    row_scalar: Tensor  # [B, S, H] acc     dloss / df
     row_max: Tensor  # [B, S, H] acc        max x, and
     log_sum: Tensor  # [B, S, H] acc        log sum exp(x - max): added up they would lose digits
+    entropy: Tensor  # [B, S, H] acc        of softmax(x), and the next; [0] without `metrics`
+    correct: Tensor  # [B, S, H] bool       the target is the first of the largest logits
     factors: Tensor  # [2] acc              1 / denominator; what grad is still to be multiplied by
-    grad: Tensor  # of the logits' dtype    row_scalar (softmax - onehot); [0] where not wanted.
+    grad: Tensor  # of the logits' dtype    row_scalar df/dlogits; [0] where not wanted.
     # [B, S, H, V]; shared heads: [B, S, 1, V], an H-th of their sum, for autograd adds them up
+
+
+def new_outputs(rows: Tensor, heads: int, settings: Settings) -> Outputs:
+    """Of logits [B, S, ...]; nothing is written yet, and grad is not there."""
+    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    tokens, measured = rows.shape[:2], settings.metrics
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=rows.device)
+
+    def of_rows(dtype: torch.dtype = dtype, wanted: bool = True) -> Tensor:
+        return new(*(*tokens, heads) if wanted else (0,), dtype=dtype)
+
+    return Outputs(
+        loss=new(),
+        valid_mask=new(*tokens, dtype=torch.bool),
+        ce=of_rows(),
+        row_loss=of_rows(wanted=settings.numerics.adds_terms),
+        token_loss=new(*tokens),
+        weight_sum=new(*tokens),
+        row_scalar=of_rows(),
+        row_max=of_rows(),
+        log_sum=of_rows(),
+        entropy=of_rows(wanted=measured),
+        correct=of_rows(torch.bool, measured),
+        factors=new(2),
+        grad=rows.new_empty(0),
+    )
 
 
 @dataclass(slots=True)
 class RowInputs:
-    """The tensors of a gradient row by row, grad = row_scalar (softmax - onehot)."""
+    """The tensors of a gradient row by row, grad = row_scalar df/dlogits."""
 
     logits: Tensor  # [B, S, H, V]
     target_ids: Tensor  # as in LossInputs
     row_max: Tensor  # [B, S, H] acc, contiguous, and the next two
     log_sum: Tensor
     row_scalar: Tensor  # of any sign
+
+
+class RowOutputs(NamedTuple):
+    """What rows of logits [R, V] leave, [R] each; [0] as in Outputs."""
+
+    ce: Tensor
+    row_loss: Tensor
+    row_max: Tensor
+    log_sum: Tensor
+    entropy: Tensor
+    correct: Tensor
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,7 +166,11 @@ class LinearOutputs(NamedTuple):
     loss: Tensor  # []
     valid_mask: Tensor  # [B, S] bool
     ce: Tensor  # [B, S, H] acc
-    row_scalar: Tensor  # [B, S, H] acc     dloss / dce
+    row_loss: Tensor  # [B, S, H] acc       as in Outputs, and so the next two
+    entropy: Tensor
+    correct: Tensor
+    lse: Tensor  # [B, S, H] acc            [0] without `metrics`
+    row_scalar: Tensor  # [B, S, H] acc     dloss / df
     unscale: Tensor  # [] acc               left to multiply the sums with: 1 but for float16
     hidden_sum: Tensor  # [B, S, H, D]      see `chunks.Gradients`; [0] where not wanted
     weight_sum: Tensor  # [V, D]
@@ -129,14 +187,31 @@ _SCHEMA = {
     bool: "bool",
     list[bool]: "bool[]",
     torch.dtype: "ScalarType",
+    Numerics: "float[]",
 }
 
 
 _NAMES: dict[type, tuple[str, ...]] = {
     record: tuple(field.name for field in fields(record))
-    for record in (Inputs, Settings, RowInputs, LinearInputs, LinearSettings)
+    for record in (Inputs, Settings, RowInputs, RowSettings, LinearInputs, LinearSettings)
 }
 _NAMES |= {record: record._fields for record in (Outputs, LinearOutputs)}
+
+
+def rows_of(outputs: Outputs) -> RowOutputs:
+    """Of logits [1, R, 1, V]."""
+    return RowOutputs(*(getattr(outputs, name).flatten() for name in RowOutputs._fields))
+
+
+def row_settings(settings: RowSettings) -> RowSettings:
+    """What a loss's settings say of rows, without statistics: a gradient has none."""
+    return RowSettings(
+        ignore_index=settings.ignore_index,
+        backend=settings.backend,
+        numerics=settings.numerics,
+        vocab_size=settings.vocab_size,
+        shared_heads=settings.shared_heads,
+    )
 
 
 def names_of(record: type) -> tuple[str, ...]:
@@ -162,6 +237,9 @@ def unflat(values: Any, *records: type[R]) -> tuple[Any, ...]:
     found, begin = [], 0
     for record in records:
         names = _NAMES[record]
-        found.append(record(**dict(zip(names, values[begin:], strict=False))))
+        of_record = dict(zip(names, values[begin:], strict=False))
+        if isinstance(of_record.get("numerics"), Sequence):  # the operators have a list
+            of_record["numerics"] = Numerics(*of_record["numerics"])
+        found.append(record(**of_record))
         begin += len(names)
     return *found, *values[begin:]

@@ -24,6 +24,7 @@ class Terms(NamedTuple):
     normalizer: Tensor | None = None  # [], replaces the denominator
     head_scale: Tensor | None = None  # [H], multiplies what a head adds to the loss
     factor: Tensor | None = None  # broadcast to [B, S, H], multiplies the rule's weights
+    of_heads: Tensor | None = None  # [H], what head_mean divides by, before it became a scale
 
 
 def terms_of(
@@ -49,7 +50,7 @@ def terms_of(
         prior = 1 / targets.heads if head_prior is None else head_prior
         scale, unit = _of_heads(normalizer.to(targets.ids.device, torch.float64))
         scale = (prior * scale).to(dtype).expand(targets.heads).contiguous()
-        return Terms("sum", unit, scale, factor)
+        return Terms("sum", unit, scale, factor, normalizer)
     if head_prior is not None:
         factor = head_prior if factor is None else factor * head_prior
     if reduction == "pair_mean":
@@ -71,6 +72,23 @@ def pairs_of_heads(targets: Targets) -> Tensor:
     valid, factor = targets.valid(), targets.factor(torch.float64)
     counted = valid.double() if factor is None else torch.where(valid, factor, 0.0)
     return counted.sum((0, 1))
+
+
+def denominator(weights: Tensor, valid_mask: Tensor, terms: Terms) -> Tensor:
+    """What the loss was divided by, [], or [H] by heads: float64.
+
+    Args:
+        weights: [B, S, H], the final ones.
+        valid_mask: [B, S] bool, the tokens that count.
+    """
+    divisor = terms.normalizer if terms.of_heads is None else terms.of_heads
+    if divisor is not None:
+        return divisor.detach().to(weights.device, torch.float64)
+    if terms.reduction == "token_mean":
+        return valid_mask.sum(dtype=torch.float64)
+    if terms.reduction == "weight_mean":
+        return weights.sum(dtype=torch.float64)
+    return weights.new_ones((), dtype=torch.float64)
 
 
 def may_be_negative(reduction: str, has_normalizer: bool) -> bool:

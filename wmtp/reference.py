@@ -17,6 +17,8 @@ from wmtp.arguments import Call, checked_call, chosen_weighting
 from wmtp.exact_zero import log_sum_exp, product
 from wmtp.kinds import is_readable
 from wmtp.labels import Targets
+from wmtp.metrics import MTPLoss, OfRows, measured
+from wmtp.numerics import PLAIN, Numerics, numerics_of
 from wmtp.reduction import (
     Terms,
     accumulation_dtype,
@@ -28,19 +30,14 @@ from wmtp.reduction import (
 from wmtp.weightings import Excess, Given, Weighting
 
 
-class MTPLoss(NamedTuple):
-    """What every weighted loss returns; unpacks as three.
+class RowStatistics(NamedTuple):
+    """What rows of logits say of their targets, [B, S, H] each; 0 where a pair does not count."""
 
-    Attributes:
-        loss: [], the scalar to call `.backward()` on.
-        valid_mask: [B, S] bool, the tokens that count: those whose weights sum to more than 1e-8
-            (a NaN sum counts too, so that it surfaces in the loss).
-        ce_per_head: [B, S, H], the cross entropy in nats, 0 where there is no target.
-    """
-
-    loss: Tensor
-    valid_mask: Tensor
-    ce_per_head: Tensor
+    ce: Tensor
+    row_loss: Tensor  # f, which the loss averages
+    lse: Tensor  # of x
+    entropy: Tensor  # of softmax(x); this and the next without gradient
+    correct: Tensor  # bool
 
 
 def compute_weighted_mtp_loss(
@@ -61,8 +58,15 @@ def compute_weighted_mtp_loss(
     document_ids: Tensor | None = None,
     target_mask: Tensor | None = None,
     position_mask: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    sigmoid_cap: Sequence[float] | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+    vocab_size: int | None = None,
     reduction: str | None = None,
     normalizer: Tensor | float | None = None,
+    metrics: bool = False,
 ) -> MTPLoss:
     """The weighted multi-token-prediction loss, in eager torch.
 
@@ -102,6 +106,9 @@ def compute_weighted_mtp_loss(
         document_ids=document_ids,
         target_mask=target_mask,
         position_mask=position_mask,
+        numerics=numerics_of(logit_scale, softcap, sigmoid_cap, z_loss, label_smoothing),
+        vocab_size=vocab_size,
+        metrics=metrics,
     )
     return loss_of_logits(logits, call)
 
@@ -109,22 +116,38 @@ def compute_weighted_mtp_loss(
 def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
     """`compute_weighted_mtp_loss` of arguments as checked."""
     rule, targets, terms = call.rule, call.targets, call.terms
-    ce = cross_entropies(logits, targets)
+    rows = row_statistics(logits, targets, call.numerics, call.vocab_size, call.metrics)
+    ce = rows.ce
     if isinstance(rule, Given):
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
         checks.raise_on_bad_weight(rule.head_weights, targets.valid, negative)
     elif isinstance(rule, Excess) and rule.ref_logits is not None:
         rule = rule.with_fields(ref_ce=reference_ce(rule.ref_logits, targets), ref_logits=None)
     weights = final_weights(rule.resolved(targets), ce, call)
-    return loss_of_weights(ce, weights, targets.valid(), terms, bare=call.sums_to_one)
+    how = (targets.valid(), terms)
+    loss, valid_mask = loss_of_weights(rows.row_loss, weights, *how, bare=call.sums_to_one)
+    made = MTPLoss(loss, valid_mask, ce)
+    if not call.metrics:
+        return made
+    of_rows = OfRows(rows.lse, rows.entropy, rows.correct)
+    return with_metrics(made, of_rows, call._replace(rule=rule.resolved(targets)))
+
+
+def with_metrics(loss: MTPLoss, rows: OfRows, call: Call) -> MTPLoss:
+    """The loss with what `metrics` asks for; the call's rule knows its weights or their reference."""
+    with torch.no_grad():
+        weights = final_weights(call.rule, loss.ce_per_head, call)
+        return measured(loss, rows, weights, call.targets.valid(), call.terms)
 
 
 def loss_of_weights(
-    ce: Tensor, weights: Tensor, valid: Tensor, terms: Terms, *, bare: bool = False
-) -> MTPLoss:
-    """Everything after cross entropies and weights [B, S, H]; differentiable in both.
+    row_loss: Tensor, weights: Tensor, valid: Tensor, terms: Terms, *, bare: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(loss, valid_mask): everything after the pairs' losses and weights [B, S, H]; differentiable
+    in both.
 
     Args:
+        row_loss: what is averaged, the cross entropy for one.
         valid: [B, S, H] bool, the pairs that count.
         bare: the weights are a rule's that sum to 1 over a token's pairs, and nothing else.
     """
@@ -132,8 +155,8 @@ def loss_of_weights(
         row_scalar = product(weights, to_token_scalar(valid, ce.dtype, terms))
     else:
         row_scalar = to_row_scalar(weights, terms)
-    loss = product(row_scalar, ce).sum()
-    return MTPLoss(loss, counted_tokens(weights.abs().sum(-1)), ce)
+    loss = product(row_scalar, row_loss).sum()
+    return loss, counted_tokens(weights.abs().sum(-1))
 
 
 def final_weights(rule: Weighting, ce: Tensor, call: Call) -> Tensor:
@@ -165,29 +188,65 @@ def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int
     return cross_entropies(logits, Targets(target_ids, length, heads, ignore_index))
 
 
-def cross_entropies(logits: Tensor, targets: Targets) -> Tensor:
-    """ce[b, t, k] = logsumexp(logits[b, t, k, :]) - logits[b, t, k, target of head k at t].
-
-    Args:
-        logits: [B, S, H, V] float32, bfloat16, float16 or float64.
+def cross_entropies(
+    logits: Tensor, targets: Targets, numerics: Numerics = PLAIN, vocab_size: int | None = None
+) -> Tensor:
+    """ce[b, t, k] = logsumexp(x[b, t, k, :]) - x[b, t, k, target of head k at t].
 
     Returns:
         [B, S, H] float32 (float64 for float64 logits), nats, 0 where a pair does not count.
+    """
+    return row_statistics(logits, targets, numerics.of_ce, vocab_size).ce
+
+
+def row_statistics(
+    logits: Tensor,
+    targets: Targets,
+    numerics: Numerics = PLAIN,
+    vocab_size: int | None = None,
+    metrics: bool = False,
+) -> RowStatistics:
+    """Of each pair: its cross entropy, and what `numerics` and metrics make of its row x.
+
+        ce = lse - x[target]      f = (1 - eps) ce + eps (lse - mean x) + z lse^2
+        entropy = - sum p log p,  p = softmax(x)
+
+    Args:
+        logits: [B, S, H, V] float32, bfloat16, float16 or float64.
+        vocab_size: of the V columns those before are read; None: all.
+        metrics: lse, entropy and correct are wanted, which are empty without.
 
     Raises:
         IndexError: on the CPU, for a target outside [0, V). Elsewhere its cross entropy is NaN.
     """
-    vocabulary, wanted = logits.shape[-1], targets.of_heads()
+    logits, wanted = logits[..., :vocab_size], targets.of_heads()
+    vocabulary = logits.shape[-1]
     valid = wanted != targets.ignore_index
     in_range = (wanted >= 0) & (wanted < vocabulary)
     raise_on_bad_target(wanted, valid, vocabulary, targets.ignore_index)
     # Rows without a target must not be able to spoil anything, not even with NaN.
-    rows = logits.to(accumulation_dtype(logits)).masked_fill(~valid[..., None], 0.0)
-    picked = rows.gather(-1, wanted.clamp(0, vocabulary - 1)[..., None])[..., 0]
+    logits = logits.to(accumulation_dtype(logits)).masked_fill(~valid[..., None], 0.0)
+    rows, target = numerics.x_of(logits), wanted.clamp(0, vocabulary - 1)[..., None]
+    picked = rows.gather(-1, target)[..., 0]
     # Never max + log sum, which would lose the digits of the second to a large first.
     row_max, log_sum = max_and_log_sum(rows)
-    ce = torch.where(in_range | ~valid, (row_max - picked) + log_sum, float("nan"))
-    return torch.where(valid, ce, 0.0)
+    log_sum = torch.where(in_range | ~valid, log_sum, float("nan"))
+    ce = row_loss = torch.where(valid, (row_max - picked) + log_sum, 0.0)
+    if numerics.label_smoothing:
+        smooth = torch.where(valid, (row_max - rows.mean(-1)) + log_sum, 0.0)
+        row_loss = (1 - numerics.label_smoothing) * ce + numerics.label_smoothing * smooth
+    if numerics.z_loss:
+        lse = torch.where(valid, row_max + log_sum, 0.0)
+        row_loss = row_loss + numerics.z_loss * product(lse, lse)
+    if not metrics:
+        return RowStatistics(ce, row_loss, *(ce.new_empty(0),) * 3)
+    with torch.no_grad():
+        lse = torch.where(valid, row_max + log_sum, 0.0)
+        below_max = rows - row_max[..., None]
+        of_column = product((below_max - log_sum[..., None]).exp(), below_max)
+        entropy = torch.where(valid, log_sum - of_column.sum(-1), 0.0)
+        correct = valid & ~lse.isnan() & (logits.argmax(-1) == target[..., 0])
+    return RowStatistics(ce, row_loss, lse, entropy, correct)
 
 
 def max_and_log_sum(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """The CPU backend: calls libwmtp_cpu (kernels/cpu) through its C ABI; see `protocol.Backend`.
 
 weighted_loss  loss, cross entropies and, if wanted, the gradient: one read and one write
-row_gradient   the gradient of sum row_scalar * ce: one read, one write
+row_gradient   the gradient of sum row_scalar * f: one read, one write
 multiply_      a gradient times what came from above
 next_token_ce  a reference model's CE: one read
-rows_ce_       the CE of rows, which softmax - onehot overwrites: one read and one write
+rows_ce_       the CE of rows, which df/dlogits overwrites: one read and one write
 """
 
 import ctypes
@@ -22,18 +22,26 @@ from wmtp.backends.cpu_library import unavailable as unavailable
 from wmtp.backends.gradient_memory import new_gradient
 from wmtp.checks import target_error, weight_error
 from wmtp.layout import as_rows, heads_share_storage
-from wmtp.records import Inputs, Outputs, RowInputs, Settings
-from wmtp.reduction import accumulation_dtype, may_be_negative
+from wmtp.records import (
+    Inputs,
+    Outputs,
+    RowInputs,
+    RowOutputs,
+    RowSettings,
+    Settings,
+    names_of,
+    new_outputs,
+    rows_of,
+)
+from wmtp.reduction import may_be_negative
 from wmtp.weightings.base import rule_of
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _REDUCTIONS = {"sum": 0, "token_mean": 1, "weight_mean": 2}
-_NO_ID = -1  # ignore_index where no target is to be ignored
 _NOWHERE = (None, 0, 0)
 _NO_RULE = -2
+_ROW_SCALAR = "row_scalar"  # instead of a rule
 _BAD_TARGET, _BAD_WEIGHT = 1, 2
-# head_weights are row scalars.
-_ROW_SCALAR = cpu_library.Settings(rule=-1, known=True, reduction=_REDUCTIONS["sum"], checked=True)
 
 
 class _Gradient(NamedTuple):
@@ -55,15 +63,14 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     if settings.gradient != "none":
         memory = rows if settings.gradient == "inplace" else _gradient_memory(rows, shared)
     gradient = _Gradient(memory, 1 / heads if shared else 1.0)
-    how = _settings(settings, multiplied=inputs.head_weights is not None)
-    return _run(inputs, settings.ignore_index, how, gradient)
+    return _run(inputs, settings, gradient)
 
 
-def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
+def row_gradient(rows: RowInputs, settings: RowSettings) -> Tensor:
     # row_max and log_sum are not needed: the pass that finds them again has the exponentials then.
     inputs = Inputs(logits=[rows.logits], target_ids=rows.target_ids, head_weights=rows.row_scalar)
     memory = _gradient_memory(rows.logits, heads_share_storage(rows.logits))
-    return _run(inputs, ignore_index, _ROW_SCALAR, _Gradient(memory)).grad
+    return _run(inputs, _of_row_scalars(settings), _Gradient(memory)).grad
 
 
 def multiply_(grad: Tensor, factor: Tensor) -> Tensor:
@@ -73,16 +80,24 @@ def multiply_(grad: Tensor, factor: Tensor) -> Tensor:
     return grad if number == 1 else grad.mul_(factor)
 
 
-def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
+def next_token_ce(logits: Tensor, target_ids: Tensor, settings: RowSettings) -> Tensor:
     inputs = Inputs(logits=[logits[:, :, None]], target_ids=target_ids)
-    return _run(inputs, ignore_index, _ROW_SCALAR, _Gradient()).ce[:, :, 0]
+    return _run(inputs, _of_row_scalars(settings), _Gradient()).ce[:, :, 0]
 
 
-def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> Tensor:
+def rows_ce_(
+    logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None, settings: RowSettings
+) -> RowOutputs:
     rows = logits[None, :, None]
     inputs = Inputs(logits=[rows], target_ids=target_ids[None], head_weights=row_scalar)
     gradient = _Gradient(None if row_scalar is None else rows)
-    return _run(inputs, _NO_ID, _ROW_SCALAR, gradient).ce.flatten()
+    return rows_of(_run(inputs, _of_row_scalars(settings), gradient))
+
+
+def _of_row_scalars(settings: RowSettings) -> Settings:
+    """head_weights are dloss/df itself, of any sign, and grad is final."""
+    known = {name: getattr(settings, name) for name in names_of(RowSettings)}
+    return Settings(rule=_ROW_SCALAR, reduction="sum", checked=True, **known)
 
 
 def new_rows(count: int, weight: Tensor) -> Tensor:
@@ -90,46 +105,32 @@ def new_rows(count: int, weight: Tensor) -> Tensor:
     return new_gradient((count, len(weight)), weight.dtype, _ask_for_huge_pages)
 
 
-def _run(
-    inputs: Inputs, ignore_index: int, settings: cpu_library.Settings, gradient: _Gradient
-) -> Outputs:
-    library, (rows, head_offsets) = load(), as_rows(inputs.logits)
-    batch, length, heads, _vocabulary = rows.shape
-    dtype = accumulation_dtype(rows)
-    of_tokens, of_rows = (batch, length), (batch, length, heads)
-    outputs = Outputs(
-        loss=_empty((), dtype),
-        valid_mask=_empty(of_tokens, torch.bool),
-        ce=_empty(of_rows, dtype),
-        token_loss=_empty(of_tokens, dtype),
-        weight_sum=_empty(of_tokens, dtype),
-        row_scalar=_empty(of_rows, dtype),
-        row_max=_empty(of_rows, dtype),
-        log_sum=_empty(of_rows, dtype),
-        factors=_empty((2,), dtype),
-        grad=rows.new_empty(0) if gradient.memory is None else gradient.memory,
-    )
-    data = _inputs(inputs, rows, head_offsets, ignore_index)
+def _run(inputs: Inputs, settings: Settings, gradient: _Gradient) -> Outputs:
+    library, (padded, head_offsets) = load(), as_rows(inputs.logits)
+    rows = padded[..., : settings.vocab_size]
+    outputs = new_outputs(rows, rows.shape[2], settings)
+    if gradient.memory is not None:
+        outputs = outputs._replace(grad=gradient.memory)
+    data = _inputs(inputs, rows, head_offsets, settings.ignore_index)
+    how = _settings(settings, multiplied=inputs.head_weights is not None)
     wanted = gradient.memory is not None
-    scratch_bytes = library.wmtp_cpu_scratch_bytes(data, settings, wanted)
-    scratch = _empty((scratch_bytes,), torch.uint8)
+    scratch_bytes = library.wmtp_cpu_scratch_bytes(data, how, wanted)
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device="cpu")
     memory = cpu_library.Outputs(
         *(tensor.data_ptr() for tensor in outputs[:-1]),
         _pointer(gradient.memory),
         scratch.data_ptr(),
+        padded.shape[3],
         gradient.scale,
     )
     position = ctypes.c_int64()
-    status = library.wmtp_cpu_weighted_loss(data, settings, memory, position)
+    status = library.wmtp_cpu_weighted_loss(data, how, memory, position)
     if status == _BAD_WEIGHT:
-        _raise_weight_error(inputs, settings, position.value, heads)
+        _raise_weight_error(inputs, settings, position.value, rows.shape[2])
     if status == _BAD_TARGET:
-        _raise_target_error(inputs.target_ids, position.value, rows.shape, ignore_index)
+        shape, ignore_index = rows.shape, settings.ignore_index
+        _raise_target_error(inputs.target_ids, position.value, shape, ignore_index)
     return outputs
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="cpu")  # whatever torch's default device is
 
 
 def _gradient_memory(logits: Tensor, shared_heads: bool) -> Tensor:
@@ -167,6 +168,10 @@ def _inputs(
 
 
 def _settings(settings: Settings, *, multiplied: bool) -> cpu_library.Settings:
+    numerics, metrics = cpu_library.Numerics(*settings.numerics), settings.metrics
+    reduction = _REDUCTIONS[settings.reduction]
+    if settings.rule == _ROW_SCALAR:
+        return cpu_library.Settings(-1, True, False, False, reduction, True, numerics, metrics)
     rule = rule_of(settings.rule)
     bare = not rule.known and not multiplied
     return cpu_library.Settings(
@@ -174,8 +179,10 @@ def _settings(settings: Settings, *, multiplied: bool) -> cpu_library.Settings:
         rule.known,
         not rule.known and rule.scope == "token",
         bare and rule.sums_to_one,
-        _REDUCTIONS[settings.reduction],
+        reduction,
         settings.checked,
+        numerics,
+        metrics,
     )
 
 
@@ -196,13 +203,12 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _raise_weight_error(
-    inputs: Inputs, settings: cpu_library.Settings, position: int, heads: int
+    inputs: Inputs, settings: Settings, position: int, heads: int
 ) -> NoReturn:
     assert inputs.head_weights is not None
     token, k = divmod(position, heads)
     b, t = divmod(token, inputs.head_weights.shape[1])
-    reduction = next(name for name, code in _REDUCTIONS.items() if code == settings.reduction)
-    negative = may_be_negative(reduction, inputs.normalizer is not None)
+    negative = may_be_negative(settings.reduction, inputs.normalizer is not None)
     weight = inputs.head_weights[b, t, k].item()
     raise weight_error(f"[{b}, {t}, {k}]", weight, negative=negative)
 

@@ -18,6 +18,13 @@ _UNKNOWN_ISA, _MISSING_ISA = 3, 4
 Numbers = ctypes.c_double * 4  # a rule's
 
 
+class Numerics(ctypes.Structure):  # wmtp/numerics.py
+    _fields_ = [
+        (name, ctypes.c_double)
+        for name in ("slope", "offset", "amplitude", "center", "z_loss", "label_smoothing")
+    ]
+
+
 class Inputs(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
     _fields_ = [
         ("logits", ctypes.c_void_p),
@@ -37,8 +44,12 @@ class Inputs(ctypes.Structure):  # kernels/cpu/wmtp_cpu.h, and so the next two
 
 class Settings(ctypes.Structure):
     _fields_ = [
-        (name, ctypes.c_int32)
-        for name in ("rule", "known", "whole_token", "sums_to_one", "reduction", "checked")
+        *(
+            (name, ctypes.c_int32)
+            for name in ("rule", "known", "whole_token", "sums_to_one", "reduction", "checked")
+        ),
+        ("numerics", Numerics),
+        ("metrics", ctypes.c_int32),
     ]
 
 
@@ -47,15 +58,17 @@ class Outputs(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("loss", "valid_mask", "ce", "token_loss", "weight_sum", "row_scalar"),
-                *("row_max", "log_sum", "factors", "grad", "scratch"),
+                *("loss", "valid_mask", "ce", "row_loss", "token_loss", "weight_sum"),
+                *("row_scalar", "row_max", "log_sum", "entropy", "correct", "factors"),
+                *("grad", "scratch"),
             )
         ),
+        ("grad_stride", ctypes.c_int64),
         ("grad_scale", ctypes.c_double),
     ]
 
 
-ABI = (4, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
+ABI = (5, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
 
 
 class _VersionError(OSError):

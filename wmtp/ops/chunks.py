@@ -4,8 +4,9 @@ Of the rows (b, t, k) some have a target; a chunk has R of them, all heads of it
 
     x [R, D]       = hidden's rows
     logits [R, V]  = x @ weight.T + bias                 by the platform's product, in the buffer
-    ce [R]           by the kernel, which leaves g = softmax - onehot where the logits were
-    c [R]          = dloss/dce
+    ce [R]           by the kernel, which leaves g = df/dlogits where the logits were: of what the
+                     loss averages, f = ce for one, g = softmax - onehot
+    c [R]          = dloss/df
     grad_hidden    = c (g @ weight)      grad_weight += g.T @ (c x)      grad_bias += c @ g
 
 The kernel multiplies g by the part of c that is known before, in float32. A weight that follows
@@ -24,7 +25,7 @@ from torch import Tensor
 from wmtp.backends import BACKENDS, multiply
 from wmtp.exact_zero import product
 from wmtp.labels import as_targets
-from wmtp.records import LinearInputs, LinearSettings
+from wmtp.records import LinearInputs, LinearSettings, RowOutputs, RowSettings
 from wmtp.reference import raise_on_bad_target
 
 MIB = 1 << 20
@@ -72,21 +73,36 @@ class Linear(NamedTuple):
     """The product, and how it is computed."""
 
     hidden: Tensor  # [B, S, H, D], any strides
-    weight: Tensor  # [V, D]
+    weight: Tensor  # [V, D]: the rows that are tokens
     bias: Tensor | None  # [V]
+    padded: int  # V, with the rows that are none: the gradients have them
     dtype: torch.dtype  # of x, logits and g
     accum_dtype: torch.dtype  # of grad_weight and grad_bias while they are summed up
     chunk_bytes: int | None
-    backend: str
+    rows: RowSettings  # of the chunks' logits, which have no padding
     positions: int  # of S, that may have a target
     weight_wanted: bool = True  # its gradient
 
     @classmethod
     def of(cls, inputs: LinearInputs, settings: LinearSettings) -> "Linear":
-        how = (settings.dtype, settings.accum_dtype, settings.chunk_bytes, settings.backend)
-        positions = min(inputs.hidden.shape[1], inputs.target_ids.shape[1])
-        wanted = Wanted(*settings.wanted)
-        return cls(inputs.hidden, inputs.weight, inputs.bias, *how, positions, wanted.weight)
+        tokens = slice(settings.vocab_size)
+        return cls(
+            hidden=inputs.hidden,
+            weight=inputs.weight[tokens],
+            bias=None if inputs.bias is None else inputs.bias[tokens],
+            padded=len(inputs.weight),
+            dtype=settings.dtype,
+            accum_dtype=settings.accum_dtype,
+            chunk_bytes=settings.chunk_bytes,
+            rows=RowSettings(
+                ignore_index=settings.ignore_index,
+                backend=settings.backend,
+                numerics=settings.numerics,
+                metrics=settings.metrics,
+            ),
+            positions=min(inputs.hidden.shape[1], inputs.target_ids.shape[1]),
+            weight_wanted=Wanted(*settings.wanted).weight,
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -136,13 +152,14 @@ def default_chunk_bytes(row_bytes: int) -> int:
     return min(2048 * row_bytes, 1024 * MIB)
 
 
-def make_plan(target_ids: Tensor, linear: Linear, ignore_index: int) -> Plan:
+def make_plan(target_ids: Tensor, linear: Linear) -> Plan:
     """Which rows have a target is asked for on the host: one wait for the device a call.
 
     Raises:
         IndexError: a target outside [0, V).
     """
     (_, length, heads, _), vocab_size = linear.hidden.shape, linear.weight.shape[0]
+    ignore_index = linear.rows.ignore_index
     targets = as_targets(target_ids.cpu(), length, heads, ignore_index).of_heads()
     valid = targets != ignore_index
     raise_on_bad_target(targets, valid, vocab_size, ignore_index)
@@ -177,20 +194,21 @@ def run_chunks(
     unscale: Tensor,
     weigh: Callable[[Tensor, slice], Tensor] | None,
     wanted: Wanted,
-) -> tuple[Tensor, Gradients]:
-    """Cross entropies [B, S, H], and the gradients wanted, which `finish_gradients` finishes.
+) -> tuple[RowOutputs, Gradients]:
+    """What the rows leave, [B, S, H] each, and the gradients wanted, which `finish_gradients`
+    finishes.
 
     Args:
-        row_scalar: [B, S, H], dloss/dce, but for the weights that `weigh` finds.
+        row_scalar: [B, S, H], dloss/df, but for the weights that `weigh` finds.
         unscale: [], what the gradients are left to be multiplied with.
         weigh: called with the cross entropies of some tokens and which these are, to say their
             weights, both [tokens, H].
     """
-    hidden, dtype, backend = linear.hidden, linear.dtype, BACKENDS[linear.backend]
+    hidden, dtype, backend = linear.hidden, linear.dtype, BACKENDS[linear.rows.backend]
     weight = linear.weight.to(dtype)
     bias = None if linear.bias is None else linear.bias.to(dtype)
     _, length, heads = row_scalar.shape
-    ce = torch.zeros_like(row_scalar)
+    out = new_row_outputs(row_scalar, linear.rows)
     scalars = row_scalar.view(-1)
     sums = _Sums(linear, wanted)
     most = max((chunk.rows.stop - chunk.rows.start for chunk in plan.chunks), default=0)
@@ -206,14 +224,34 @@ def run_chunks(
             torch.addmm(bias, x, weight.T, out=logits)
         # g is scaled twice: by `written` when the kernel stores it, by `after` in the products.
         written, after = scalars[rows] / unscale if any(wanted) else None, None
-        ce.view(-1)[rows] = backend.rows_ce_(logits, targets, written)
+        of_chunk = backend.rows_ce_(logits, targets, written, linear.rows)
+        for whole, part in zip(out, of_chunk, strict=True):
+            if whole.numel():
+                whole.view(-1)[rows] = part
         if weigh is not None:
-            weights = weigh(ce.flatten(0, 1)[chunk.tokens], chunk.tokens)
+            weights = weigh(out.ce.flatten(0, 1)[chunk.tokens], chunk.tokens)
             after = weights.flatten()[rows - chunk.tokens.start * heads]
         if written is not None:
             x.masked_fill_((written == 0)[:, None], 0.0)
             sums.add(logits, x, weight, rows, after)
-    return ce, sums.gradients()
+    return out, sums.gradients()
+
+
+def new_row_outputs(row_scalar: Tensor, settings: RowSettings) -> RowOutputs:
+    """0 for rows [B, S, H]; [0] where not wanted."""
+    terms, measured = settings.numerics.adds_terms, settings.metrics
+
+    def new(wanted: bool, dtype: torch.dtype = row_scalar.dtype) -> Tensor:
+        return row_scalar.new_zeros(row_scalar.shape if wanted else (0,), dtype=dtype)
+
+    return RowOutputs(
+        ce=new(True),
+        row_loss=new(terms),
+        row_max=new(measured),
+        log_sum=new(measured),
+        entropy=new(measured),
+        correct=new(measured, torch.bool),
+    )
 
 
 class _Sums:
@@ -224,8 +262,11 @@ class _Sums:
         self.empty = True
         hidden, weight, dtype = linear.hidden, linear.weight, linear.sum_dtype
         self.hidden = hidden.new_zeros(hidden.shape if wanted.hidden else 0)
-        self.weight = weight.new_empty(weight.shape if wanted.weight else 0, dtype=dtype)
-        self.bias = weight.new_empty(len(weight) if wanted.bias else 0, dtype=dtype)
+        padded = (linear.padded, weight.shape[1])
+        self.weight = weight.new_empty(padded if wanted.weight else 0, dtype=dtype)
+        self.bias = weight.new_empty(linear.padded if wanted.bias else 0, dtype=dtype)
+        self.tokens = len(weight)
+        self.weight[self.tokens :], self.bias[self.tokens :] = 0, 0
 
     def add(self, g: Tensor, x: Tensor, weight: Tensor, rows: Tensor, c: Tensor | None) -> None:
         """c [R]: the factor that each row of g still lacks; None: no factor."""
@@ -236,10 +277,10 @@ class _Sums:
             gradient = gradient.to(self.hidden.dtype)
             self.hidden.view(-1, x.shape[1]).index_copy_(0, rows, gradient)
         if self.wanted.weight:
-            self._add(self.weight, g, x if c is None else x.mul_(c[:, None]))
+            self._add(self.weight[: self.tokens], g, x if c is None else x.mul_(c[:, None]))
         if self.wanted.bias:
             ones = torch.ones_like(x[:, :1])
-            self._add(self.bias[:, None], g, ones if c is None else c[:, None].to(x.dtype))
+            self._add(self.bias[: self.tokens, None], g, ones if c is None else c[:, None].to(x.dtype))
         self.empty = False
 
     def _add(self, total: Tensor, g: Tensor, x: Tensor) -> None:
@@ -272,7 +313,7 @@ def finish_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of hidden, weight and bias: the sums, which are used up, times factor [], if
     there is one."""
-    hidden, weight, bias = (_multiply(total, factor, linear.backend) for total in sums)
+    hidden, weight, bias = (_multiply(total, factor, linear.rows.backend) for total in sums)
     dtype = linear.weight.dtype
     return hidden.to(linear.hidden.dtype), weight.to(dtype), bias.to(dtype)
 
@@ -290,6 +331,8 @@ def find_unscale(row_scalar: Tensor, linear: Linear) -> Tensor:
         return row_scalar.new_ones(())
     scalars = row_scalar.abs().where(row_scalar.isfinite(), 0.0)
     largest = scalars.amax()
+    slope = linear.rows.numerics.largest_gradient
+    largest, scalars = largest * slope, scalars * slope
     unscale = largest / FP16_LARGEST_G
     bounds = [2.0 * largest * _largest(linear.weight).amax()]  # of g @ weight
     if linear.sum_dtype == torch.float16:  # of g.T @ x and of the bias's gradient

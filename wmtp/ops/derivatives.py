@@ -1,9 +1,10 @@
-"""What the backward of both operators is made of: d/dce, d/dw, and who may be differentiated again.
+"""What the backward of both operators is made of: d/df, d/dw, and who may be differentiated again.
 
 B batch, S sequence, H heads.
 """
 
-from typing import Any, NoReturn, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from wmtp import reference
 from wmtp.exact_zero import product
 from wmtp.labels import as_targets
+from wmtp.numerics import Numerics
 from wmtp.records import LossSettings
 from wmtp.reduction import Terms
 from wmtp.weightings import Given
@@ -22,22 +24,63 @@ def no_second_derivative(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
+class Upstream(NamedTuple):
+    """The gradients of what a loss's operator returns; None: that was not used."""
+
+    loss: Tensor | None = None  # []
+    ce: Tensor | None = None  # [B, S, H], and the next
+    row_loss: Tensor | None = None
+
+    @classmethod
+    def of(cls, grads: Sequence[Tensor | None]) -> "Upstream":
+        """Of those of `Outputs` or `LinearOutputs`, in order."""
+        loss, _valid_mask, ce, row_loss = grads[:4]
+        return cls(loss, ce, row_loss)
+
+    @property
+    def none(self) -> bool:
+        return self.loss is None and self.of_pairs is None
+
+    @property
+    def of_pairs(self) -> Tensor | None:
+        """Of ce or row_loss, whichever was used."""
+        return self.row_loss if self.ce is None else self.ce
+
+    def of_rows(self, row_scalar: Tensor) -> Tensor:
+        """[B, S, H], d/df of what backward was called on, f being what the loss averages."""
+        scalar = torch.zeros_like(row_scalar) if self.row_loss is None else self.row_loss
+        return scalar if self.loss is None else scalar + product(self.loss, row_scalar)
+
+    def sources(self, row_scalar: Tensor, numerics: Numerics) -> list[tuple[Tensor, Numerics]]:
+        """[B, S, H] row scalars, and of what each is the gradient: of f, and of ce, which may be
+        the same."""
+        if not numerics.adds_terms:
+            return [(Upstream(self.loss, row_loss=self.ce).of_rows(row_scalar), numerics)]
+        found = []
+        if self.loss is not None or self.row_loss is not None:
+            found.append((self.of_rows(row_scalar), numerics))
+        if self.ce is not None:
+            found.append((self.ce, numerics.of_ce))
+        return found
+
+
 def weights_gradient(
-    saved: Any, ce: Tensor | None, grad_loss: Tensor, settings: LossSettings
+    saved: Any, row_loss: Tensor | None, grad_loss: Tensor, settings: LossSettings
 ) -> Tensor:
     """Of head_weights, by the definition; differentiable in all that it is made of where grad mode
     says so."""
-    assert ce is not None  # saved for this
+    assert row_loss is not None  # saved for this
     differentiable = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad():
         weights = saved.head_weights
         if not differentiable:
             weights = weights.detach().requires_grad_()
-        _, length, heads = ce.shape
+        _, length, heads = row_loss.shape
         targets = as_targets(saved.target_ids, length, heads, settings.ignore_index)
         valid = targets.valid()
         terms = Terms(settings.reduction, saved.normalizer, saved.head_scale)
-        loss, *_ = reference.loss_of_weights(ce, Given(weights).weights(ce, valid), valid, terms)
+        weighed = Given(weights).weights(row_loss, valid)
+        loss, _ = reference.loss_of_weights(row_loss, weighed, valid, terms)
         grads = torch.autograd.grad(loss, weights, grad_loss, create_graph=differentiable)
         return cast(Tensor, grads[0])
 
@@ -59,12 +102,6 @@ def constant_of(row_scalar: Tensor, head_weights: Tensor | None) -> Tensor:
         found = _ConstantOf.apply(row_scalar, head_weights)  # type: ignore[no-untyped-call]
         return cast(Tensor, found)
     return row_scalar
-
-
-def upstream(row_scalar: Tensor, grad_loss: Tensor | None, grad_ce: Tensor | None) -> Tensor:
-    """d/dce of what backward was called on, [B, S, H]."""
-    scalar = torch.zeros_like(row_scalar) if grad_ce is None else grad_ce
-    return scalar if grad_loss is None else scalar + product(grad_loss, row_scalar)
 
 
 def left_over(grad_loss: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,15 +24,17 @@ from wmtp.ops.chunks import (
     find_unscale,
     finish_gradients,
     make_plan,
+    new_row_outputs,
     run_chunks,
 )
-from wmtp.ops.derivatives import constant_of, no_second_derivative, upstream, weights_gradient
+from wmtp.ops.derivatives import Upstream, constant_of, no_second_derivative, weights_gradient
 from wmtp.ops.library import define
 from wmtp.ops.loss import NO_GRAPH, next_token_ce
 from wmtp.records import (
     LinearInputs,
     LinearOutputs,
     LinearSettings,
+    RowSettings,
     flat,
     names_of,
     schema_of,
@@ -62,7 +64,7 @@ class Saved(NamedTuple):
     target_ids: Tensor
     row_scalar: Tensor
     unscale: Tensor
-    ce: Tensor | None  # this and the next three: for the gradient of the weights
+    row_loss: Tensor | None  # this and the next three: for the gradient of the weights
     head_weights: Tensor | None
     head_scale: Tensor | None
     normalizer: Tensor | None
@@ -107,13 +109,15 @@ def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
         row_scalar = product(valid.to(dtype), scalar).contiguous()
         weigh = _Weigh(rule, inputs, settings, targets, row_scalar)
     unscale = find_unscale(row_scalar, linear)
-    plan = make_plan(inputs.target_ids, linear, settings.ignore_index)
+    plan = make_plan(inputs.target_ids, linear)
     now = Wanted(*settings.wanted) if settings.ahead else Wanted()
-    ce, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
+    rows, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
     if weigh is not None and not weigh.sums_to_one:
         valid_mask = counted_tokens(weigh.sums.view_as(valid_mask))
-    loss = product(row_scalar, ce).sum()
-    return tuple(LinearOutputs(loss, valid_mask, ce, row_scalar, unscale, *sums))
+    averaged = rows.row_loss if settings.numerics.adds_terms else rows.ce
+    loss, lse = product(row_scalar, averaged).sum(), rows.row_max + rows.log_sum
+    of_rows = (rows.ce, rows.row_loss, rows.entropy, rows.correct, lse)
+    return tuple(LinearOutputs(loss, valid_mask, *of_rows, row_scalar, unscale, *sums))
 
 
 class _Weigh:
@@ -140,8 +144,8 @@ class _Weigh:
         if rule.compares:
             ref_ce = inputs.ref_ce
             if inputs.teacher is not None:
-                how = (inputs.target_ids, settings.ignore_index, settings.backend)
-                ref_ce = next_token_ce(inputs.teacher, *how)
+                how = RowSettings(ignore_index=settings.ignore_index, backend=settings.backend)
+                ref_ce = next_token_ce(inputs.teacher, inputs.target_ids, how)
             assert ref_ce is not None
             aligned = targets.reference_of_heads(ref_ce.to(row_scalar.dtype))
             self.ref_ce = aligned.reshape(-1, heads)
@@ -160,7 +164,7 @@ class _Weigh:
 def _linear_gradient(*values: Any) -> tuple[Tensor, ...]:
     inputs, settings, row_scalar = unflat(values, LinearInputs, LinearSettings)
     linear, row_scalar = Linear.of(inputs, settings), row_scalar.contiguous()
-    plan = make_plan(inputs.target_ids, linear, settings.ignore_index)
+    plan = make_plan(inputs.target_ids, linear)
     unscale = find_unscale(row_scalar, linear)
     _, sums = run_chunks(linear, plan, row_scalar, unscale, None, Wanted(*settings.wanted))
     return finish_gradients(linear, sums, _factor(linear.dtype, unscale, None))
@@ -170,11 +174,15 @@ def _fake_linear_loss(*values: Any) -> tuple[Tensor, ...]:
     inputs, settings = unflat(values, LinearInputs, LinearSettings)
     linear, hidden = Linear.of(inputs, settings), inputs.hidden
     dtype, wanted = accumulation_dtype(hidden), Wanted(*settings.wanted)
-    tokens, rows = hidden.shape[:2], hidden.shape[:3]
+    rows = hidden.shape[:3]
+    scalar, row_scalar = hidden.new_empty((), dtype=dtype), hidden.new_empty(rows, dtype=dtype)
+    of_rows = new_row_outputs(row_scalar, linear.rows)
     return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(tokens, dtype=torch.bool),
-        *(hidden.new_empty(shape, dtype=dtype) for shape in (rows, rows, ())),
+        scalar,
+        hidden.new_empty(hidden.shape[:2], dtype=torch.bool),
+        *(of_rows.ce, of_rows.row_loss, of_rows.entropy, of_rows.correct, of_rows.row_max),
+        row_scalar,
+        torch.empty_like(scalar),
         *_fake_sums(linear, wanted if settings.ahead else Wanted(), linear.sum_dtype),
     )
 
@@ -187,10 +195,11 @@ def _fake_linear_gradient(*values: Any) -> tuple[Tensor, ...]:
 
 def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tensor, ...]:
     hidden, weight = linear.hidden, linear.weight
+    padded = (linear.padded, weight.shape[1])
     return (
         hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight.new_empty(weight.shape if wanted.weight else (0,), dtype=dtype),
-        weight.new_empty(len(weight) if wanted.bias else 0, dtype=dtype),
+        weight.new_empty(padded if wanted.weight else (0,), dtype=dtype),
+        weight.new_empty(linear.padded if wanted.bias else 0, dtype=dtype),
     )
 
 
@@ -199,49 +208,49 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.weights_wanted = ctx.needs_input_grad[ARGUMENTS.index("head_weights")]
     out = LinearOutputs(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(out.valid_mask, *out[3:])
+    ctx.mark_non_differentiable(out.valid_mask, *out[4:])
     ahead = ctx.settings.ahead and any(ctx.settings.wanted)
     ctx.sums = Gradients(out.hidden_sum, out.weight_sum, out.bias_sum) if ahead else None
     of_weights: tuple[Tensor | None, ...] = (None,) * 4
     if ctx.weights_wanted:  # the caller may change his ce in place
         terms = (tensors.head_scale, tensors.normalizer)
-        of_weights = (out.ce.clone(), tensors.head_weights, *terms)
+        row_loss = out.row_loss if ctx.settings.numerics.adds_terms else out.ce
+        of_weights = (row_loss.clone(), tensors.head_weights, *terms)
     of_product = (tensors.hidden, tensors.weight, tensors.bias)
     of_rows = (tensors.target_ids, out.row_scalar, out.unscale)
     ctx.save_for_backward(*of_product, *of_rows, *of_weights)
 
 
-def _backward(
-    ctx: Any, grad_loss: Tensor | None, _mask: None, grad_ce: Tensor | None, *_: None
-) -> tuple[Any, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    upstream = Upstream.of(grads)
     found: dict[str, Any] = {}
-    if not (grad_loss is None and grad_ce is None):
+    if not upstream.none:
         saved = Saved(*ctx.saved_tensors)
-        if ctx.weights_wanted and grad_loss is not None:
-            ce = _cross_entropies(ctx, saved) if torch.is_grad_enabled() else saved.ce
-            found["head_weights"] = weights_gradient(saved, ce, grad_loss, ctx.settings)
+        if ctx.weights_wanted and upstream.loss is not None:
+            row_loss = _row_losses(ctx, saved) if torch.is_grad_enabled() else saved.row_loss
+            of_weights = weights_gradient(saved, row_loss, upstream.loss, ctx.settings)
+            found["head_weights"] = of_weights
         if any(ctx.settings.wanted):
-            made = _gradients(ctx, saved, grad_loss, grad_ce)
+            made = _gradients(ctx, saved, upstream)
             each = zip(("hidden", "weight", "bias"), made, ctx.settings.wanted, strict=True)
             found |= {name: grad for name, grad, wanted in each if wanted}
     return tuple(map(found.get, ARGUMENTS))
 
 
-def _gradients(
-    ctx: Any, saved: Saved, grad_loss: Tensor | None, grad_ce: Tensor | None
-) -> tuple[Tensor, ...]:
+def _gradients(ctx: Any, saved: Saved, upstream: Upstream) -> tuple[Tensor, ...]:
     # What was summed ahead belongs to whoever gets it.
     sums, ctx.sums = ctx.sums, None
     inputs = _product_of(saved)
-    if grad_ce is None and sums is not None and not torch.is_grad_enabled():
+    if upstream.of_pairs is None and sums is not None and not torch.is_grad_enabled():
         linear = Linear.of(inputs, ctx.settings)
-        return finish_gradients(linear, sums, _factor(linear.dtype, saved.unscale, grad_loss))
+        return finish_gradients(linear, sums, _factor(linear.dtype, saved.unscale, upstream.loss))
     del sums
-    row_scalar = upstream(saved.row_scalar, grad_loss, grad_ce)
-    row_scalar = constant_of(row_scalar, saved.head_weights)
-    made: tuple[Tensor, ...]
-    made = torch.ops.wmtp.linear_gradient(*flat(inputs, ctx.settings), row_scalar)
-    return made
+    found = []
+    for row_scalar, numerics in upstream.sources(saved.row_scalar, ctx.settings.numerics):
+        row_scalar = constant_of(row_scalar, saved.head_weights)
+        settings = replace(ctx.settings, numerics=numerics, metrics=False)
+        found.append(torch.ops.wmtp.linear_gradient(*flat(inputs, settings), row_scalar))
+    return tuple(functools.reduce(torch.add, parts) for parts in zip(*found, strict=True))
 
 
 def _factor(dtype: torch.dtype, unscale: Tensor, grad_loss: Tensor | None) -> Tensor | None:
@@ -251,10 +260,11 @@ def _factor(dtype: torch.dtype, unscale: Tensor, grad_loss: Tensor | None) -> Te
     return unscale if grad_loss is None else unscale * grad_loss
 
 
-def _cross_entropies(ctx: Any, saved: Saved) -> Tensor:
+def _row_losses(ctx: Any, saved: Saved) -> Tensor:
     """Those of forward once more, for they have to be differentiated there."""
-    how = {"rule": Uniform().key(), "reduction": "sum", "ahead": False}
-    return linear_loss(_product_of(saved), replace(ctx.settings, **how)).ce
+    how = {"rule": Uniform().key(), "reduction": "sum", "ahead": False, "metrics": False}
+    out = linear_loss(_product_of(saved), replace(ctx.settings, **how))
+    return out.row_loss if ctx.settings.numerics.adds_terms else out.ce
 
 
 def _product_of(saved: Saved) -> LinearInputs:

@@ -18,10 +18,20 @@ from wmtp.arguments import Call
 from wmtp.backends import BACKENDS, multiply
 from wmtp.labels import Targets
 from wmtp.layout import PLAIN, aligned, alike, heads_share_storage, one_tensor, unit_stride
-from wmtp.ops.derivatives import for_each_row, left_over, no_second_derivative, upstream
+from wmtp.ops.derivatives import Upstream, for_each_row, left_over, no_second_derivative
 from wmtp.ops.library import define, needed, none_for
 from wmtp.ops.loss_backward import Wanted, gradients, save_for_backward
-from wmtp.records import Inputs, Outputs, RowInputs, Settings, flat, schema_of, unflat
+from wmtp.records import (
+    Inputs,
+    Outputs,
+    RowInputs,
+    RowSettings,
+    Settings,
+    flat,
+    names_of,
+    schema_of,
+    unflat,
+)
 from wmtp.reduction import accumulation_dtype
 
 
@@ -34,10 +44,10 @@ def gradients_ahead() -> bool:
 
 
 def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
-    """loss and ce are differentiable in logits and head_weights; arguments as checked.
+    """loss, ce and row_loss are differentiable in logits and head_weights; arguments as checked.
 
-    `settings.gradient` is what may be written: "new", "inplace", or "none" where only ce will be
-    differentiated; what is written, and so the next two settings, is decided here.
+    `settings.gradient` is what may be written: "new", "inplace", or "none" where the loss will not
+    be differentiated; what is written, and so the next two settings, is decided here.
     """
     logits, first = inputs.logits, inputs.logits[0]
     differentiated = torch.is_grad_enabled() and any(head.requires_grad for head in logits)
@@ -81,10 +91,8 @@ class _WeightedLoss(torch.autograd.Function):
         return tuple(out)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_loss: Tensor | None, _mask: None, grad_ce: Tensor | None, *_: None
-    ) -> tuple[Any, ...]:
-        of_logits, of_weights = gradients(ctx, grad_loss, grad_ce)
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        of_logits, of_weights = gradients(ctx, Upstream.of(grads))
         return None, None, of_weights, *of_logits
 
 
@@ -92,8 +100,8 @@ def _weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     backend = BACKENDS[settings.backend]
     ref_ce = inputs.ref_ce
     if inputs.teacher is not None:
-        how = (inputs.target_ids, settings.ignore_index, settings.backend)
-        ref_ce = next_token_ce(inputs.teacher, *how)
+        how = RowSettings(ignore_index=settings.ignore_index, backend=settings.backend)
+        ref_ce = next_token_ce(inputs.teacher, inputs.target_ids, how)
     inputs = Inputs(
         logits=_rows(inputs.logits, settings.shared_heads),  # copies must live until the launch
         target_ids=aligned(inputs.target_ids),
@@ -103,7 +111,18 @@ def _weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
         numbers=aligned(inputs.numbers),
         normalizer=aligned(inputs.normalizer),
     )
-    return backend.weighted_loss(inputs, settings)
+    out = backend.weighted_loss(inputs, settings)
+    if settings.vocab_size is not None and settings.gradient != "none":
+        for grad in inputs.logits if settings.gradient == "inplace" else [out.grad]:
+            _clear_padding(grad, settings)
+    return out
+
+
+def _clear_padding(grad: Tensor, settings: RowSettings) -> None:
+    """Of a gradient [B, S, H, V] or [B, S, V]: 0 behind the columns that are tokens."""
+    shared = grad.dim() == 4 and heads_share_storage(grad)
+    rows = grad[:, :, :1] if shared else grad
+    rows.data[..., settings.vocab_size :].zero_()  # `.data`: our own write
 
 
 def _rows(logits: list[Tensor], shared_heads: bool) -> list[Tensor]:
@@ -137,81 +156,87 @@ def _save_traced(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.written = None
 
 
-def _backward_traced(ctx: Any, grad_loss: Tensor, _mask: Tensor, grad_ce: Tensor, *_: Any) -> Any:
-    of_logits, of_weights = gradients(ctx, grad_loss, grad_ce)
+def _backward_traced(ctx: Any, *upstream: Tensor) -> Any:
+    of_logits, of_weights = gradients(ctx, Upstream.of(upstream))
     grads, settings = unflat(ctx.none, Inputs, Settings)
     grads = replace(grads, logits=list(of_logits), head_weights=of_weights)
     return tuple(flat(grads, settings))
 
 
 def _loss_gradient(logits: list[Tensor], *values: Any) -> Tensor:
-    *saved, row_scalar, factors, grad_loss, ignore_index, backend, shared_heads = values
+    *saved, row_scalar, factors, grad_loss = values[: -len(names_of(RowSettings))]
+    (settings,) = unflat(values[-len(names_of(RowSettings)) :], RowSettings)
     grad = vars(row_scalar.untyped_storage()).pop("_wmtp_gradient", None)
     if grad is not None:
-        return multiply(grad, left_over(grad_loss, factors, logits[0].dtype), backend)
-    row_scalar = for_each_row(upstream(row_scalar, grad_loss, None), shared_heads)
-    rows = (one_tensor(logits), *saved, row_scalar)
-    return _row_gradient(*rows, ignore_index, backend, shared_heads)
+        left = left_over(grad_loss, factors, logits[0].dtype)
+        return multiply(grad, left, settings.backend)
+    row_scalar = Upstream(loss=grad_loss).of_rows(row_scalar)
+    row_scalar = for_each_row(row_scalar, settings.shared_heads)
+    return _gradient_of(RowInputs(one_tensor(logits), *saved, row_scalar), settings)
 
 
 def _row_gradient(*values: Any) -> Tensor:
-    rows, ignore_index, backend, shared_heads = unflat(values, RowInputs)
-    logits = _rows_of(rows.logits, shared_heads)
+    return _gradient_of(*unflat(values, RowInputs, RowSettings))
+
+
+def _gradient_of(rows: RowInputs, settings: RowSettings) -> Tensor:
+    logits = _rows_of(rows.logits, settings.shared_heads)
     rows = RowInputs(logits, *map(aligned, flat(rows)[1:]))
-    return BACKENDS[backend].row_gradient(rows, ignore_index)
+    grad = BACKENDS[settings.backend].row_gradient(rows, settings)
+    if settings.vocab_size is not None:
+        _clear_padding(grad, settings)
+    return grad
 
 
-def reference_ce(logits: Tensor, targets: Targets, backend: str) -> Tensor:
+def reference_ce(logits: Tensor, targets: Targets, settings: RowSettings) -> Tensor:
     """As `reference.reference_ce`, but that pairs may not count, by a kernel."""
-    ce = next_token_ce(logits, targets.for_operators(), targets.ignore_index, backend)
+    ce = next_token_ce(logits, targets.for_operators(), settings)
     return ce[:, : targets.about()]
 
 
 def reference_resolved(call: Call, backend: str, *, one_pass: bool) -> Call:
     """With the cross entropies of a reference's logits, where the operator does not make them: it
-    knows no other labels than those that stand in a row, and in two passes weights are made
-    between them."""
+    knows no other labels than those that stand in a row, in two passes weights are made between
+    them, and what is measured is made of weights that are known."""
     ref_logits = vars(call.rule).get("ref_logits")
-    if ref_logits is None or (one_pass and call.targets.in_a_row):
+    inside = one_pass and call.targets.in_a_row and not call.metrics
+    if ref_logits is None or inside:
         return call
-    ref_ce = reference_ce(ref_logits, call.targets.next_tokens(), backend)
+    settings = RowSettings(ignore_index=call.targets.ignore_index, backend=backend)
+    ref_ce = reference_ce(ref_logits, call.targets.next_tokens(), settings)
     return call._replace(rule=call.rule.with_fields(ref_ce=ref_ce, ref_logits=None))
 
 
-def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int, backend: str) -> Tensor:
+def next_token_ce(logits: Tensor, target_ids: Tensor, settings: RowSettings) -> Tensor:
     """[B, S] acc: the cross entropy of logits [B, S, V] at t for `target_ids[b, t]`, [B, L]."""
-    how = (ignore_index, backend)
-    ce: Tensor = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, *how)
+    ce: Tensor = torch.ops.wmtp.next_token_ce(logits.detach(), target_ids, *flat(settings))
     return ce
 
 
-def _next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int, backend: str) -> Tensor:
-    return BACKENDS[backend].next_token_ce(unit_stride(logits), aligned(target_ids), ignore_index)
+def _next_token_ce(logits: Tensor, target_ids: Tensor, *how: Any) -> Tensor:
+    (settings,) = unflat(how, RowSettings)
+    backend = BACKENDS[settings.backend]
+    return backend.next_token_ce(unit_stride(logits), aligned(target_ids), settings)
 
 
 def _fake_weighted_loss(*values: Any) -> tuple[Tensor, ...]:
-    inputs, _settings = unflat(values, Inputs, Settings)
+    inputs, settings = unflat(values, Inputs, Settings)
     first = inputs.logits[0]
-    tokens, dtype = first.shape[:2], accumulation_dtype(first)
-    rows = (*tokens, first.shape[2] if first.dim() == 4 else len(inputs.logits))
-    loss, mask = first.new_empty((), dtype=dtype), first.new_empty(tokens, dtype=torch.bool)
-    shapes = (rows, tokens, tokens, rows, rows, rows, (2,))
-    others = (first.new_empty(shape, dtype=dtype) for shape in shapes)
-    return loss, mask, *others, first.new_empty(0)
+    heads = first.shape[2] if first.dim() == 4 else len(inputs.logits)
+    return tuple(new_outputs(first, heads, settings)._replace(grad=first.new_empty(0)))
 
 
 def _fake_loss_gradient(logits: list[Tensor], *values: Any) -> Tensor:
-    *_, shared_heads = values
     if logits[0].dim() == 3:
         batch, length, vocabulary = logits[0].shape
         return logits[0].new_empty(batch, length, len(logits), vocabulary)
-    return _fake_row_gradient(logits[0], shared_heads)
+    return _fake_row_gradient(logits[0], *values)
 
 
 def _fake_row_gradient(logits: Tensor, *values: Any) -> Tensor:
-    *_, shared_heads = values
+    (settings,) = unflat(values[-len(names_of(RowSettings)) :], RowSettings)
     batch, length, heads, vocabulary = logits.shape
-    return logits.new_empty(batch, length, 1 if shared_heads else heads, vocabulary)
+    return logits.new_empty(batch, length, 1 if settings.shared_heads else heads, vocabulary)
 
 
 def _fake_next_token_ce(logits: Tensor, *_: Any) -> Tensor:
@@ -229,21 +254,19 @@ define(
 )
 define(
     "loss_gradient(Tensor[] logits, Tensor target_ids, Tensor row_max, Tensor log_sum, "
-    "Tensor row_scalar, Tensor factors, Tensor grad_loss, int ignore_index, str backend, "
-    "bool shared_heads) -> Tensor",
+    f"Tensor row_scalar, Tensor factors, Tensor grad_loss, {schema_of(RowSettings)}) -> Tensor",
     _loss_gradient,
     _fake_loss_gradient,
     tags=NO_GRAPH,
 )
 define(
-    f"row_gradient({schema_of(RowInputs)}, int ignore_index, str backend, bool shared_heads)"
-    " -> Tensor",
+    f"row_gradient({schema_of(RowInputs, RowSettings)}) -> Tensor",
     _row_gradient,
     _fake_row_gradient,
     no_second_derivative,
 )
 define(
-    "next_token_ce(Tensor logits, Tensor target_ids, int ignore_index, str backend) -> Tensor",
+    f"next_token_ce(Tensor logits, Tensor target_ids, {schema_of(RowSettings)}) -> Tensor",
     _next_token_ce,
     _fake_next_token_ce,
 )

@@ -4,7 +4,9 @@ Those of the logits were mostly written with the loss, and belong to whoever get
 once. Others are made anew from the rows' statistics. B batch, S sequence, H heads, V vocabulary.
 """
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +15,14 @@ from torch import Tensor
 from wmtp.backends import multiply
 from wmtp.inplace import GRADIENT_IS_TAKEN, Overwritten
 from wmtp.layout import one_tensor
-from wmtp.ops.derivatives import constant_of, for_each_row, left_over, upstream, weights_gradient
-from wmtp.records import Inputs, Outputs, RowInputs, Settings, flat
+from wmtp.ops.derivatives import (
+    Upstream,
+    constant_of,
+    for_each_row,
+    left_over,
+    weights_gradient,
+)
+from wmtp.records import Inputs, Outputs, RowInputs, Settings, flat, row_settings
 from wmtp.transforms import is_batched
 from wmtp.weightings import Uniform
 
@@ -40,7 +48,7 @@ class Saved(NamedTuple):
     row_max: Tensor
     log_sum: Tensor
     factors: Tensor
-    ce: Tensor | None  # this and the next three: for the gradient of the weights
+    row_loss: Tensor | None  # this and the next three: for the gradient of the weights
     head_weights: Tensor | None
     head_scale: Tensor | None
     normalizer: Tensor | None
@@ -52,7 +60,7 @@ def save_for_backward(
 ) -> None:
     ctx.settings, ctx.wanted = settings, wanted
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(out.valid_mask, *out[3:])
+    ctx.mark_non_differentiable(out.valid_mask, *out[4:])
     logits = tuple(inputs.logits)
     ctx.heads, ctx.shape, ctx.dtype = len(logits), logits[0].shape, logits[0].dtype
     ctx.listed = logits[0].dim() == 3
@@ -64,47 +72,46 @@ def save_for_backward(
     of_weights: tuple[Tensor | None, ...] = (None,) * 4
     if wanted.head_weights:  # the caller may change his ce in place
         terms = (inputs.head_scale, inputs.normalizer)
-        of_weights = (out.ce.clone(), inputs.head_weights, *terms)
+        row_loss = out.row_loss if settings.numerics.adds_terms else out.ce
+        of_weights = (row_loss.clone(), inputs.head_weights, *terms)
     ctx.save_for_backward(inputs.target_ids, *statistics, *of_weights, *logits)
 
 
-def gradients(
-    ctx: Any, grad_loss: Tensor | None, grad_ce: Tensor | None
-) -> tuple[Sequence[Tensor | None], Tensor | None]:
+def gradients(ctx: Any, upstream: Upstream) -> tuple[Sequence[Tensor | None], Tensor | None]:
     """Those of the logits, one or a list, and of head_weights; None where there is none."""
     of_logits: Sequence[Tensor | None] = [None] * ctx.heads
     of_weights = None
-    if grad_loss is None and grad_ce is None:
+    if upstream.none:
         return of_logits, of_weights
     differentiable = torch.is_grad_enabled()
     if ctx.settings.once:
         if ctx.spent:
             raise RuntimeError(GRADIENT_IS_TAKEN)
-        if differentiable or grad_ce is not None or is_batched(grad_loss):
+        if differentiable or upstream.of_pairs is not None or is_batched(upstream.loss):
             raise RuntimeError(LOGITS_ARE_GONE)
         ctx.spent = True
     tensors, named = ctx.saved_tensors, len(Saved._fields) - 1
     saved = Saved._make((*tensors[:named], tensors[named:]))
-    if ctx.wanted.head_weights and grad_loss is not None:
-        ce = _cross_entropies(ctx, saved) if differentiable else saved.ce
-        of_weights = weights_gradient(saved, ce, grad_loss, ctx.settings)
+    if ctx.wanted.head_weights and upstream.loss is not None:
+        row_loss = _row_losses(ctx, saved) if differentiable else saved.row_loss
+        of_weights = weights_gradient(saved, row_loss, upstream.loss, ctx.settings)
     written, ctx.written = ctx.written, None
     if not ctx.wanted.logits:
         return of_logits, of_weights
-    if grad_loss is not None and grad_ce is None and not differentiable:
+    if upstream.loss is not None and upstream.of_pairs is None and not differentiable:
         if ctx.waits:
-            return _waiting(ctx, saved, grad_loss), of_weights
+            return _waiting(ctx, saved, upstream.loss), of_weights
         if written is not None:
-            factor = left_over(grad_loss, saved.factors, ctx.dtype)
+            factor = left_over(upstream.loss, saved.factors, ctx.dtype)
             return _handed_out(ctx, written, factor), of_weights
     del written  # before there is another
-    return _made_anew(ctx, saved, grad_loss, grad_ce), of_weights
+    return _made_anew(ctx, saved, upstream), of_weights
 
 
 def _waiting(ctx: Any, saved: Saved, grad_loss: Tensor) -> Sequence[Tensor]:
     """What traced code has left beside row_scalar."""
     rows = (saved.target_ids, saved.row_max, saved.log_sum, saved.row_scalar, saved.factors)
-    how = (ctx.settings.ignore_index, ctx.settings.backend, ctx.settings.shared_heads)
+    how = flat(row_settings(ctx.settings))
     grad = torch.ops.wmtp.loss_gradient([*saved.logits], *rows, grad_loss, *how)
     return _by_head(ctx, grad)
 
@@ -121,21 +128,21 @@ def _handed_out(ctx: Any, written: Tensor | Overwritten, factor: Tensor | None) 
     return parts
 
 
-def _made_anew(
-    ctx: Any, saved: Saved, grad_loss: Tensor | None, grad_ce: Tensor | None
-) -> Sequence[Tensor]:
-    settings = ctx.settings
-    row_scalar = upstream(saved.row_scalar, grad_loss, grad_ce)
-    row_scalar = constant_of(for_each_row(row_scalar, settings.shared_heads), saved.head_weights)
-    rows = RowInputs(
-        logits=one_tensor(saved.logits),
-        target_ids=saved.target_ids,
-        row_max=saved.row_max,
-        log_sum=saved.log_sum,
-        row_scalar=row_scalar,
-    )
-    how = (settings.ignore_index, settings.backend, settings.shared_heads)
-    return _by_head(ctx, torch.ops.wmtp.row_gradient(*flat(rows), *how))
+def _made_anew(ctx: Any, saved: Saved, upstream: Upstream) -> Sequence[Tensor]:
+    settings = row_settings(ctx.settings)
+    found = []
+    for row_scalar, numerics in upstream.sources(saved.row_scalar, settings.numerics):
+        row_scalar = for_each_row(row_scalar, settings.shared_heads)
+        rows = RowInputs(
+            logits=one_tensor(saved.logits),
+            target_ids=saved.target_ids,
+            row_max=saved.row_max,
+            log_sum=saved.log_sum,
+            row_scalar=constant_of(row_scalar, saved.head_weights),
+        )
+        how = flat(replace(settings, numerics=numerics))
+        found.append(torch.ops.wmtp.row_gradient(*flat(rows), *how))
+    return _by_head(ctx, functools.reduce(torch.add, found))
 
 
 def _by_head(ctx: Any, grad: Tensor) -> Sequence[Tensor]:
@@ -143,13 +150,10 @@ def _by_head(ctx: Any, grad: Tensor) -> Sequence[Tensor]:
     return grad.unbind(2) if ctx.listed else [grad.expand(ctx.shape)]
 
 
-def _cross_entropies(ctx: Any, saved: Saved) -> Tensor:
+def _row_losses(ctx: Any, saved: Saved) -> Tensor:
     """Those of forward once more, for they have to be differentiated there."""
     inputs = Inputs(logits=[*saved.logits], target_ids=saved.target_ids)
-    settings = Settings(
-        rule=Uniform().key(),
-        reduction="sum",
-        ignore_index=ctx.settings.ignore_index,
-        backend=ctx.settings.backend,
-    )
-    return Outputs(*torch.ops.wmtp.weighted_loss(*flat(inputs, settings))).ce
+    how = {"rule": Uniform().key(), "reduction": "sum", "gradient": "none", "metrics": False}
+    settings = replace(ctx.settings, checked=False, once=False, **how)
+    out = Outputs(*torch.ops.wmtp.weighted_loss(*flat(inputs, settings)))
+    return out.row_loss if settings.numerics.adds_terms else out.ce

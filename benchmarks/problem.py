@@ -12,6 +12,7 @@ from wmtp.benchmarks import providers
 from wmtp.benchmarks.providers import FLOORS, LINEAR, LOGITS, OURS, PEERS, Loss, Provider, Weights
 from wmtp.labels import IGNORE_INDEX, shift_to_heads
 from wmtp.ops.chunks import Linear
+from wmtp.records import LinearInputs, LinearSettings
 
 Record = dict[str, Any]  # of JSON: a case's fields, and what was found
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
@@ -237,4 +238,15 @@ def plan_of(shape: Shape, dim: int, dtype: torch.dtype, chunk_bytes: int | None 
     empty = functools.partial(torch.empty, dtype=dtype, device="meta")
     hidden, weight = empty((*shape[:3], dim)), empty((shape[3], dim))
     widest = torch.promote_types(dtype, torch.float32)
-    return Linear(hidden, weight, None, dtype, widest, chunk_bytes, "auto", max(shape[1] - 1, 0))
+    inputs = LinearInputs(hidden=hidden, weight=weight, target_ids=hidden[..., 0, 0][:, 1:])
+    settings = LinearSettings(
+        rule="",
+        reduction="sum",
+        ignore_index=-100,
+        backend="auto",
+        dtype=dtype,
+        accum_dtype=widest,
+        chunk_bytes=chunk_bytes,
+        wanted=[True] * 3,
+    )
+    return Linear.of(inputs, settings)

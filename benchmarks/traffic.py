@@ -25,6 +25,7 @@ from torch import Tensor
 from wmtp import fused_weighted_mtp_loss, kernels, td_head_weights
 from wmtp.files import json_by_line
 from wmtp.labels import has_target
+from wmtp.records import RowSettings
 
 IGNORED = -100
 SHAPE = (2, 6, 4)  # B, S, H
@@ -158,7 +159,8 @@ def measure_chunk(tier: str, gradient: bool, vocabulary: int) -> Moved:
     row_scalar = torch.rand(24) if gradient else None
     traffic = Traffic(logits=logits)
     with _forced(tier), traffic.counted():
-        kernels.rows_ce_(logits, target_ids, row_scalar)
+        settings = RowSettings(ignore_index=-100, backend="triton")
+        kernels.rows_ce_(logits, target_ids, row_scalar, settings)
     return Moved(
         traffic.loaded["logits"] / logits.nbytes,
         0.0,

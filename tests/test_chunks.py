@@ -9,6 +9,7 @@ from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.labels import has_target, shift_to_heads
 from wmtp.ops.chunks import MIB, Linear, default_chunk_bytes, make_plan
+from wmtp.records import LinearInputs, LinearSettings
 
 IDS = torch.tensor([[10, 11, 12, -1, 14], [20, -1, -1, 23, 24]])
 
@@ -17,15 +18,24 @@ def linear_of(tokens, heads=2, vocabulary=30, dim=4):
     """A product of float32 whose chunks hold so many tokens of IDS."""
     hidden, weight = torch.randn(*IDS.shape, heads, dim), torch.randn(vocabulary, dim)
     row_bytes = 4 * vocabulary + 12 * dim
-    linear = Linear(
-        hidden, weight, None, torch.float32, torch.float32, tokens * heads * row_bytes, "cpu", 4
+    settings = LinearSettings(
+        rule="",
+        reduction="sum",
+        ignore_index=-1,
+        backend="cpu",
+        dtype=torch.float32,
+        accum_dtype=torch.float32,
+        chunk_bytes=tokens * heads * row_bytes,
+        wanted=[True] * 3,
     )
+    inputs = LinearInputs(hidden=hidden, weight=weight, target_ids=IDS[:, 1:])
+    linear = Linear.of(inputs, settings)
     assert linear.row_bytes == row_bytes
     return linear
 
 
 def test_rows_and_their_targets():
-    plan = make_plan(IDS[:, 1:], linear_of(10), -1)
+    plan = make_plan(IDS[:, 1:], linear_of(10))
     # token: 0      1   2        3  |  5  6        7        8
     # head:  0,1    0   1        0  |  -  1        0,1      0
     assert plan.rows.tolist() == [0, 1, 2, 5, 6, 13, 14, 15, 16]
@@ -36,7 +46,7 @@ def test_rows_and_their_targets():
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 99])
 def test_chunks_are_whole_tokens_and_nearly_equal(tokens):
     linear = linear_of(tokens)
-    plan = make_plan(IDS[:, 1:], linear, -1)
+    plan = make_plan(IDS[:, 1:], linear)
     live = has_target(IDS, 2, -1).any(-1).flatten()
     assert linear.chunk_tokens == tokens
     counts = [int(live[chunk.tokens].sum()) for chunk in plan.chunks]
@@ -59,14 +69,14 @@ def test_targets_are_those_of_the_shift():
     ids = torch.arange(24).view(2, 12)
     linear = linear_of(3, heads=4)
     linear = linear._replace(hidden=torch.randn(2, 12, 4, 4))
-    plan = make_plan(ids[:, 1:], linear, -100)
+    plan = make_plan(ids[:, 1:], linear)
     shifted = shift_to_heads(ids, 4, -100).flatten()
     assert torch.equal(plan.targets, shifted[plan.rows])
     assert (shifted != -100).sum() == len(plan.rows)
 
 
 def test_nothing_to_do():
-    plan = make_plan(torch.full((2, 5), -1), linear_of(3), -1)
+    plan = make_plan(torch.full((2, 5), -1), linear_of(3))
     assert plan.chunks == []
     assert len(plan.rows) == 0
 

@@ -18,12 +18,13 @@ from support.agreement import (
     loss_and_gradients,
     make_case,
 )
+from support.backends import row_settings
 from support.covering import in_pairs
 from support.instruction_sets import HERE
 from wmtp import fused_weighted_mtp_loss, next_token_cross_entropy
 from wmtp.backends import cpu
 from wmtp.checks import FLOAT_DTYPES, REDUCTIONS
-from wmtp.labels import IGNORE_INDEX, has_target
+from wmtp.labels import has_target
 from wmtp.reference import compute_weighted_mtp_loss, cross_entropy_per_head, next_token_ce
 
 pytestmark = pytest.mark.usefixtures("instruction_set", "unwritten_is_nan")
@@ -257,7 +258,7 @@ def test_target_outside_the_vocabulary(bad):
         partial(cpu_loss, logits, target_ids),
         partial(cpu_loss, logits, target_ids, gradient="inplace"),
         partial(cpu_gradient, logits, target_ids, row_scalar),
-        partial(cpu.next_token_ce, logits[:, :, 0], target_ids[:, 1:], IGNORE_INDEX),
+        partial(cpu.next_token_ce, logits[:, :, 0], target_ids[:, 1:], row_settings()),
     ):
         with pytest.raises(IndexError, match=message):
             call()
@@ -287,15 +288,17 @@ def test_empty_and_short(B, S):
     case = make_case((B, S, 4, 11), ignored=0)
     out = cpu_loss(case.logits, case.target_ids, normalizer=None, gradient="new")
     tokens, rows = (B, S), (B, S, 4)
-    shapes = [(), tokens, rows, tokens, tokens, *(rows,) * 3, (2,), (*rows, 11)]
+    none = (0,)
+    of_rows = (rows, none, tokens, tokens, rows, rows, rows, none, none)
+    shapes = [(), tokens, *of_rows, (2,), (*rows, 11)]
     assert [tuple(tensor.shape) for tensor in out] == shapes
     assert out.grad.dtype == torch.float32
     in_place = cpu_loss(case.logits.clone(), case.target_ids, normalizer=None, gradient="inplace")
     assert all(map(torch.equal, in_place, out))
     if S < 2:
         assert out.factors.tolist() == [1, 1]
-        assert not any(map(torch.count_nonzero, (*out[:7], out.grad)))
+        assert not any(map(torch.count_nonzero, (*out[:8], out.grad)))
     grad = cpu_gradient(case.logits, case.target_ids, out.row_scalar)
     torch.testing.assert_close(grad, out.grad)
-    ref_ce = cpu.next_token_ce(case.logits[:, :, 0], case.target_ids[:, 1:], IGNORE_INDEX)[:, :-1]
+    ref_ce = cpu.next_token_ce(case.logits[:, :, 0], case.target_ids[:, 1:], row_settings())[:, :-1]
     assert ref_ce.shape == (B, max(S - 1, 0))

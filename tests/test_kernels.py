@@ -13,6 +13,7 @@ from support.agreement import (
     kernel_gradient,
     relative_error,
 )
+from support.backends import row_settings
 from support.covering import in_pairs
 from support.kernel_outputs import (
     DTYPES,
@@ -96,7 +97,7 @@ def test_any_offset_and_stride(device, dtype, vocabulary, lead, gap, heads_first
     logits, _ = placed(plain, lead, gap, heads_first)
     assert_close(forward(logits, target_ids), truth(plain, target_ids))
     reference = logits[:, :, 0]
-    found = kernels.next_token_ce(reference, target_ids[:, 1:], IGNORED)[:, :-1]
+    found = kernels.next_token_ce(reference, target_ids[:, 1:], row_settings())[:, :-1]
     wanted = cross_entropy_per_head(reference.double().cpu()[:, :, None], target_ids.cpu())
     assert_close([found], [wanted[:, :-1, 0]])
     assert_gradient(logits, target_ids)
@@ -195,7 +196,7 @@ def test_rows_without_a_target_are_not_read(device):
     grad = kernel_gradient(kernels, spoiled, target_ids, scalar, *found[4:])
     assert (grad[~valid] == 0).all()
     assert grad.isfinite().all()
-    ref_ce = kernels.next_token_ce(spoiled[:, :, 0], target_ids[:, 1:], IGNORED)[:, :-1]
+    ref_ce = kernels.next_token_ce(spoiled[:, :, 0], target_ids[:, 1:], row_settings())[:, :-1]
     assert ref_ce.isfinite().all()
     assert (ref_ce[1] == 0).all()
 
@@ -208,7 +209,7 @@ def test_short_and_empty_batches(device, shape):
     grad = kernel_gradient(kernels, logits, target_ids, found[1], *found[4:])
     assert grad.shape == shape
     assert grad.isfinite().all()
-    ref_ce = kernels.next_token_ce(logits[:, :, 0], target_ids[:, 1:], IGNORED)[:, :-1]
+    ref_ce = kernels.next_token_ce(logits[:, :, 0], target_ids[:, 1:], row_settings())[:, :-1]
     assert ref_ce.shape == (shape[0], max(shape[1] - 1, 0))
     assert ref_ce.isfinite().all()
 
@@ -247,7 +248,7 @@ def test_no_kernel_waits_for_the_device():
     heads = [head.clone().requires_grad_() for head in logits.unbind(2)]
 
     def everything():
-        ref_ce = kernels.next_token_ce(logits[:, :, 0], target_ids[:, 1:], IGNORED)[:, :-1]
+        ref_ce = kernels.next_token_ce(logits[:, :, 0], target_ids[:, 1:], row_settings())[:, :-1]
         leaf = logits.detach().requires_grad_()
         found = fused_weighted_mtp_loss(leaf, target_ids, ref_ce=ref_ce)
         (3 * found.loss + found.ce_per_head.mean()).backward()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from support.agreement import GRADIENT_TOLERANCE, relative_error
+from support.backends import row_settings
 from wmtp import kernels
 from wmtp.records import RowInputs
 
@@ -145,6 +146,9 @@ def test_the_gradient_of_cross_entropies_anywhere(monkeypatch, same_phase):
         ours, grad = Placed(logits, place), Placed(torch.full_like(logits, math.nan), grad_place)
         monkeypatch.setattr(torch, "empty_like", lambda *_, grad=grad, **__: grad.tensor)
         assert_right(
-            kernels.row_gradient(RowInputs(ours.tensor, target_ids[:, 1:], *of_rows), -100), wanted
+            kernels.row_gradient(
+                RowInputs(ours.tensor, target_ids[:, 1:], *of_rows), row_settings()
+            ),
+            wanted,
         )
         grad.assert_nothing_around_it_is_written()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from support.backends import row_settings
 from support.covering import in_pairs
 from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.labels import has_target
@@ -92,7 +93,7 @@ def test_gradient_of_cross_entropies_reads_once_and_writes_once(dtype, vocabular
     small |= {"row_scalar": torch.rand(2, 4, 2)}
     traffic = Traffic(logits=logits, target_ids=target_ids, **small)
     with traffic.counted():
-        kernels.row_gradient(RowInputs(logits, target_ids[:, 1:], **small), IGNORED)
+        kernels.row_gradient(RowInputs(logits, target_ids[:, 1:], **small), row_settings())
     valid_rows = valid_bytes // (vocabulary * logits.element_size())
     entries = valid_rows * logits.element_size()  # each row's target, by itself
     assert traffic.loaded["logits"] == valid_bytes + entries
@@ -106,7 +107,7 @@ def test_reference_logits_are_read_once(dtype):
     reference = logits[:, :, 0].contiguous()
     traffic = Traffic(logits=reference, target_ids=target_ids)
     with traffic.counted():
-        kernels.next_token_ce(reference, target_ids[:, 1:], IGNORED)
+        kernels.next_token_ce(reference, target_ids[:, 1:], row_settings())
     assert 1.0 <= traffic.loaded["logits"] / valid_bytes <= 1.01
     assert traffic.loaded["elsewhere"] <= 8 * 8  # a row scalar and its factor a position
 

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from support.agreement import make_case, operator_call
-from support.backends import FUSED_ON_CPU
+from support.backends import FUSED_ON_CPU, row_settings
 from support.covering import in_pairs
 from wmtp import fused_weighted_mtp_loss, mtp_cross_entropy, next_token_cross_entropy
 from wmtp.arguments import loss_inputs
@@ -74,12 +74,11 @@ def test_opcheck_shared_heads():
 def test_opcheck_the_others(backend):
     case = make_case((2, 4, 2, 9))
     of_rows = (*max_and_log_sum(case.logits), torch.rand(2, 4, 2))
-    rows = (case.logits, case.target_ids, *of_rows, -100, backend)
-    torch.library.opcheck(torch.ops.wmtp.row_gradient.default, (*rows, False))
-    torch.library.opcheck(
-        torch.ops.wmtp.next_token_ce.default,
-        (case.logits[:, :, 0].contiguous(), case.target_ids, -100, backend),
-    )
+    how = flat(row_settings(backend=backend))
+    rows = (case.logits, case.target_ids, *of_rows)
+    torch.library.opcheck(torch.ops.wmtp.row_gradient.default, (*rows, *how))
+    one_head = (case.logits[:, :, 0].contiguous(), case.target_ids)
+    torch.library.opcheck(torch.ops.wmtp.next_token_ce.default, (*one_head, *how))
 
 
 @pytest.fixture
@@ -87,9 +86,9 @@ def kernel_calls(monkeypatch):
     """One entry for each pass of the C++ kernel: whether it wrote a gradient."""
     calls, run = [], cpu._run
 
-    def counted(inputs, ignore_index, settings, gradient):
+    def counted(inputs, settings, gradient):
         calls.append(gradient.memory is not None)
-        return run(inputs, ignore_index, settings, gradient)
+        return run(inputs, settings, gradient)
 
     monkeypatch.setattr(cpu, "_run", counted)
     return calls

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from support.agreement import GRADIENT_TOLERANCE
+from support.backends import row_settings
 from support.covering import in_pairs
 from support.instruction_sets import HERE
 from wmtp.backends import BACKENDS, cpu
@@ -27,10 +28,10 @@ def assert_agrees(function, rows, vocabulary, dtype, device="cpu"):
     before = logits.clone()
     ce, left = truth(before, target_ids, row_scalar.double())
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6
-    found = function(logits, target_ids, None)
+    found = function(logits, target_ids, None, row_settings()).ce
     torch.testing.assert_close(found.double(), ce, rtol=tolerance, atol=tolerance)
     assert torch.equal(logits, before)
-    found = function(logits, target_ids, row_scalar)
+    found = function(logits, target_ids, row_scalar, row_settings()).ce
     torch.testing.assert_close(found.double(), ce, rtol=tolerance, atol=tolerance)
     assert (logits.double() - left).abs().max() <= GRADIENT_TOLERANCE[dtype] * left.abs().max()
 
@@ -50,7 +51,9 @@ def test_rows_with_every_instruction_set(shape, dtype):
 
 def test_no_rows():
     none = torch.empty(0, 9)
-    assert cpu.rows_ce_(none, torch.zeros(0, dtype=torch.long), torch.empty(0)).shape == (0,)
+    assert cpu.rows_ce_(
+        none, torch.zeros(0, dtype=torch.long), torch.empty(0), row_settings()
+    ).ce.shape == (0,)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -59,7 +62,8 @@ def test_what_is_not_finite_stays_in_its_row(target, bad):
     logits = torch.randn(3, 50, device=device)
     logits[1, 7] = bad
     target_ids = torch.tensor([3, 4, 5], device=device)
-    ce = BACKENDS[backend].rows_ce_(logits, target_ids, torch.ones(3, device=device))
+    scalars = torch.ones(3, device=device)
+    ce = BACKENDS[backend].rows_ce_(logits, target_ids, scalars, row_settings()).ce
     assert ce.isfinite().tolist() == [True, False, True]
     assert logits[[0, 2]].isfinite().all()
     assert logits[1].isnan().any()
@@ -67,4 +71,4 @@ def test_what_is_not_finite_stays_in_its_row(target, bad):
 
 def test_a_target_outside_is_found():
     with pytest.raises(IndexError, match="for 9, outside"):
-        cpu.rows_ce_(torch.randn(2, 9), torch.tensor([1, 9]), None)
+        cpu.rows_ce_(torch.randn(2, 9), torch.tensor([1, 9]), None, row_settings())

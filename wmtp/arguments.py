@@ -118,9 +118,9 @@ def checked_call(
     normalizer: Tensor | float | None,
     horizon: int | None,
     head_prior: Tensor | None,
-    numerics: Numerics,
-    vocab_size: int | None,
-    metrics: bool,
+    numerics: Numerics = PLAIN,
+    vocab_size: int | None = None,
+    metrics: bool = False,
     columns: int | None = None,
     **of_targets: Any,
 ) -> Call:
@@ -151,8 +151,8 @@ def checked_call(
     _warn_of_turned_axes(name, targets)
     if terms.reduction == "token_mean" and not torch.compiler.is_compiling():
         _warn_of_what_cancels(named, rule, targets)
-    how = {"numerics": numerics, "vocab_size": vocab_size, "metrics": metrics}
-    return Call(targets, rule, terms, **how)
+    how = (numerics, vocab_size, metrics)
+    return Call(targets, rule, terms, False, *how)
 
 
 def check_columns(

@@ -153,8 +153,8 @@ def fused_weighted_mtp_loss(
 
     Returns:
         MTPLoss(loss [], valid_mask [B, S] bool, ce_per_head [B, S, H]); float32, float64 for
-        float64 logits; with `metrics` a MeasuredLoss, which unpacks alike. No valid token at all: loss 0, gradients 0. NaN logits make that token's
-        loss NaN, and the loss with it.
+        float64 logits; with `metrics` a MeasuredLoss, which unpacks alike. No valid token at all:
+        loss 0, gradients 0. NaN logits make that token's loss NaN, and the loss with it.
 
     Raises:
         ValueError: wrong shapes, mixed devices, two weightings at once, temperature <= 0, unknown
@@ -247,7 +247,9 @@ def fused_weighted_mtp_loss(
     loss = MTPLoss(out.loss, out.valid_mask, out.ce)
     if not metrics:
         return loss
-    return reference.with_metrics(loss, OfRows(out.row_max + out.log_sum, out.entropy, out.correct), call)
+    return reference.with_metrics(
+        loss, OfRows(out.row_max + out.log_sum, out.entropy, out.correct), call
+    )
 
 
 def mtp_cross_entropy(

@@ -54,7 +54,9 @@ class MeasuredLoss(MTPLoss):
 
     _metrics: Metrics
 
-    def __new__(cls, loss: Tensor, valid_mask: Tensor, ce_per_head: Tensor, metrics: Metrics) -> Any:
+    def __new__(
+        cls, loss: Tensor, valid_mask: Tensor, ce_per_head: Tensor, metrics: Metrics
+    ) -> Any:
         made = super().__new__(cls, loss, valid_mask, ce_per_head)
         made._metrics = metrics
         return made

@@ -1,12 +1,12 @@
 """What is made of the logits before the softmax, and beside the cross entropy. V vocabulary.
 
-    x = s logits                                logit_scale = s
-      | c tanh(s logits / c)                    softcap = c (Gemma 2, arXiv 2408.00118, section 2)
-      | a sigmoid((s logits + b) / c)           sigmoid_cap = (a, b, c)
-    f = (1 - eps) ce + eps (lse - mean_v x) + z lse^2
-                                                label_smoothing = eps (Szegedy et al. 2016,
-                                                arXiv 1512.00567, section 7), z_loss = z (PaLM,
-                                                arXiv 2204.02311, section 5)
+x = s logits                                logit_scale = s
+  | c tanh(s logits / c)                    softcap = c (Gemma 2, arXiv 2408.00118, section 2)
+  | a sigmoid((s logits + b) / c)           sigmoid_cap = (a, b, c)
+f = (1 - eps) ce + eps (lse - mean_v x) + z lse^2
+                                            label_smoothing = eps (Szegedy et al. 2016,
+                                            arXiv 1512.00567, section 7), z_loss = z (PaLM,
+                                            arXiv 2204.02311, section 5)
 """
 
 import math

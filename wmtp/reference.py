@@ -134,7 +134,7 @@ def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
 
 
 def with_metrics(loss: MTPLoss, rows: OfRows, call: Call) -> MTPLoss:
-    """The loss with what `metrics` asks for; the call's rule knows its weights or their reference."""
+    """The loss with what `metrics` asks for; the rule knows its weights, or their reference."""
     with torch.no_grad():
         weights = final_weights(call.rule, loss.ce_per_head, call)
         return measured(loss, rows, weights, call.targets.valid(), call.terms)
@@ -152,7 +152,7 @@ def loss_of_weights(
         bare: the weights are a rule's that sum to 1 over a token's pairs, and nothing else.
     """
     if bare:
-        row_scalar = product(weights, to_token_scalar(valid, ce.dtype, terms))
+        row_scalar = product(weights, to_token_scalar(valid, row_loss.dtype, terms))
     else:
         row_scalar = to_row_scalar(weights, terms)
     loss = product(row_scalar, row_loss).sum()

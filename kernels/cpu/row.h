@@ -1,12 +1,13 @@
-// One row of logits x [V], or one thread's part of it.
-//   sum_exp:        x -> max and sum exp(x - shift), the exponentials kept: one read from memory
-//   write_softmax:  exponentials -> scale softmax(x): one write
+// One row of logits l [V], or one thread's part of it; x is what the softmax is of (numerics.h).
+//   sum_exp:        l -> max x and sum exp(x - shift), the exponentials kept: one read from memory
+//   write_softmax:  exponentials -> scale softmax(x) - mean: one write
 // Both passes of a row meet in the caches: memory sees one read and one write.
 #pragma once
 #include <math.h>
 
 #include <limits>
 
+#include "numerics.h"
 #include "simd.h"
 #include "wmtp_cpu.h"
 
@@ -24,15 +25,27 @@ template <class T> inline T exp_one(T x) { return exp<T>(broadcast(x))[0]; }
 template <class E> inline Acc<E> value_at(const E* x, int64_t i) { return load_first(x + i, 1)[0]; }
 template <class T> inline bool finite(T x) { return x - x == 0; }
 
-// sum = sum exp(x - shift), max - kSlack <= shift <= max. Special: max is infinite, or sum NaN.
-template <class T> struct PartialSum { T max, shift, sum; };
+// What is asked of a row, besides the plain sum of exponentials of the logits as they are.
+// kMasked: some x are -inf, whose 0 log 0 is 0.
+enum Wanted : int { kCapped = 1, kMean = 2, kMetrics = 4, kScaled = 8, kMasked = 16 };
 
-// e [V] = exp(x - shift), each block with its own shift. Null e: not kept.
+// sum = sum exp(x - shift), max - kSlack <= shift <= max. Special: max is infinite, or sum NaN.
+template <class T> struct PartialSum {
+  T max, shift, sum;
+  T total;   // kMean: sum x
+  T moment;  // kMetrics: sum (x - shift) exp(x - shift), and
+  T most;    // the largest logit, which first stands at
+  int64_t argmax;
+};
+
+// e [V] = exp(x - shift) dx / dl over the steepest of these, each block with its own shift. Null e: not kept.
 template <class T> struct Exponentials { T *e, *shifts; };
 
 // Kept apart, so that ce = (max - x_target) + log_sum loses nothing to a large max.
 template <class T> struct LogSumExp {
   T max, sum, log_sum;  // sum = sum exp(x - max)
+  T mean, entropy;
+  int64_t argmax;
   T lse() const { return max + log_sum; }
   T ce(T x_target) const { return (max - x_target) + log_sum; }
 };
@@ -48,11 +61,19 @@ template <class T, class V, class F> inline T fold(V lanes, const F& both) {
     return fold<T>(both(halves[0], halves[1]), both);
   }
 }
-template <class T> inline T largest_lane(const Vec4<T>& v) {
-  return fold<T>(larger(larger(v[0], v[1]), larger(v[2], v[3])), [](auto a, auto b) { return a > b ? a : b; });
+template <class T> inline T largest_lane(const Vec<T> (&v)[2]) {
+  return fold<T>(larger(v[0], v[1]), [](auto a, auto b) { return a > b ? a : b; });
 }
-template <class T> inline T sum_of_lanes(const Vec4<T>& v) {
-  return fold<T>((v[0] + v[1]) + (v[2] + v[3]), [](auto a, auto b) { return a + b; });
+template <class T> inline T largest_lane(const Vec<T> (&v)[4]) {
+  const Vec<T> halves[] = {larger(v[0], v[1]), larger(v[2], v[3])};
+  return largest_lane<T>(halves);
+}
+template <class T> inline T sum_of_lanes(const Vec<T> (&v)[2]) {
+  return fold<T>(v[0] + v[1], [](auto a, auto b) { return a + b; });
+}
+template <class T> inline T sum_of_lanes(const Vec<T> (&v)[4]) {
+  const Vec<T> halves[] = {v[0] + v[1], v[2] + v[3]};
+  return sum_of_lanes<T>(halves);
 }
 
 template <class E> inline Acc<E> block_max(const E* x, int64_t n) {
@@ -65,39 +86,83 @@ template <class E> inline Acc<E> block_max(const E* x, int64_t n) {
   return largest_lane<T>(most);
 }
 
-// Four vectors' worth, into L1 (3) or L2 (2). A prefetch never faults.
-template <class E, int kLocality> inline void fetch4(const E* next) {
-  for (unsigned line = 0; line < 4 * kLanes<Acc<E>> * sizeof(E); line += 64)
+// N vectors' worth, into L1 (3) or L2 (2). A prefetch never faults.
+template <class E, int N, int kLocality> inline void fetch(const E* next) {
+  for (unsigned line = 0; line < N * kLanes<Acc<E>> * sizeof(E); line += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(next) + line, 0, kLocality);
 }
 
-// sum exp(x - shift), which goes to e as well, and max x.
-template <class E>
-inline Acc<E> block_sum_exp(const E* x, int64_t n, Acc<E> shift, Acc<E>* e, Acc<E>* max) {
+// Vectors that go step by step together: of more, with what else is wanted of them, registers spill.
+template <int kWanted> constexpr int kTogether = kWanted & ~kScaled ? 2 : 4;
+
+// The sums over a block's columns.
+template <class T, int N> struct BlockSums { Vec<T> most[N], sums[N], totals[N], moments[N]; };
+
+template <class T> inline Vec<T> first_lanes_of(Vec<T> v, int64_t count) {
+  for (int lane = 0; lane < kLanes<T>; ++lane)
+    if (lane >= count) v[lane] = 0;
+  return v;
+}
+
+// Columns l .. l + N vectors, or the n of them that are there: exp(x - shift), which goes to e as well.
+// Capped ones in base 2: for these f is so, and shift.
+template <class E, int kWanted, bool kWhole, int N = kTogether<kWanted>>
+inline void add_columns(const E* l, int64_t n, const Transform<Acc<E>>& f, Acc<E> shift, Acc<E>* e,
+                        BlockSums<Acc<E>, N>& so_far) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
-  const Vec<T> lowest = broadcast(-kInfinity<T>);
-  Vec4<T> most = {lowest, lowest, lowest, lowest}, sums = {}, terms;
+  constexpr bool kBase2 = kWanted & kCapped;
+  Vec<T> x[N], rest[N], below[N];
+  const auto there = [&](int j) { return n < j * L ? 0 : n - j * L < L ? n - j * L : L; };
+  const auto real = [&](Vec<T> v, int j) { return kWhole ? v : first_lanes_of<T>(v, there(j)); };
+  for (int j = 0; j < N; ++j) x[j] = kWhole ? load(l + j * L) : load_first(l + j * L, there(j));
+  for (int j = 0; j < N; ++j) so_far.most[j] = larger(x[j], so_far.most[j]);
+  if constexpr (kWanted & kCapped) {
+    for (int j = 0; j < N; ++j) x[j] = x[j] * f.slope + f.offset;
+    tanh_each<E>(x, rest);
+  }
+  if constexpr (kWanted & kMean)
+    for (int j = 0; j < N; ++j) so_far.totals[j] += real(x[j], j);
+  if constexpr (kWanted & kCapped)
+    for (int j = 0; j < N; ++j) x[j] = x[j] * f.amplitude - shift;
+  else
+    for (int j = 0; j < N; ++j) x[j] = (kWanted & kScaled ? x[j] * f.slope : x[j]) - shift;
+  if constexpr (kWanted & kMasked)
+    for (int j = 0; j < N; ++j) x[j] = larger(broadcast(kLowest<T, kBase2>), x[j]);
+  if constexpr (kWanted & kMetrics)
+    for (int j = 0; j < N; ++j) below[j] = x[j];
+  exp_each<E, kBase2>(x);
+  if constexpr (kWanted & kCapped && !kWhole)  // elsewhere it is exp(-inf)
+    for (int j = 0; j < N; ++j) x[j] = real(x[j], j);
+  for (int j = 0; j < N; ++j) so_far.sums[j] += x[j];
+  if constexpr (kWanted & kMetrics)
+    for (int j = 0; j < N; ++j) so_far.moments[j] += x[j] * below[j];
+  if (!e) return;
+  if constexpr (kWanted & kCapped)
+    for (int j = 0; j < N; ++j) x[j] *= rest[j];
+  for (int j = 0; j < N; ++j)
+    if (kWhole || j * L < n) store(e + j * L, x[j]);  // the last is padded to a whole vector
+}
+
+// `total` is sum tanh where capped, else sum l.
+template <class E, int kWanted>
+inline PartialSum<Acc<E>> sum_block(const E* l, int64_t n, Transform<Acc<E>> f, Acc<E> shift, Acc<E>* e) {
+  using T = Acc<E>;
+  if (kWanted & kCapped) shift = (shift - f.center) * T(kLog2E), f.amplitude *= T(kLog2E);
+  constexpr int N = kTogether<kWanted>, step = N * kLanes<T>;
+  BlockSums<T, N> sums = {};
+  for (int j = 0; j < N; ++j) sums.most[j] = broadcast(-kInfinity<T>);
   int64_t i = 0;
-  for (; i + 4 * L <= n; i += 4 * L) {
-    fetch4<E, 3>(x + i + kBlock);  // the exponentials keep the core busy meanwhile
-    for (int j = 0; j < 4; ++j) terms[j] = load(x + i + j * L);
-    for (int j = 0; j < 4; ++j) most[j] = larger(terms[j], most[j]);
-    for (int j = 0; j < 4; ++j) terms[j] -= shift;
-    exp4<E>(terms);
-    for (int j = 0; j < 4; ++j) sums[j] += terms[j];
-    if (e)
-      for (int j = 0; j < 4; ++j) store(e + i + j * L, terms[j]);
+  for (; i + step <= n; i += step) {
+    fetch<E, N, 3>(l + i + kBlock);  // the exponentials keep the core busy meanwhile
+    add_columns<E, kWanted, true>(l + i, step, f, shift, e ? e + i : nullptr, sums);
   }
-  for (; i < n; i += L) {
-    const Vec<T> values = i + L <= n ? load(x + i) : load_first(x + i, n - i);
-    const Vec<T> term = exp<E>(values - shift);
-    most[0] = larger(values, most[0]);
-    sums[0] += term;
-    if (e) store(e + i, term);  // padded to a whole vector
-  }
-  *max = largest_lane<T>(most);
-  return sum_of_lanes<T>(sums);
+  if (i < n) add_columns<E, kWanted, false>(l + i, n - i, f, shift, e ? e + i : nullptr, sums);
+  PartialSum<T> found = {};
+  found.sum = sum_of_lanes<T>(sums.sums), found.most = largest_lane<T>(sums.most);
+  if (kWanted & kMean) found.total = sum_of_lanes<T>(sums.totals);
+  if (kWanted & kMetrics) found.moment = sum_of_lanes<T>(sums.moments) / T(kWanted & kCapped ? kLog2E : 1);
+  return found;
 }
 
 template <class E> inline bool has_nan(const E* x, int64_t V) {
@@ -106,96 +171,157 @@ template <class E> inline bool has_nan(const E* x, int64_t V) {
   return false;
 }
 
+// The first of l [n] that is `value`; n if none is.
+template <class E> inline int64_t first_of(const E* l, int64_t n, Acc<E> value) {
+  constexpr int L = kLanes<Acc<E>>;
+  int64_t i = 0;
+  while (i + L <= n && !any(load(l + i) == value)) i += L;
+  while (i < n && value_at(l, i) != value) ++i;
+  return i;
+}
+
+// A row of which some x is infinite, or all are -inf; its sums one after the other, for it is rare. A part that is
+// all -inf, of a row that is not, is 0 throughout; the others are written from l.
 template <class E>
-PartialSum<Acc<E>> sum_exp(const E* x, int64_t V, Exponentials<Acc<E>> keep) {
+PartialSum<Acc<E>> special_sum(const E* l, int64_t V, Exponentials<Acc<E>> keep, const Transform<Acc<E>>& f,
+                               Acc<E> max, Acc<E> most) {
   using T = Acc<E>;
-  const auto special = [&](T max) {
-    // A part that is all -inf, of a row that is not, is 0 throughout; the others are written from x.
-    for (int64_t i = 0; keep.e && i < V; ++i) keep.e[i] = 0, keep.shifts[i / kBlock] = max;
-    return PartialSum<T>{max, max, has_nan(x, V) ? kInfinity<T> - kInfinity<T> : T(0)};
+  for (int64_t i = 0; keep.e && i < V; ++i) keep.e[i] = 0, keep.shifts[i / kBlock] = max;
+  PartialSum<T> found = {max, max, has_nan(l, V) ? kInfinity<T> - kInfinity<T> : T(0), 0, 0, most, 0};
+  for (int64_t i = 0; i < V; ++i) found.total += transformed<E>(f, value_at(l, i)).x;
+  found.argmax = first_of(l, V, most);
+  return found;
+}
+
+template <class E, int kWanted>
+PartialSum<Acc<E>> sum_exp(const E* l, int64_t V, Exponentials<Acc<E>> keep, const Transform<Acc<E>>& f) {
+  using T = Acc<E>;
+  T most = block_max(l, V < kProbe ? V : kProbe);
+  if (!finite(transformed<E>(f, most).x)) most = block_max(l, V);  // a masked beginning
+  const T first = transformed<E>(f, most).x;
+  if (!finite(first)) return special_sum(l, V, keep, f, first, most);
+  PartialSum<T> sums = {first, first, 0, 0, 0, -kInfinity<T>, 0};
+  int64_t columns_of_most = 0;
+  bool masked = false;
+  const auto sum = [&](const E* part, int64_t n, T shift, T* e) {
+    PartialSum<T> found = masked ? sum_block<E, kWanted | kMasked>(part, n, f, shift, e)
+                                 : sum_block<E, kWanted>(part, n, f, shift, e);
+    if (!(kWanted & kMetrics) || found.moment == found.moment || found.sum != found.sum) return found;
+    masked = true;
+    return sum_block<E, kWanted | kMasked>(part, n, f, shift, e);
   };
-  T shift = block_max(x, V < kProbe ? V : kProbe);
-  if (!finite(shift)) shift = block_max(x, V);  // a masked beginning
-  if (!finite(shift)) return special(shift);
-  T max = shift, sum = 0;
   for (int64_t begin = 0, block = 0; begin < V; begin += kBlock, ++block) {
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;
     T* const e = keep.e ? keep.e + begin : nullptr;
-    T here, part = block_sum_exp(x + begin, n, shift, e, &here);
-    if (here > shift + kSlack) {
-      if (!finite(here)) return special(here);
-      sum *= exp_one(shift - here);
-      shift = here;
-      part = block_sum_exp(x + begin, n, shift, e, &here);
+    PartialSum<T> here = sum(l + begin, n, sums.shift, e);
+    const T max = here.most > sums.most ? transformed<E>(f, here.most).x : sums.max;
+    if (max > sums.shift + kSlack) {
+      if (!finite(max)) return special_sum(l, V, keep, f, max, here.most);
+      const T by = sums.shift - max, factor = exp_one(by);
+      sums.moment = factor * (sums.moment + by * sums.sum), sums.sum *= factor, sums.shift = max;
+      here = sum(l + begin, n, max, e);
     }
-    sum += part;
-    max = here > max ? here : max;
-    if (e) keep.shifts[block] = shift;
+    sums.sum += here.sum, sums.total += here.total, sums.moment += here.moment;
+    if (here.most > sums.most) sums.most = here.most, columns_of_most = begin;
+    sums.max = max > sums.max ? max : sums.max;
+    if (e) keep.shifts[block] = sums.shift;
   }
-  return {max, shift, sum};
+  if (kWanted & kMean) sums.total = f.capped ? f.amplitude * sums.total + T(V) * f.center : f.slope * sums.total;
+  if (kWanted & kMetrics) sums.argmax = columns_of_most + first_of(l + columns_of_most, V - columns_of_most, sums.most);
+  return sums;
 }
 
-// The parts of one row -> the whole. A NaN gives NaN, +inf gives (+inf, 0), all -inf gives NaN.
-template <class T> LogSumExp<T> combine(const PartialSum<T>* parts, int count) {
-  T max = -kInfinity<T>, sum = 0;
+// The parts of one row of V columns -> the whole. A NaN gives NaN, +inf gives (+inf, 0), all -inf gives NaN.
+template <class T> LogSumExp<T> combine(const PartialSum<T>* parts, int count, int64_t V) {
+  T max = -kInfinity<T>, most = max, sum = 0, moment = 0, total = 0;
+  int64_t argmax = 0;
   for (int i = 0; i < count; ++i) max = parts[i].max > max ? parts[i].max : max;
-  for (int i = 0; i < count; ++i)
-    sum += parts[i].sum * (parts[i].shift == max ? T(1) : exp_one(parts[i].shift - max));
-  const T nan = kInfinity<T> - kInfinity<T>;
-  if (sum != sum || max == -kInfinity<T>) return {nan, nan, nan};
-  if (max == kInfinity<T>) return {max, T(0), T(0)};
+  for (int i = 0; i < count; ++i) {
+    const PartialSum<T>& part = parts[i];
+    const T factor = part.shift == max ? T(1) : exp_one(part.shift - max);
+    sum += part.sum * factor, total += part.total;
+    if (part.sum != 0) moment += factor * (part.moment + (part.shift - max) * part.sum);
+    if (part.most > most) most = part.most, argmax = part.argmax;
+  }
+  const T nan = kInfinity<T> - kInfinity<T>, mean = total / T(V);
+  if (sum != sum || max == -kInfinity<T>) return {nan, nan, nan, nan, nan, -1};
+  if (max == kInfinity<T>) return {max, T(0), T(0), mean, nan, argmax};
+  const T entropy = log(sum) - moment / sum;
   if (sum < 1) sum = 1;  // the largest term is 1: below it there is only rounding
-  return {max, sum, log(sum)};
+  return {max, sum, log(sum), mean, entropy > 0 ? entropy : T(0), argmax};
 }
 
-// out [n] = e scale, while next [n] is prefetched into L2. past_caches: non-temporal stores, for a gradient too
+// out [n] = e scale - less, while next [n] is prefetched into L2. past_caches: non-temporal stores, for a gradient too
 // large to stay in the caches; its lines are then not read before they are overwritten.
 template <class E>
-void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, bool past_caches, const E* next,
+void write_scaled(const Acc<E>* e, int64_t n, Acc<E> scale, Acc<E> less, bool past_caches, const E* next,
                   E* out) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
   const int64_t lead = int64_t(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(E));
   int64_t i = 0;
-  for (; i + L <= lead && i + L <= n; i += L) store(out + i, load(e + i) * scale);
-  if (i < lead && lead < n) store_first(out + i, load(e + i) * scale, lead - i), i = lead;
+  for (; i + L <= lead && i + L <= n; i += L) store(out + i, load(e + i) * scale - less);
+  if (i < lead && lead < n) store_first(out + i, load(e + i) * scale - less, lead - i), i = lead;
   for (; past_caches && i + 4 * L <= n; i += 4 * L) {
-    fetch4<E, 2>(next + i);
-    for (int j = 0; j < 4; ++j) store_past_caches(out + i + j * L, load(e + i + j * L) * scale);
+    fetch<E, 4, 2>(next + i);
+    for (int j = 0; j < 4; ++j) store_past_caches(out + i + j * L, load(e + i + j * L) * scale - less);
   }
   if (past_caches) fence();
   for (; i + 4 * L <= n; i += 4 * L) {
-    fetch4<E, 2>(next + i);
-    for (int j = 0; j < 4; ++j) store(out + i + j * L, load(e + i + j * L) * scale);
+    fetch<E, 4, 2>(next + i);
+    for (int j = 0; j < 4; ++j) store(out + i + j * L, load(e + i + j * L) * scale - less);
   }
-  for (; i + L <= n; i += L) store(out + i, load(e + i) * scale);
-  if (i < n) store_first(out + i, load(e + i) * scale, n - i);
+  for (; i + L <= n; i += L) store(out + i, load(e + i) * scale - less);
+  if (i < n) store_first(out + i, load(e + i) * scale - less, n - i);
 }
 
-// out [n] = exp(x - shift) scale, from x itself. out may be x.
-template <class E> void write_exp(const E* x, int64_t n, Acc<E> shift, Acc<E> scale, E* out) {
-  constexpr int L = kLanes<Acc<E>>;
-  for (int64_t i = 0; i < n; i += L) {
-    const int64_t count = n - i < L ? n - i : L;
-    store_first(out + i, exp<E>(load_first(x + i, count) - shift) * scale, count);
-  }
-}
-
-// out [V] = c exp(x - max) / sum, from the kept exponentials, of which some are as large as e^kSlack: where
-// their factor is too small to have all its digits, from x. x [V] + next_row is what will be read next.
+// out [n] = (exp(x - shift) scale - less) dx / dl, from the logits themselves. out may be l.
 template <class E>
-void write_softmax(Exponentials<Acc<E>> kept, int64_t V, LogSumExp<Acc<E>> of, double c, bool past_caches,
-                   const E* x, int64_t next_row, E* out) {
+void write_exp(const E* l, int64_t n, const Transform<Acc<E>> f, Acc<E> shift, Acc<E> scale, Acc<E> less, E* out) {
   using T = Acc<E>;
+  constexpr int L = kLanes<T>, N = 2;
+  const T steepest = f.capped ? f.slope * f.amplitude : f.slope;
+  for (int64_t i = 0; i < n; i += N * L) {
+    const bool whole = i + N * L <= n;
+    const auto there = [&](int j) { return n - i < j * L ? 0 : n - i - j * L < L ? n - i - j * L : L; };
+    Vec<T> x[N], rest[N];
+    for (int j = 0; j < N; ++j) x[j] = whole ? load(l + i + j * L) : load_first(l + i + j * L, there(j));
+    for (int j = 0; j < N; ++j) x[j] = x[j] * f.slope + f.offset, rest[j] = broadcast(T(1));
+    if (f.capped) {
+      tanh_each<E>(x, rest);
+      for (int j = 0; j < N; ++j) x[j] = x[j] * f.amplitude + f.center;
+    }
+    for (int j = 0; j < N; ++j) x[j] -= shift;
+    exp_each<E>(x);
+    for (int j = 0; j < N; ++j) x[j] = (x[j] * scale - less) * (rest[j] * steepest);
+    for (int j = 0; j < N; ++j)
+      if (whole)
+        store(out + i + j * L, x[j]);
+      else
+        store_first(out + i + j * L, x[j], there(j));
+  }
+}
+
+// out [V] = (of_row.softmax exp(x - max) / sum - of_row.mean) dx / dl, from the kept exponentials, of which some are
+// as large as e^kSlack: where their factor is too small to have all its digits, or dx / dl is wanted by itself,
+// from the logits. l [V] + next_row is what will be read next.
+template <class E>
+void write_softmax(Exponentials<Acc<E>> kept, int64_t V, const Transform<Acc<E>>& f, LogSumExp<Acc<E>> of,
+                   RowScalars of_row, bool past_caches, const E* l, int64_t next_row, E* out) {
+  using T = Acc<E>;
+  const double steepest = f.capped ? double(f.slope) * f.amplitude : f.slope;
+  const T from_logits = T(of_row.softmax / of.sum), less = T(of_row.mean);
+  if (!kept.e) return write_exp(l, V, f, of.max, from_logits, less, out);
   for (int64_t begin = 0, end; begin < V; begin = end) {  // runs of blocks with one shift
     const T shift = kept.shifts[begin / kBlock];
     for (end = begin + kBlock; end < V && kept.shifts[end / kBlock] == shift;) end += kBlock;
     if (end > V) end = V;
-    const T scale = T(c / of.sum * exp_one(shift - of.max));
+    const T scale = T(of_row.softmax * steepest / of.sum * exp_one(shift - of.max));
     if (scale < kAllDigits<T> && -scale < kAllDigits<T>)
-      write_exp(x + begin, end - begin, of.max, T(c / of.sum), out + begin);
+      write_exp(l + begin, end - begin, f, of.max, from_logits, less, out + begin);
     else
-      write_scaled(kept.e + begin, end - begin, scale, past_caches, x + next_row + begin, out + begin);
+      write_scaled(kept.e + begin, end - begin, scale, T(of_row.mean * steepest), past_caches, l + next_row + begin,
+                   out + begin);
   }
 }
 

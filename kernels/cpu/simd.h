@@ -43,7 +43,6 @@ template <> struct Simd<float> {
   static constexpr float kMagic = 0x1.8p23f;  // adding it leaves round(x) in the low bits
   static constexpr int kMantissaBits = 23;
   static constexpr uint32_t kBias = 127;
-  static constexpr float kLowest = -88.02969f;  // -127 ln 2, where the scale 2^n becomes exactly 0
 };
 
 template <> struct Simd<double> {
@@ -52,7 +51,6 @@ template <> struct Simd<double> {
   static constexpr double kMagic = 0x1.8p52;
   static constexpr int kMantissaBits = 52;
   static constexpr uint64_t kBias = 1023;
-  static constexpr double kLowest = -709.0895657128241;  // -1023 ln 2
 };
 
 // 2^f on |f| <= 1/2, the highest power first: 1 + f q(f), where q interpolates (2^f - 1) / f at
@@ -83,6 +81,41 @@ template <class T> constexpr T kInfinity = T(__builtin_inff());
 
 template <class T> inline Vec<T> broadcast(T value) { return value - Vec<T>{}; }
 
+// Whether a lane of a comparison holds.
+template <class Mask> inline bool any(Mask lanes) {
+  uint64_t parts[sizeof lanes / 8], all = 0;
+  std::memcpy(parts, &lanes, sizeof lanes);
+  for (const uint64_t part : parts) all |= part;
+  return all != 0;
+}
+inline bool any_above(FloatVec v, float bound) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_GT_OQ)) != 0;
+#else
+  return any(v > bound);
+#endif
+}
+
+// 1 / v of a v in [1, 2].
+#if defined(__AVX512F__)
+inline FloatVec reciprocal(FloatVec v) {  // to 14 bits, and by Newton's step to 28
+  const FloatVec about = (FloatVec)_mm512_rcp14_ps((__m512)v);
+  return about * (2.0f - v * about);
+}
+#else
+inline FloatVec reciprocal(FloatVec v) { return 1.0f / v; }
+#endif
+inline DoubleVec reciprocal(DoubleVec v) { return 1.0 / v; }
+
+template <class T> inline Bits<T> sign_bits() { return (Bits<T>)broadcast(T(-0.0)); }
+template <class T> inline Vec<T> absolute(Vec<T> v) { return (Vec<T>)((Bits<T>)v & ~sign_bits<T>()); }
+// v >= 0, with the sign of another.
+template <class T> inline Vec<T> with_sign(Vec<T> v, Vec<T> of) {
+  return (Vec<T>)((Bits<T>)v | ((Bits<T>)of & sign_bits<T>()));
+}
+
 // Lane-wise a > b ? a : b: a NaN in `a` is passed over, a NaN in `b` is kept. gcc makes a comparison
 // and a blend of the expression, though maxps is defined as just this.
 #if defined(__AVX512F__)
@@ -94,50 +127,56 @@ inline FloatVec larger(FloatVec a, FloatVec b) { return a > b ? a : b; }
 #endif
 inline DoubleVec larger(DoubleVec a, DoubleVec b) { return a > b ? a : b; }
 
-// e^x of four vectors, for x up to 80: -inf gives exactly 0 (outside AVX-512 so does anything below the
-// normal range), NaN stays NaN. e^x = 2^n 2^f with t = x / ln 2, n = round(t), f = t - n; the error in t
-// matters only where e^x is next to nothing. They go step by step together: their latencies overlap.
+// e^x of N vectors, or 2^x, for e^x up to e^80: -inf gives exactly 0 (outside AVX-512 so does anything below the normal
+// range), NaN stays NaN. e^x = 2^n 2^f with t = x / ln 2, n = round(t), f = t - n; the error in t matters only where
+// e^x is next to nothing. They go step by step together: their latencies overlap.
 template <class T> using Vec4 = Vec<T>[4];
 constexpr double kLog2E = 1.4426950408889634;
+// Where the scale 2^n becomes exactly 0.
+template <class T, bool kBase2> constexpr T kLowest = T(-double(Simd<T>::kBias) / (kBase2 ? 1 : kLog2E));
 
-template <class T> inline void split(Vec4<T>& x, Vec4<T>& f, Bits<T> (&scale)[4]) {  // overwrites x
+template <class T, int N, bool kBase2>
+inline void split(Vec<T> (&x)[N], Vec<T> (&f)[N], Bits<T> (&scale)[N]) {  // overwrites x
   using C = Simd<T>;
-  Vec4<T> n;
-  for (int j = 0; j < 4; ++j) x[j] = larger(broadcast(C::kLowest), x[j]);
-  for (int j = 0; j < 4; ++j) n[j] = x[j] * T(kLog2E) + C::kMagic;
-  for (int j = 0; j < 4; ++j) scale[j] = ((Bits<T>)n[j] + C::kBias) << C::kMantissaBits;
-  for (int j = 0; j < 4; ++j) f[j] = x[j] * T(kLog2E) - (n[j] - C::kMagic);
-}
-template <class T> inline Vec<T> times_power(Vec<T> value, Bits<T> scale) { return value * (Vec<T>)scale; }
-
+  constexpr T factor = kBase2 ? T(1) : T(kLog2E);
 #if defined(__AVX512F__)  // two instructions know what takes the others five
-template <> inline void split<float>(Vec4<float>& x, Vec4<float>& f, UInt32Vec (&n)[4]) {
-  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  for (int j = 0; j < 4; ++j) x[j] = x[j] * float(kLog2E);
-  for (int j = 0; j < 4; ++j) n[j] = (UInt32Vec)_mm512_roundscale_ps((__m512)x[j], nearest);
-  for (int j = 0; j < 4; ++j) f[j] = (FloatVec)_mm512_reduce_ps((__m512)x[j], nearest);
-}
-template <> inline FloatVec times_power<float>(FloatVec value, UInt32Vec n) {
-  return (FloatVec)_mm512_scalef_ps((__m512)value, (__m512)n);
-}
+  if constexpr (sizeof(T) == 4) {
+    constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    for (int j = 0; j < N; ++j) x[j] = x[j] * factor;
+    for (int j = 0; j < N; ++j) scale[j] = (Bits<T>)_mm512_roundscale_ps((__m512)x[j], nearest);
+    for (int j = 0; j < N; ++j) f[j] = (Vec<T>)_mm512_reduce_ps((__m512)x[j], nearest);
+    return;
+  }
 #endif
+  Vec<T> n[N];
+  for (int j = 0; j < N; ++j) x[j] = larger(broadcast(kLowest<T, kBase2>), x[j]);
+  for (int j = 0; j < N; ++j) n[j] = x[j] * factor + C::kMagic;
+  for (int j = 0; j < N; ++j) scale[j] = ((Bits<T>)n[j] + C::kBias) << C::kMantissaBits;
+  for (int j = 0; j < N; ++j) f[j] = x[j] * factor - (n[j] - C::kMagic);
+}
+template <class T> inline Vec<T> times_power(Vec<T> value, Bits<T> scale) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_scalef_ps((__m512)value, (__m512)scale);
+#endif
+  return value * (Vec<T>)scale;
+}
 
-template <class E> inline void exp4(Vec4<Acc<E>>& x) {
+template <class E, bool kBase2 = false, int N> inline void exp_each(Vec<Acc<E>> (&x)[N]) {
   using T = Acc<E>;
   using C = Exp2<E>;
-  Vec4<T> f, poly;
-  Bits<T> scale[4];
-  split<T>(x, f, scale);
-  for (int j = 0; j < 4; ++j) poly[j] = C::kPoly[0] * f[j] + C::kPoly[1];
+  Vec<T> f[N], poly[N];
+  Bits<T> scale[N];
+  split<T, N, kBase2>(x, f, scale);
+  for (int j = 0; j < N; ++j) poly[j] = C::kPoly[0] * f[j] + C::kPoly[1];
   for (int i = 2; i < C::kTerms; ++i)
-    for (int j = 0; j < 4; ++j) poly[j] = poly[j] * f[j] + C::kPoly[i];
-  for (int j = 0; j < 4; ++j) x[j] = times_power<T>(poly[j], scale[j]);
+    for (int j = 0; j < N; ++j) poly[j] = poly[j] * f[j] + C::kPoly[i];
+  for (int j = 0; j < N; ++j) x[j] = times_power<T>(poly[j], scale[j]);
 }
 
 template <class E> inline Vec<Acc<E>> exp(Vec<Acc<E>> x) {
-  Vec4<Acc<E>> four = {x, x, x, x};
-  exp4<E>(four);
-  return four[0];
+  Vec<Acc<E>> one[] = {x};
+  exp_each<E>(one);
+  return one[0];
 }
 
 // ---- 16-bit floats: UInt16Vec <-> FloatVec ----

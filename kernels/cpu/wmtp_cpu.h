@@ -8,6 +8,13 @@ namespace wmtp {
 enum Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 enum Reduction : int32_t { kSum = 0, kTokenMean = 1, kWeightMean = 2 };
 
+// x = slope l, or center + amplitude tanh(slope l + offset) if amplitude > 0; the loss averages
+// f = (1 - label_smoothing) ce + label_smoothing (lse - mean x) + z_loss lse^2.
+struct Numerics {
+  double slope, offset, amplitude, center, z_loss, label_smoothing;
+  double largest_gradient;  // no |df / dl| is larger
+};
+
 // The tensors, and where they lie; wmtp/records.py has these three records.
 struct Inputs {
   const void* logits;                    // [B, S, H, V], last stride 1
@@ -29,7 +36,7 @@ struct Inputs {
   int32_t threads;
 };
 
-// Instead of a rule: head_weights are d loss / d ce itself, of any sign, and grad is final.
+// Instead of a rule: head_weights are d loss / d f itself, of any sign, and grad is final.
 constexpr int32_t kRowScalar = -1;
 
 struct Settings {
@@ -39,6 +46,8 @@ struct Settings {
   int32_t sums_to_one;  // and sum to 1 over its valid heads
   int32_t reduction;
   int32_t checked;      // head_weights may be anything
+  Numerics numerics;
+  int32_t metrics;      // entropy and correct are wanted
 };
 
 // Contiguous, acc unless said otherwise; every entry is written.
@@ -46,20 +55,24 @@ struct Outputs {
   void* loss;           // [1]
   uint8_t* valid_mask;  // [B, S]
   void* ce;             // [B, S, H]
+  void* row_loss;       // [B, S, H] f; null where that is ce
   void* token_loss;     // [B, S]
   void* weight_sum;     // [B, S]
-  void* row_scalar;     // [B, S, H] d loss / d ce
+  void* row_scalar;     // [B, S, H] d loss / d f
   void* row_max;        // [B, S, H] and
   void* log_sum;        // [B, S, H]: their sum is the log-sum-exp; 0 without a target
+  void* entropy;        // [B, S, H], and the next; null without metrics
+  uint8_t* correct;     // [B, S, H]
   void* factors;        // [2]: 1 / denominator, and what grad still has to be multiplied with
   void* grad;           // [B, S, H, V] of the logits' dtype, [B, S, 1, V] for shared heads; the logits
                         // themselves: in place, with their strides; null: not wanted
   void* scratch;        // scratch_bytes(), 64-byte aligned
+  int64_t grad_stride;  // of the rows of grad, unless they are the logits'
   double grad_scale;    // grad is that of grad_scale x loss
 };
 
 // Library and cpu_library.py must mean the same by all this: raise the version with every change of it.
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 
 struct Kernels {
   void (*weighted_loss)(const Inputs&, const Settings&, const Outputs&);
@@ -107,16 +120,17 @@ inline int64_t waiting_rows(const Inputs& in, const Settings& set) {
 }
 
 // Scratch of one thread, in bytes: `kept`, the exponentials of the rows whose gradient waits for the weights
-// (`row` each), with a shift for every block; `numbers`, up to eight for each head of a token; and 2 x H x
-// threads partial sums of three numbers. After that of all threads, a double for each token.
+// (`row` each), with a shift for every block; `numbers`, kHeadBytes for each head of a token; and 2 x H x
+// threads partial sums of a row. After that of all threads, a double for each token.
+constexpr int64_t kHeadBytes = 96, kPartialBytes = 56;
 struct ScratchBytes {
   int64_t row, kept, numbers, all;
 };
 inline ScratchBytes scratch_of_thread(const Inputs& in, const Settings& set, bool with_grad) {
   const int64_t acc = in.dtype == kFloat64 ? 8 : 4;
   const int64_t row = ((in.V + 2 * kPadding + in.V / kBlock + 1) * acc + 63) / 64 * 64;
-  const int64_t kept = with_grad ? waiting_rows(in, set) * row : 0, numbers = in.H * 64;
-  return {row, kept, numbers, kept + numbers + (2 * in.H * useful_threads(in) * 24 + 63) / 64 * 64};
+  const int64_t kept = with_grad ? waiting_rows(in, set) * row : 0, numbers = in.H * kHeadBytes;
+  return {row, kept, numbers, kept + numbers + (2 * in.H * useful_threads(in) * kPartialBytes + 63) / 64 * 64};
 }
 
 }  // namespace wmtp

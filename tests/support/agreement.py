@@ -6,6 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from support.backends import row_settings
 from wmtp.arguments import Call, checked_call, loss_inputs
 from wmtp.backends import cpu
 from wmtp.labels import IGNORE_INDEX, has_target
@@ -199,7 +200,7 @@ def kernel_gradient(backend, logits, target_ids, row_scalar, row_max=None, log_s
     unused = torch.full_like(row_scalar, float("nan"))
     statistics = [unused if value is None else value for value in (row_max, log_sum)]
     return backend.row_gradient(
-        RowInputs(logits, target_ids[:, 1:], *statistics, row_scalar), IGNORE_INDEX
+        RowInputs(logits, target_ids[:, 1:], *statistics, row_scalar), row_settings()
     )
 
 

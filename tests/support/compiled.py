@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from support.backends import row_settings
 from wmtp import kernels
 from wmtp.arguments import checked_call, loss_inputs
 from wmtp.kernels import tiers
@@ -118,8 +119,8 @@ def launch_the_others(dtype: torch.dtype) -> None:
             of_heads = move(torch.zeros(shape[:3], dtype=torch.int64))
             for targets in (move(ids), move(ids)[:, 1:], of_heads):
                 rows = RowInputs(logits, targets, *map(move, of_rows))
-                kernels.row_gradient(rows, IGNORED)
-            kernels.next_token_ce(logits[:, :, 0], move(ids)[:, 1:], IGNORED)
+                kernels.row_gradient(rows, row_settings())
+            kernels.next_token_ce(logits[:, :, 0], move(ids)[:, 1:], row_settings())
         for number in NUMBERS:
             kernels.multiply_(logits, number.float())
             kernels.multiply_(logits[..., 1:], number.float())
@@ -127,7 +128,7 @@ def launch_the_others(dtype: torch.dtype) -> None:
         for first in (0, 1):  # a chunk's targets begin anywhere among all
             ids = torch.zeros(32, dtype=torch.int64)[first : first + rows]
             for scalar in (torch.rand(rows), None):
-                kernels.rows_ce_(torch.randn(rows, 1000).to(dtype), ids, scalar)
+                kernels.rows_ce_(torch.randn(rows, 1000).to(dtype), ids, scalar, row_settings())
 
 
 def launch_few_rows(heads: int) -> None:

@@ -168,7 +168,8 @@ def _inputs(
 
 
 def _settings(settings: Settings, *, multiplied: bool) -> cpu_library.Settings:
-    numerics, metrics = cpu_library.Numerics(*settings.numerics), settings.metrics
+    known, metrics = settings.numerics, settings.metrics
+    numerics = cpu_library.Numerics(*known, known.largest_gradient)
     reduction = _REDUCTIONS[settings.reduction]
     if settings.rule == _ROW_SCALAR:
         return cpu_library.Settings(-1, True, False, False, reduction, True, numerics, metrics)
@@ -202,9 +203,7 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _raise_weight_error(
-    inputs: Inputs, settings: Settings, position: int, heads: int
-) -> NoReturn:
+def _raise_weight_error(inputs: Inputs, settings: Settings, position: int, heads: int) -> NoReturn:
     assert inputs.head_weights is not None
     token, k = divmod(position, heads)
     b, t = divmod(token, inputs.head_weights.shape[1])

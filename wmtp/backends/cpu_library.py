@@ -9,6 +9,8 @@ import functools
 import os
 from pathlib import Path
 
+from wmtp import numerics
+
 # The variable is for a build of another kind, `make sanitize` for one.
 LIBRARY = Path(os.environ.get("WMTP_CPU_LIBRARY") or Path(__file__).parents[1] / "libwmtp_cpu.so")
 
@@ -20,8 +22,7 @@ Numbers = ctypes.c_double * 4  # a rule's
 
 class Numerics(ctypes.Structure):  # wmtp/numerics.py
     _fields_ = [
-        (name, ctypes.c_double)
-        for name in ("slope", "offset", "amplitude", "center", "z_loss", "label_smoothing")
+        (name, ctypes.c_double) for name in (*numerics.Numerics._fields, "largest_gradient")
     ]
 
 

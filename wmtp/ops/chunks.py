@@ -280,7 +280,9 @@ class _Sums:
             self._add(self.weight[: self.tokens], g, x if c is None else x.mul_(c[:, None]))
         if self.wanted.bias:
             ones = torch.ones_like(x[:, :1])
-            self._add(self.bias[: self.tokens, None], g, ones if c is None else c[:, None].to(x.dtype))
+            self._add(
+                self.bias[: self.tokens, None], g, ones if c is None else c[:, None].to(x.dtype)
+            )
         self.empty = False
 
     def _add(self, total: Tensor, g: Tensor, x: Tensor) -> None:

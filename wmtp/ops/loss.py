@@ -29,6 +29,7 @@ from wmtp.records import (
     Settings,
     flat,
     names_of,
+    new_outputs,
     schema_of,
     unflat,
 )
@@ -172,11 +173,14 @@ def _loss_gradient(logits: list[Tensor], *values: Any) -> Tensor:
         return multiply(grad, left, settings.backend)
     row_scalar = Upstream(loss=grad_loss).of_rows(row_scalar)
     row_scalar = for_each_row(row_scalar, settings.shared_heads)
-    return _gradient_of(RowInputs(one_tensor(logits), *saved, row_scalar), settings)
+    target_ids, row_max, log_sum = saved
+    rows = RowInputs(one_tensor(logits), target_ids, row_max, log_sum, row_scalar)
+    return _gradient_of(rows, settings)
 
 
 def _row_gradient(*values: Any) -> Tensor:
-    return _gradient_of(*unflat(values, RowInputs, RowSettings))
+    rows, settings = unflat(values, RowInputs, RowSettings)
+    return _gradient_of(rows, settings)
 
 
 def _gradient_of(rows: RowInputs, settings: RowSettings) -> Tensor:

@@ -24,7 +24,7 @@ template <> struct Tanh<float> {
 
 // With E = e^(-2 |u|) and q = 2 E / (1 + E): tanh |u| = 1 - q, and 1 - tanh^2 = q (2 - q), which keeps its digits
 // where tanh is all but 1.
-template <class E, int N> inline void tanh_by_exp(Vec<Acc<E>> (&u)[N], Vec<Acc<E>> (&rest)[N]) {
+template <class E, int N> WMTP_INLINE void tanh_by_exp(Vec<Acc<E>> (&u)[N], Vec<Acc<E>> (&rest)[N]) {
   using T = Acc<E>;
   Vec<T> q[N];
   for (int j = 0; j < N; ++j) q[j] = absolute<T>(u[j]) * T(-2 * kLog2E);
@@ -35,7 +35,7 @@ template <class E, int N> inline void tanh_by_exp(Vec<Acc<E>> (&u)[N], Vec<Acc<E
 }
 
 // u -> tanh u; rest = 1 - tanh^2 u. A NaN stays one.
-template <class E, int N> inline void tanh_each(Vec<Acc<E>> (&u)[N], Vec<Acc<E>> (&rest)[N]) {
+template <class E, int N> WMTP_INLINE void tanh_each(Vec<Acc<E>> (&u)[N], Vec<Acc<E>> (&rest)[N]) {
   using T = Acc<E>;
   if constexpr (std::is_same<T, float>::value) {
     using C = Tanh<E>;

@@ -107,7 +107,7 @@ template <class T> inline Vec<T> first_lanes_of(Vec<T> v, int64_t count) {
 // Columns l .. l + N vectors, or the n of them that are there: exp(x - shift), which goes to e as well.
 // Capped ones in base 2: for these f is so, and shift.
 template <class E, int kWanted, bool kWhole, int N = kTogether<kWanted>>
-inline void add_columns(const E* l, int64_t n, const Transform<Acc<E>>& f, Acc<E> shift, Acc<E>* e,
+WMTP_INLINE void add_columns(const E* l, int64_t n, const Transform<Acc<E>>& f, Acc<E> shift, Acc<E>* e,
                         BlockSums<Acc<E>, N>& so_far) {
   using T = Acc<E>;
   constexpr int L = kLanes<T>;
@@ -204,11 +204,12 @@ PartialSum<Acc<E>> sum_exp(const E* l, int64_t V, Exponentials<Acc<E>> keep, con
   int64_t columns_of_most = 0;
   bool masked = false;
   const auto sum = [&](const E* part, int64_t n, T shift, T* e) {
-    PartialSum<T> found = masked ? sum_block<E, kWanted | kMasked>(part, n, f, shift, e)
-                                 : sum_block<E, kWanted>(part, n, f, shift, e);
-    if (!(kWanted & kMetrics) || found.moment == found.moment || found.sum != found.sum) return found;
-    masked = true;
-    return sum_block<E, kWanted | kMasked>(part, n, f, shift, e);
+    if constexpr (kWanted & kMetrics) {
+      const PartialSum<T> found = masked ? PartialSum<T>{} : sum_block<E, kWanted>(part, n, f, shift, e);
+      masked = masked || (found.moment != found.moment && found.sum == found.sum);
+      return masked ? sum_block<E, kWanted | kMasked>(part, n, f, shift, e) : found;
+    }
+    return sum_block<E, kWanted>(part, n, f, shift, e);
   };
   for (int64_t begin = 0, block = 0; begin < V; begin += kBlock, ++block) {
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;

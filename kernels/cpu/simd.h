@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// The bodies of the loops over a row: out of line their vectors would go through memory.
+#define WMTP_INLINE inline __attribute__((always_inline))
+
 namespace wmtp {
 namespace WMTP_ISA {
 
@@ -136,7 +139,7 @@ constexpr double kLog2E = 1.4426950408889634;
 template <class T, bool kBase2> constexpr T kLowest = T(-double(Simd<T>::kBias) / (kBase2 ? 1 : kLog2E));
 
 template <class T, int N, bool kBase2>
-inline void split(Vec<T> (&x)[N], Vec<T> (&f)[N], Bits<T> (&scale)[N]) {  // overwrites x
+WMTP_INLINE void split(Vec<T> (&x)[N], Vec<T> (&f)[N], Bits<T> (&scale)[N]) {  // overwrites x
   using C = Simd<T>;
   constexpr T factor = kBase2 ? T(1) : T(kLog2E);
 #if defined(__AVX512F__)  // two instructions know what takes the others five
@@ -161,7 +164,7 @@ template <class T> inline Vec<T> times_power(Vec<T> value, Bits<T> scale) {
   return value * (Vec<T>)scale;
 }
 
-template <class E, bool kBase2 = false, int N> inline void exp_each(Vec<Acc<E>> (&x)[N]) {
+template <class E, bool kBase2 = false, int N> WMTP_INLINE void exp_each(Vec<Acc<E>> (&x)[N]) {
   using T = Acc<E>;
   using C = Exp2<E>;
   Vec<T> f[N], poly[N];

@@ -3,7 +3,8 @@
     pytest benchmarks/bench.py --benchmark-json=result.json       # -k test_loss: one of the suites
 
     loss      with and without gradient against eager torch, torch.compile and a plain copy
-    scaling   sizes, threads, weightings, odd vocabularies, few rows; inside torch.compile
+    scaling   sizes, threads, weightings, odd vocabularies, few rows; inside torch.compile; head
+              numerics and metrics
     linear    hidden states to loss and gradients, against peers and the bare matrix products
 
 The environment variable WMTP_BENCH_SIZE chooses how much there is to do: "full", "quick" (few and
@@ -21,7 +22,15 @@ import pytest
 import torch
 
 from wmtp.benchmarks.problem import THREADS, WEIGHTINGS, Case, Shape
-from wmtp.benchmarks.providers import DIRECTIONS, FLOORS, LINEAR, LOGITS, UNCOMPILED, absent
+from wmtp.benchmarks.providers import (
+    DIRECTIONS,
+    FLOORS,
+    LINEAR,
+    LOGITS,
+    OPTIONS,
+    UNCOMPILED,
+    absent,
+)
 from wmtp.benchmarks.timing import Bench, Rounds
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,6 +81,7 @@ LARGE, EVEN, ODD = ((1, 256, 4, vocabulary) for vocabulary in (128256, 50304, 50
 ONE_AND_ALL = sorted({1, THREADS})
 FORWARD, OURS = ("forward", "fused"), ((BOTH, "fused"), ("inplace", "fused_inplace"))
 AGAINST_EAGER = (("forward", "eager"), FORWARD, (BOTH, "eager"), *OURS)
+WITH_OPTIONS = [f"fused_{name}" for name in OPTIONS]
 IN_AND_OUT = [(BOTH, name) for ours in UNCOMPILED.items() for name in reversed(ours)]
 SCALING = cases("sweep", SWEEP[: {"full": None, "quick": 4, "tiny": 1}[SIZE]], AGAINST_EAGER)
 if SIZE != "quick":
@@ -81,6 +91,7 @@ if SIZE != "quick":
         *cases("odd vocabulary", [USUAL], OURS, shape=(EVEN, ODD)),
         *cases("few rows", [FEW_ROWS], AGAINST_EAGER, threads=ONE_AND_ALL),
         *cases("compiled", [USUAL], IN_AND_OUT),
+        *cases("options", [USUAL], product(("forward", BOTH), ("fused", *WITH_OPTIONS))),
     ]
 
 # --- linear --------------------------------------------------------------------------------------

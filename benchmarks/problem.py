@@ -13,6 +13,7 @@ from wmtp.benchmarks.providers import FLOORS, LINEAR, LOGITS, OURS, PEERS, Loss,
 from wmtp.labels import IGNORE_INDEX, shift_to_heads
 from wmtp.ops.chunks import Linear
 from wmtp.records import LinearInputs, LinearSettings
+from wmtp.reference import compute_weighted_mtp_loss
 
 Record = dict[str, Any]  # of JSON: a case's fields, and what was found
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
@@ -172,7 +173,7 @@ class Problem:
 
     def _truth(self, one: Provider, weighting: str) -> tuple[Tensor, ...]:
         """Its loss and gradients; a mean cross entropy for who knows no weights."""
-        key = one.factors, weighting, one.weighted
+        key = one.factors, weighting, one.weighted, tuple(one.options.items())
         if key not in self._truths:
             inputs = self._inputs_of(one, (self.pristine, *self.inputs[1:]))
             exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
@@ -180,6 +181,9 @@ class Problem:
             reduction = "weight_mean" if self.dim or not one.weighted else "token_mean"
             weights = self.weights.get(weighting if one.weighted else "none", Weights())
             loss = providers.eager(logits, self.target_ids, weights, reduction)
+            if one.options:
+                how = {"horizon": self.shape[2], **weights._asdict(), **one.options}
+                loss = compute_weighted_mtp_loss(logits, self.target_ids, **how).loss
             # Of other weightings none is kept: each holds gradients in float32.
             self._truths = {k: held for k, held in self._truths.items() if k[1] == weighting}
             self._truths[key] = loss.detach(), *torch.autograd.grad(loss, exact)

@@ -45,6 +45,7 @@ class Provider(NamedTuple):
     on_gpu: bool = False
     slow: bool = False
     loss_only: bool = False  # its gradients are not compared
+    options: Mapping[str, Any] = {}  # of our own losses, with which the truth is another
 
 
 def eager(
@@ -186,6 +187,20 @@ LOGITS = {
     "product": Provider(product, 16),
     "product_compiled": Provider(compiled(product), 16, compiles=True),
 }
+# Ours with head numerics and metrics, one by one, against ours without.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "logit_scale": {"logit_scale": 0.5},
+    "softcap": {"softcap": 30.0},
+    "sigmoid_cap": {"sigmoid_cap": (30.0, 0.0, 7.5)},
+    "z_loss": {"z_loss": 1e-4},
+    "smoothing": {"label_smoothing": 0.1},
+    "cap_smoothing": {"softcap": 30.0, "label_smoothing": 0.1},
+    "metrics": {"metrics": True},
+}
+LOGITS |= {
+    f"fused_{name}": Provider(functools.partial(fused, **options), options=options)
+    for name, options in OPTIONS.items()
+}
 # Other people's kernels, on a GPU. They know no weights: each is the mean cross entropy.
 PEERS = {
     "liger": Provider(liger, weighted=False, needs=_LIGER),
@@ -216,7 +231,7 @@ DIRECTIONS = {
 # The same of hidden states and unembedding, and the products that none can do without: for all
 # gradients, or for the hidden states' alone.
 FLOORS = {"forward+backward": "three_products", "frozen": "two_products"}
-OURS = ("fused", "fused_inplace")
+OURS = ("fused", "fused_inplace", *(f"fused_{name}" for name in OPTIONS))
 # Ours inside torch.compile, against the same outside.
 UNCOMPILED = {"fused_compiled": "fused", "product_compiled": "product"}
 

@@ -89,6 +89,11 @@ STUDIES = {
         lambda case: case._replace(provider=UNCOMPILED.get(case.provider, case.provider)),
         False,
     ),
+    "options": Study(
+        *("head numerics and metrics", "", "/ without"),
+        lambda case: case._replace(provider="fused"),
+        False,
+    ),
 }
 
 

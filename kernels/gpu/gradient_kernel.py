@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from wmtp.kernels.heads import head_targets, of_agreeing, position
+from wmtp.kernels.options import refuse_options
 from wmtp.kernels.rows import (
     ONE_BINARY,
     OPTIONS,
@@ -32,7 +33,7 @@ from wmtp.kernels.rows import (
     warp_size,
 )
 from wmtp.layout import heads_share_storage
-from wmtp.records import RowInputs
+from wmtp.records import RowInputs, RowSettings
 
 
 @triton.jit
@@ -155,8 +156,9 @@ def row_gradient_kernel(
     )  # fmt: skip
 
 
-def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
+def row_gradient(rows: RowInputs, settings: RowSettings) -> Tensor:
     """Launch: one program a row."""
+    refuse_options(settings)
     logits = rows.logits
     _, seq_len, heads, vocab_size = logits.shape
     shared_heads = heads_share_storage(logits)
@@ -182,7 +184,7 @@ def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
             **strides("grad_stride", grad),
             seq_len=seq_len,
             vocab_size=vocab_size,
-            ignore_index=ignore_index,
+            ignore_index=settings.ignore_index,
             H=heads,
             SHARED_HEADS=shared_heads,
             IN_PHASE=in_phase(read, grad, (lead, grad_lead)),

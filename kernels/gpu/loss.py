@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wmtp.kernels.launch import Case, OfHeads, Rule, launch
+from wmtp.kernels.options import refuse_options
 from wmtp.kernels.rows import targets
 from wmtp.kernels.rules import device_function
 from wmtp.kernels.tiers import machine, one_program
@@ -24,12 +25,13 @@ from wmtp.kernels.weights_kernel import (
     weights_kernel,
 )
 from wmtp.layout import as_rows, heads_share_storage
-from wmtp.records import Inputs, Outputs, Settings
+from wmtp.records import Inputs, Outputs, Settings, new_outputs
 from wmtp.weightings.base import rule_of
 
 
 def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     """Launch; see `wmtp.backends.protocol`. A target outside [0, V): that row's ce is NaN."""
+    refuse_options(settings)
     logits, head_offsets = as_rows(inputs.logits)
     batch, seq_len, heads, vocab_size = logits.shape
     tokens = batch * seq_len
@@ -37,7 +39,7 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     rows = logits[:, :, :1] if shared_heads else logits
     by_head = inputs.head_scale is not None
     factors = logits.new_empty(4 + heads * by_head, dtype=torch.float32)
-    out, unused = _outputs(logits), factors
+    out, unused = new_outputs(logits, heads, settings), factors
     if settings.gradient != "none":
         new = torch.empty_like(rows, memory_format=torch.contiguous_format)
         out = out._replace(grad=rows if settings.gradient == "inplace" else new)
@@ -91,27 +93,6 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
             ce_ptr=out.ce, token_loss_ptr=out.token_loss, loss_ptr=out.loss, **alike
         )
     return out._replace(factors=factors[:2])
-
-
-def _outputs(logits: Tensor) -> Outputs:
-    """Nothing written yet; of factors and grad nothing is there."""
-
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return logits.new_empty(shape, dtype=dtype)
-
-    tokens, rows = logits.shape[:2], logits.shape[:3]
-    return Outputs(
-        loss=new(),
-        valid_mask=new(*tokens, dtype=torch.bool),
-        ce=new(*rows),
-        token_loss=new(*tokens),
-        weight_sum=new(*tokens),
-        row_scalar=new(*rows),
-        row_max=new(*rows),
-        log_sum=new(*rows),
-        factors=new(0),
-        grad=logits.new_empty(0),
-    )
 
 
 def _rule(key: str, inputs: Inputs) -> Rule:

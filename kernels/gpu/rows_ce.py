@@ -11,23 +11,28 @@ import torch
 from torch import Tensor
 
 from wmtp.kernels.launch import Case, OfHeads, Rule, launch
+from wmtp.kernels.options import refuse_options
+from wmtp.records import RowOutputs, RowSettings
 
-NO_ID = -1  # ignore_index where no target is to be ignored
 
-
-def rows_ce_(logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None) -> Tensor:
+def rows_ce_(
+    logits: Tensor, target_ids: Tensor, row_scalar: Tensor | None, settings: RowSettings
+) -> RowOutputs:
     """Launch. A target outside [0, V): that row's ce and gradient are NaN."""
+    refuse_options(settings)
     rows = logits[None, :, None]
     grad = None if row_scalar is None else rows
-    return _cross_entropy(rows, target_ids[None], row_scalar, grad, NO_ID).flatten()
+    ce = _cross_entropy(rows, target_ids[None], row_scalar, grad, settings.ignore_index)
+    return RowOutputs(ce.flatten(), *(ce.new_empty(0),) * 5)
 
 
-def next_token_ce(logits: Tensor, target_ids: Tensor, ignore_index: int) -> Tensor:
+def next_token_ce(logits: Tensor, target_ids: Tensor, settings: RowSettings) -> Tensor:
     """Launch. A target outside [0, V): that position's ce is NaN."""
+    refuse_options(settings)
     rows = logits[:, :, None]
     if not rows.numel():
         return logits.new_zeros(logits.shape[:2], dtype=torch.float32)
-    return _cross_entropy(rows, target_ids, None, None, ignore_index)
+    return _cross_entropy(rows, target_ids, None, None, settings.ignore_index)
 
 
 def _cross_entropy(

@@ -147,7 +147,7 @@ void write_gradient(const Inputs& in, const Settings& set, const Token& token, i
   const E* l = row_of<E>(in, token, row) + team.begin;
   if (weighs && !finite(stats.lse()))
     write_exp(l, columns, f, stats.lse(), T(all.softmax), T(all.mean), out + team.begin);
-  else if (all.softmax != 0)
+  else if (all.softmax != 0 || all.mean != 0)
     write_softmax(kept, columns, f, stats, all, past_caches, l, next_row, out + team.begin);
   else
     std::memset(out + team.begin, 0, columns * sizeof(E));

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import subprocess
-import sys
 import time
 from itertools import pairwise
 
@@ -48,7 +46,9 @@ def test_suites_run_and_report_every_case():
 
 
 def test_a_provider_that_disagrees_fails_the_suite(monkeypatch, tmp_path):
+    """Which is collected without the packages of the command line."""
     (tmp_path / "spoil.py").write_text(
+        "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib']))\n"
         "from wmtp.benchmarks import providers\n"
         "wrong = providers.Provider(lambda *inputs: 2 * providers.eager(*inputs))\n"
         "providers.LOGITS['fused'] = wrong\n"
@@ -57,14 +57,6 @@ def test_a_provider_that_disagrees_fails_the_suite(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p spoil --exitfirst")
     with pytest.raises(RuntimeError, match="fused disagrees with eager torch"):
         report.run_suites(["loss"], "tiny")
-
-
-def test_suites_collect_without_the_packages_of_the_command_line():
-    code = (
-        "import sys; sys.modules.update(dict.fromkeys(['rich', 'typer', 'matplotlib']))\n"
-        "from wmtp.benchmarks import bench"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_case_stands_twice():

@@ -10,8 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -22,47 +20,67 @@ from wmtp.benchmarks import static_compile, static_gpu, static_variants
 STREAMS = r"^(register (known|excess)|online (known|excess)|partial|next_token_ce|row_gradient)$"
 
 
-def check(*arguments):
-    """Rows by the command: in this process Triton may be its interpreter."""
+# The command, again and again: importing what it needs takes longer than to compile some kernels.
+COMMANDS = """
+import json, sys
+from wmtp.benchmarks import static_gpu
+for arguments in json.loads(sys.argv[1]):
+    sys.argv[1:] = arguments
+    try:
+        static_gpu.main()
+    except SystemExit as ended:
+        assert not ended.code
+"""
+
+
+def check(folder, *commands):
+    """Each one's rows, in a process of their own: in this one Triton may be its interpreter."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "report.json"
-        command = [sys.executable, static_gpu.__file__, "--check", "--json", file]
-        done = subprocess.run(
-            [*map(str, command), *arguments, "cuda:90"],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return json.loads(file.read_text())["kernels"]
+    files = [folder / f"report{number}.json" for number in range(len(commands))]
+    arguments = [
+        ["--check", "--json", str(file), *command, "cuda:90"]
+        for file, command in zip(files, commands, strict=True)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, json.dumps(arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(file.read_text())["kernels"] for file in files]
 
 
-@functools.cache
-def report(*arguments):
-    return check(*arguments)
+OTHER = {"key": "of another compiler, or kernel", "row": {"registers": 77}}
+SCALE = ("--sample", "1", "--dtype", "bf16", "--only", "^scale", "--known")
 
 
-def of_each_kind():
-    return report("--sample", "1", "--dtype", "bf16", "--only", STREAMS)
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Of each kind one, given weights, the rows that are put beside known ones, and their file."""
+    folder = tmp_path_factory.mktemp("reports")
+    file = folder / "rows.jsonl"
+    file.write_text(json.dumps(OTHER) + "\n" + '{"key": "cut sh')
+    of_each_kind = ("--sample", "1", "--dtype", "bf16", "--only", STREAMS)
+    given = ("--only", "weights given weight_mean")
+    return *check(folder, of_each_kind, given, (*SCALE, str(file))), file
 
 
-def test_every_tier_is_there_and_passes_the_check():
-    assert {row["tier"] for row in of_each_kind()} == {"token", "row", "online"}
+def test_every_tier_is_there_and_passes_the_check(reports):
+    assert {row["tier"] for row in reports[0]} == {"token", "row", "online"}
 
 
-def test_given_weights_of_an_odd_number_of_heads_compile():
+def test_given_weights_of_an_odd_number_of_heads_compile(reports):
     """LLVM's vectorizer died of a maximum over the heads: of 3, 5 and 7 in weight_mean."""
-    rows = report("--only", "weights given weight_mean")
-    assert [row["constants"]["H"] for row in rows] == list(range(1, 9))
+    assert [row["constants"]["H"] for row in reports[1]] == list(range(1, 9))
 
 
-def test_the_report_has_what_it_promises():
+def test_the_report_has_what_it_promises(reports):
     promised = {
         *("name", "target", "dtype", "registers", "spill_bytes", "shared_bytes", "streams_logits"),
         *("main_loop_load_bytes", "main_loop_store_bytes", "tier", "occupancy"),
     }
-    for row in of_each_kind():
+    for row in reports[0]:
         assert promised <= row.keys()
         assert row["registers"] > 0
         assert row["occupancy"] > 0
@@ -173,15 +191,12 @@ def test_the_summary_counts_by_target_and_kernel_and_keeps_other_versions(tmp_pa
     assert static_gpu.summary_there(tmp_path / "none", "3.9.0", "cuda:90", "these") is None
 
 
-def test_rows_made_before_are_not_made_again(tmp_path):
-    file = tmp_path / "rows.jsonl"
-    arguments = ("--sample", "1", "--dtype", "bf16", "--only", "^scale", "--known", str(file))
-    other = {"key": "of another compiler, or kernel", "row": {"registers": 77}}
-    file.write_text(json.dumps(other) + "\n" + '{"key": "cut sh')
-    (row,) = check(*arguments)
+def test_rows_made_before_are_not_made_again(reports, tmp_path):
+    *_, (row,), file = reports
     assert row["registers"] != 77
     line = json.loads(file.read_text().splitlines()[-1])
     assert {**row, **line["row"]} == row
     line["row"]["registers"] = 77
-    file.write_text(json.dumps(other) + "\n" + json.dumps(line) + "\n")
-    assert [row["registers"] for row in check(*arguments)] == [77]
+    file.write_text(json.dumps(OTHER) + "\n" + json.dumps(line) + "\n")
+    ((again,),) = check(tmp_path, (*SCALE, str(file)))
+    assert again["registers"] == 77

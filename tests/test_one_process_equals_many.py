@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from support.tiny_runs import ALGORITHMS, differences, read_metrics, train_in_processes
 from wmtp.data.batches import Rows
 
-STEPS, BATCH = 10, 8
+STEPS, BATCH = 6, 8
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

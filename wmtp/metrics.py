@@ -1,7 +1,7 @@
 """What a loss knows of its pairs besides, for loggers. B batch, S sequence, H heads."""
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,8 @@ class MeasuredLoss(MTPLoss):
     A copy has them, pickled or by `_replace`; what is made anew of the three has None.
     """
 
+    # A list: where a tuple is, torch's pytrees see a named tuple and not what is registered below.
+    _fields: ClassVar[Any] = list(MTPLoss._fields)
     _metrics: Metrics | None = None
 
     def __new__(

@@ -59,7 +59,7 @@ class MeasuredLoss(MTPLoss):
     """
 
     # A list: where a tuple is, torch's pytrees see a named tuple and not what is registered below.
-    _fields: ClassVar[Any] = list(MTPLoss._fields)
+    _fields: ClassVar[Any] = list(MTPLoss._fields)  # type: ignore[misc]
     _metrics: Metrics | None = None
 
     def __new__(

@@ -16,8 +16,8 @@ test fuzz faults ptx sanitize: export OMP_WAIT_POLICY := passive
 test: $(READY)  ## the whole suite, doctests included; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-fuzz: $(READY)  ## many times as many generated cases, of logits and of labels, against the fp64 truth; others: WMTP_FUZZ_SEED=1 make fuzz
-	WMTP_FUZZ_CASES=2000 WMTP_TARGET_CASES=500 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_targets.py -n 2
+fuzz: $(READY)  ## many times as many generated cases, of logits, labels and caps, against the fp64 truth; others: WMTP_FUZZ_SEED=1 make fuzz
+	WMTP_FUZZ_CASES=2000 WMTP_TARGET_CASES=500 WMTP_NUMERICS_CASES=500 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_targets.py tests/test_numerics.py -n 2
 
 faults: $(READY)  ## sixty runs that are killed, damaged, out of disk at random; others: WMTP_FAULTS_SEED=1 make faults
 	WMTP_FAULTS=60 $(BIN)/python -m pytest tests/test_faults.py -n 2

@@ -14,13 +14,14 @@ from wmtp.loss import (
     mtp_cross_entropy,
     next_token_cross_entropy,
 )
-from wmtp.reference import MTPLoss
+from wmtp.metrics import MTPLoss, Summary, summarize
 from wmtp.weightings.critic import td_head_weights
 from wmtp.weightings.excess import excess_head_weights
 
 __version__ = "0.1.0"
 __all__ = [
     "MTPLoss",
+    "Summary",
     "documents_from_cu_seqlens",
     "documents_from_position_ids",
     "excess_head_weights",
@@ -31,6 +32,7 @@ __all__ = [
     "mtp_cross_entropy",
     "next_token_cross_entropy",
     "release_memory",
+    "summarize",
     "td_head_weights",
     "weightings",
 ]

@@ -1,7 +1,10 @@
 """What a loss knows of its pairs besides, for loggers. B batch, S sequence, H heads."""
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -50,19 +53,32 @@ class MTPLoss(NamedTuple):
 
 
 class MeasuredLoss(MTPLoss):
-    """An MTPLoss of `metrics=True`: it unpacks as three too, and has `metrics`."""
+    """An MTPLoss of `metrics=True`: it unpacks as three too, and has `metrics`.
 
-    _metrics: Metrics
+    A copy has them, pickled or by `_replace`; what is made anew of the three has None.
+    """
+
+    # A list: where a tuple is, torch's pytrees see a named tuple and not what is registered below.
+    _fields: ClassVar[Any] = list(MTPLoss._fields)  # type: ignore[misc]
+    _metrics: Metrics | None = None
 
     def __new__(
-        cls, loss: Tensor, valid_mask: Tensor, ce_per_head: Tensor, metrics: Metrics
+        cls, loss: Tensor, valid_mask: Tensor, ce_per_head: Tensor, metrics: Metrics | None = None
     ) -> Any:
         made = super().__new__(cls, loss, valid_mask, ce_per_head)
         made._metrics = metrics
         return made
 
+    def __getnewargs__(self) -> Any:
+        return (*self, self._metrics)
+
+    def _replace(self, **values: Any) -> Any:
+        made = super()._replace(**values)
+        made._metrics = self._metrics
+        return made
+
     @property
-    def metrics(self) -> Metrics:
+    def metrics(self) -> Metrics | None:
         return self._metrics
 
 
@@ -95,3 +111,114 @@ pytree.register_pytree_node(
     lambda values, _: MeasuredLoss(*values),
     serialized_type_name="wmtp.MeasuredLoss",
 )
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Summary:
+    """Sums over pairs that count, of each head: [H] float64 all. Summaries of micro-batches add up.
+
+    Attributes:
+        count: how many pairs count.
+        ce: the sum of their cross entropies, nats.
+        hits: how many are correct: the target is the largest logit, of equal ones the first.
+        entropy: the sum of the entropies of their softmax(x), nats.
+        weight: the sum of their weights in the loss, as `Metrics.weights` has them.
+    """
+
+    count: Tensor
+    ce: Tensor
+    hits: Tensor
+    entropy: Tensor
+    weight: Tensor
+
+    def __add__(self, other: "Summary") -> "Summary":
+        if not isinstance(other, Summary):
+            return NotImplemented
+        if self.count.shape != other.count.shape:
+            heads = f"{len(self.count)} and of {len(other.count)}"
+            raise ValueError(f"summaries must have as many heads to be added, got ones of {heads}")
+        pairs = zip(_values(self), _values(other), strict=True)
+        return Summary(*(ours + theirs for ours, theirs in pairs))
+
+    def __radd__(self, other: int) -> "Summary":
+        """Of 0, which `sum` starts with."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    @property
+    def mean_ce(self) -> Tensor:
+        """[H] nats; 0 where no pair counts, and so the next two."""
+        return self.ce / self.count.clamp(min=1)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """[H] in [0, 1]: which part of the pairs is correct."""
+        return self.hits / self.count.clamp(min=1)
+
+    @property
+    def mean_entropy(self) -> Tensor:
+        """[H] nats."""
+        return self.entropy / self.count.clamp(min=1)
+
+    @property
+    def weight_share(self) -> Tensor:
+        """[H]: of the weight of all heads; 0 where they have none together."""
+        total = self.weight.sum()
+        return torch.where(total == 0, 0.0, self.weight / total.masked_fill(total == 0, 1.0))
+
+
+def _values(summary: Summary) -> list[Tensor]:
+    return [getattr(summary, field.name) for field in fields(summary)]
+
+
+def summarize(result: MTPLoss, group: "dist.ProcessGroup | None" = None) -> Summary:
+    """What loggers want of a loss, by heads: sums and counts that can be added and averaged.
+
+    Args:
+        result: of a loss that was called with `metrics=True`.
+        group: the processes whose pairs are summed up, by one all_reduce of [5, H] float64, which
+            all of them have to call; `torch.distributed.group.WORLD` is all processes. None: this
+            process's own pairs, whether there are others or not.
+
+    Returns:
+        A Summary on the result's device, without gradient: `.count`, `.ce`, `.hits`, `.entropy`,
+        `.weight`, and of these `.mean_ce`, `.accuracy`, `.mean_entropy`, `.weight_share`, [H]
+        float64 each. NaN of the logits is NaN here; where no pair counts all is 0.
+
+    Raises:
+        ValueError: the result has no metrics.
+        TypeError: it is no loss's result, as after unpacking.
+
+    Example: uniform predictions over five tokens, the first of which is the hit.
+
+        >>> import torch
+        >>> from wmtp import fused_weighted_mtp_loss, summarize
+        >>> logits, ids = torch.zeros(1, 4, 2, 5), torch.tensor([[3, 0, 1, 0]])
+        >>> summary = summarize(fused_weighted_mtp_loss(logits, ids, metrics=True))
+        >>> summary.count.tolist()
+        [3.0, 2.0]
+        >>> summary.mean_ce.tolist() == summary.mean_entropy.tolist()       # log 5, both
+        True
+        >>> summary.accuracy.tolist()
+        [0.6666666666666666, 0.5]
+        >>> sum([summary, summary]).count.tolist()                          # of two micro-batches
+        [6.0, 4.0]
+    """
+    if not isinstance(result, MTPLoss):
+        raise TypeError(
+            f"result must be what a loss returned, got {type(result).__name__}: pass it whole, "
+            "before it is unpacked"
+        )
+    metrics = result.metrics
+    if metrics is None:
+        raise ValueError("the result has no metrics: call the loss with metrics=True")
+    of_pairs = (
+        metrics.valid,
+        result.ce_per_head.detach(),
+        metrics.correct,
+        metrics.entropy,
+        metrics.weights,
+    )
+    sums = torch.stack([values.sum((0, 1), dtype=torch.float64) for values in of_pairs])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return Summary(*sums.unbind())

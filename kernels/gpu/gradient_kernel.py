@@ -1,12 +1,13 @@
 """Gradient of the rows: one program a row, one read and one write, no probability tensor.
 
-    grad[b,t,k,v] = c (exp(logits[b,t,k,v] - m - log s) - [v == target]),  c = row_scalar[b,t,k]
+    grad[b,t,k,v] = c (exp(x[b,t,k,v] - m - log s) - [v == target]),  c = row_scalar[b,t,k]
 
-Shared heads (one row of logits for all k) get the sum over k: (sum_k c) softmax - sum_k c onehot_k.
+where x are the logits, or what numerics.py makes of them and of this. Shared heads (one row of
+logits for all k) get the sum over k: (sum_k c) softmax - sum_k c onehot_k.
 A row without a valid target, or with c = 0, is not read; its gradient is 0. All arithmetic is
 float32.
 
-This is the gradient of whatever is made of the cross entropies; that of the loss itself is written
+This is the gradient of whatever is made of the rows' losses; that of the loss itself is written
 with the loss (register_kernel.py, online_kernel.py).
 """
 
@@ -16,6 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from wmtp.kernels.heads import head_targets, of_agreeing, position
+from wmtp.kernels.numerics import (
+    arguments,
+    kept,
+    level_of,
+    of_kept,
+    of_target,
+    point,
+    row_scalars,
+    steep,
+)
 from wmtp.kernels.rows import (
     ONE_BINARY,
     OPTIONS,
@@ -32,7 +43,7 @@ from wmtp.kernels.rows import (
     warp_size,
 )
 from wmtp.layout import heads_share_storage
-from wmtp.records import RowInputs
+from wmtp.records import RowInputs, RowSettings
 
 
 @triton.jit
@@ -45,12 +56,16 @@ def write_gradient(
     live,
     shift,
     scale,
+    level,
     target,
     entry,
+    numbers,
+    FORM: tl.constexpr,
     IN_PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad[v] = scale exp(logits[v] - shift), but entry_i where v == target_i; 0 unless live.
+    """grad[v] = scale exp(logits[v] - shift), but entry_i where v == target_i; 0 unless live. `level`
+    and what else there is to it: numerics.py.
 
     The entries are written last: to hold every column against every target takes registers that
     there are not. A head that has no part in the row has a target of -1.
@@ -70,16 +85,16 @@ def write_gradient(
     rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
     if live:
         edge = tl.load(row_ptr + column, mask=inside)
-        edge = of_softmax(edge, shift, scale)
+        edge = of_softmax(edge, shift, scale, level, numbers, FORM)
         tl.debug_barrier()  # in place: a lane of the edges is several threads', and all have read
         tl.store(grad_row_ptr + column, edge, mask=inside)
         for start in range(0, full, BLOCK):
             x = tl.load(inner_ptr + start + offset, eviction_policy="evict_first")
-            x = of_softmax(x, shift, scale)
+            x = of_softmax(x, shift, scale, level, numbers, FORM)
             tl.store(grad_inner_ptr + start + offset, x, eviction_policy="evict_first")
         if full < inner:
             x = tl.load(inner_ptr + full + offset, mask=rest, eviction_policy="evict_first")
-            x = of_softmax(x, shift, scale)
+            x = of_softmax(x, shift, scale, level, numbers, FORM)
             tl.store(grad_inner_ptr + full + offset, x, mask=rest, eviction_policy="evict_first")
         tl.debug_barrier()  # another thread has stored there
         written = (target >= 0) & (target < vocab_size)
@@ -93,9 +108,11 @@ def write_gradient(
 
 
 @triton.jit
-def of_softmax(x, shift, scale):
-    """scale exp(x - shift), in x's dtype."""
-    return (scale * exp(x.to(tl.float32) - shift)).to(x.dtype)
+def of_softmax(l, shift, scale, level, numbers, FORM: tl.constexpr):
+    """scale exp(l - shift), in l's dtype, or what numerics.py makes of it."""
+    x, slope = point(l.to(tl.float32), numbers, FORM)
+    e = kept(exp(x - shift), slope, FORM)
+    return of_kept(e, slope, scale, level, FORM).to(l.dtype)
 
 
 @triton.jit(**ONE_BINARY)
@@ -120,11 +137,19 @@ def row_gradient_kernel(
     seq_len,
     vocab_size,
     ignore_index,
+    slope,  # these six: see numerics.py
+    offset,
+    amplitude,
+    center,
+    z_loss,
+    label_smoothing,
     H: tl.constexpr,
     SHARED_HEADS: tl.constexpr,
+    FORM: tl.constexpr,  # of numerics.py
     IN_PHASE: tl.constexpr,  # every row starts as far from a 128-byte boundary as its gradient
     BLOCK: tl.constexpr,
 ):
+    numbers = (slope, offset, amplitude, center, z_loss, label_smoothing)
     ROWS: tl.constexpr = 1 if SHARED_HEADS else H
     HEADS: tl.constexpr = triton.next_power_of_2(H) if SHARED_HEADS else 1
     token = (tl.program_id(0) // ROWS).to(tl.int64)
@@ -142,28 +167,34 @@ def row_gradient_kernel(
     c = tl.load(c_ptr + head_ptr, mask=valid, other=0.0)  # [HEADS]
     live = tl.max((c != 0).to(tl.int32), axis=0) > 0
     # Shared heads share both, but for the NaN of a target out of range: that stays.
-    m = tl.max(tl.load(row_max_ptr + head_ptr, mask=valid, other=float("-inf")), axis=0)
+    head_m = tl.load(row_max_ptr + head_ptr, mask=valid, other=float("-inf"))
+    m = tl.max(head_m, axis=0)
     log_s = tl.load(log_sum_ptr + head_ptr, mask=valid, other=float("-inf"))
+    a, b = row_scalars(c, head_m + log_s, numbers, FORM)
     bad = tl.sum(tl.where(log_s == log_s, 0.0, log_s), axis=0)
-    scale = tl.sum(c, axis=0) * exp(-(tl.max(log_s, axis=0) + bad))
+    scale = steep(tl.sum(a, axis=0), numbers, FORM) * exp(-(tl.max(log_s, axis=0) + bad))
+    level = level_of(tl.sum(c, axis=0), vocab_size, numbers, FORM)
     target = tl.where(valid, target, -1)
-    x_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0)
-    entry = scale * exp(x_target.to(tl.float32) - m) - of_agreeing(target, c)
+    l_target = tl.load(logits_ptr + begin + target, mask=valid & in_range, other=0.0)
+    x_target, slope_target = point(l_target.to(tl.float32), numbers, FORM)
+    onehot = of_agreeing(target, b)
+    entry = of_target(exp(x_target - m), slope_target, scale, level, onehot, FORM)
     write_gradient(
-        logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, m, scale, target, entry,
-        IN_PHASE, BLOCK,
+        logits_ptr, begin, grad_ptr, grad_begin, vocab_size, live, m, scale, level, target, entry,
+        numbers, FORM, IN_PHASE, BLOCK,
     )  # fmt: skip
 
 
-def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
+def row_gradient(rows: RowInputs, settings: RowSettings) -> Tensor:
     """Launch: one program a row."""
     logits = rows.logits
-    _, seq_len, heads, vocab_size = logits.shape
     shared_heads = heads_share_storage(logits)
-    read = logits[:, :, :1] if shared_heads else logits
-    grad = torch.empty_like(read, memory_format=torch.contiguous_format)
+    padded = logits[:, :, :1] if shared_heads else logits
+    grad = torch.empty_like(padded, memory_format=torch.contiguous_format)
     if not logits.numel():
         return grad
+    read = padded[..., : settings.vocab_size]
+    _, seq_len, _, vocab_size = read.shape
     warp = warp_size(logits.device)
     block, num_warps = launch_shape(vocab_size, logits.element_size(), warp)
     base, lead = aligned_base(read)
@@ -182,9 +213,10 @@ def row_gradient(rows: RowInputs, ignore_index: int) -> Tensor:
             **strides("grad_stride", grad),
             seq_len=seq_len,
             vocab_size=vocab_size,
-            ignore_index=ignore_index,
-            H=heads,
+            ignore_index=settings.ignore_index,
+            H=logits.shape[2],
             SHARED_HEADS=shared_heads,
+            **arguments(settings.numerics),
             IN_PHASE=in_phase(read, grad, (lead, grad_lead)),
             BLOCK=block,
             num_warps=num_warps,

@@ -89,6 +89,7 @@ def choose(
     gradient: bool,
     machine: Machine,
     forced: str = "",
+    tiles: int = 1,
 ) -> Launch:
     """The launch for rows of V logits.
 
@@ -101,6 +102,7 @@ def choose(
         gradient: it is wanted.
         machine: see `machine`.
         forced: a tier's name, for tests and benchmarks.
+        tiles: how many numbers of a logit are held in registers.
 
     Raises:
         ValueError: no such tier, or it cannot serve this case.
@@ -121,7 +123,7 @@ def choose(
         return online
     tier = forced or ("token" if token else "row")
     held = rows if tier == "token" else 1
-    found = _in_registers(tier, held, vocab_size, rows < heads, machine)
+    found = _in_registers(tier, held, vocab_size, rows < heads, machine, tiles)
     if found is None and forced:
         raise ValueError(
             f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers "
@@ -133,16 +135,17 @@ def choose(
 
 
 def _in_registers(
-    tier: str, rows: int, vocab_size: int, shared: bool, machine: Machine
+    tier: str, rows: int, vocab_size: int, shared: bool, machine: Machine, tiles: int
 ) -> Launch | None:
     """The launch that holds so many rows; None where nothing does."""
     block = max(triton.next_power_of_2(vocab_size), 128)
     held = triton.next_power_of_2(rows)
     logits = block * held
-    if logits > (MOST_OF_SEVERAL if shared or held > 4 else MOST):
+    numbers = logits * tiles
+    if numbers > (MOST_OF_SEVERAL if shared or held > 4 else MOST):
         return None
-    crowded = logits == MOST and rows > 1
-    of_a_thread = (128 if crowded else 64) if machine.nvidia else 32
+    crowded = numbers == MOST and rows > 1
+    of_a_thread = (128 if crowded else 64) // tiles if machine.nvidia else 32 // tiles
     # The edges of several rows are spread over the threads as well: a warp for each, or more.
     fewest = machine.warp_size * (max(held, 4) if rows > 1 else 1)
     threads = max(logits // of_a_thread, fewest)

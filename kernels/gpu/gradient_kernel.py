@@ -64,8 +64,8 @@ def write_gradient(
     IN_PHASE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """grad[v] = scale exp(logits[v] - shift), but entry_i where v == target_i; 0 unless live. `level`
-    and what else there is to it: numerics.py.
+    """grad[v] = scale exp(logits[v] - shift), but entry_i where v == target_i; 0 unless live. What
+    numerics.py has besides comes in `of_softmax`.
 
     The entries are written last: to hold every column against every target takes registers that
     there are not. A head that has no part in the row has a target of -1.
@@ -108,11 +108,11 @@ def write_gradient(
 
 
 @triton.jit
-def of_softmax(l, shift, scale, level, numbers, FORM: tl.constexpr):
-    """scale exp(l - shift), in l's dtype, or what numerics.py makes of it."""
-    x, slope = point(l.to(tl.float32), numbers, FORM)
+def of_softmax(logit, shift, scale, level, numbers, FORM: tl.constexpr):
+    """scale exp(logit - shift), in the logits' dtype, or what numerics.py makes of it."""
+    x, slope = point(logit.to(tl.float32), numbers, FORM)
     e = kept(exp(x - shift), slope, FORM)
-    return of_kept(e, slope, scale, level, FORM).to(l.dtype)
+    return of_kept(e, slope, scale, level, FORM).to(logit.dtype)
 
 
 @triton.jit(**ONE_BINARY)

@@ -79,7 +79,7 @@ def choose(case: Case) -> tiers.Launch:
         gradient=case.grad is not None,
         machine=tiers.machine(case.rows.device),
         forced=tiers.forced_tier(),
-        tiles=numerics.tiles_of(form),
+        form=form,
     )
 
 

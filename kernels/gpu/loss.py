@@ -44,9 +44,7 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
         out, grad = out._replace(grad=rows), rows
     elif settings.gradient == "new":
         padded = padded[:, :, : rows.shape[2]]
-        out = out._replace(
-            grad=torch.empty_like(padded, memory_format=torch.contiguous_format)
-        )
+        out = out._replace(grad=torch.empty_like(padded, memory_format=torch.contiguous_format))
         grad = out.grad[..., : settings.vocab_size]
     rule = _rule(settings.rule, inputs)
     weights = ONES if inputs.head_weights is None else GIVEN

@@ -37,10 +37,17 @@ def form_of(numerics: Numerics, metrics: bool = False) -> int:
     return sum(option.value for option, wanted in options.items() if wanted)
 
 
+def is_plain(form: int) -> bool:
+    """Whether rows in registers take no more of them than those of plain logits."""
+    return form & ~SCALED.value == 0
+
+
 def tiles_of(form: int) -> int:
-    """How many numbers of a logit the register tiers hold: the slope of a cap apart from the
-    exponential, where the gradient has another term."""
-    return 2 if form & CAPPED.value and form & SMOOTHED.value else 1
+    """How many times as many registers rows take there. A tanh has three numbers of each logit at
+    once; smoothed, its slope is kept apart from the exponential."""
+    if not form & CAPPED.value:
+        return 1
+    return 4 if form & SMOOTHED.value and form & MEASURED.value else 2
 
 
 def arguments(numerics: Numerics, metrics: bool = False) -> dict[str, Any]:
@@ -49,29 +56,31 @@ def arguments(numerics: Numerics, metrics: bool = False) -> dict[str, Any]:
 
 
 @triton.jit
-def capped(l, numbers):
+def capped(logit, numbers):
     """(x, (1 - tanh^2) / 4) of logits l.
 
-    With E = e^(-2 |u|) and r = 1 / (1 + E): tanh |u| = 2 r - 1, and 1 - tanh^2 = 4 E r^2, which
-    keeps its digits where tanh is all but 1.
+    With E = e^(-2 |u|) and r = 1 / (1 + E): tanh |u| = (1 - E) r, and 1 - tanh^2 = 4 E r^2, which
+    keeps its digits where tanh is all but 1. A reciprocal of a square root takes one instruction,
+    a division six.
     """
-    u = tl.fma(l, numbers[0] * (2 * LOG2_E), numbers[1] * (2 * LOG2_E))
+    u = tl.fma(logit, numbers[0] * (2 * LOG2_E), numbers[1] * (2 * LOG2_E))
     e = tl.exp2(-tl.abs(u))
-    r = 1.0 / (1.0 + e)
-    t = tl.fma(r, 2.0, -1.0)
-    x = tl.fma(tl.where(u < 0, -t, t), numbers[2], numbers[3])
-    return x, e * r * r
+    r = tl.rsqrt((1.0 + e) * (1.0 + e))
+    t = (1.0 - e) * r
+    sign = u.to(tl.int32, bitcast=True) & -2147483648
+    t = (t.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    return tl.fma(t, numbers[2], numbers[3]), e * r * r
 
 
 @triton.jit
-def point(l, numbers, FORM: tl.constexpr):
+def point(logit, numbers, FORM: tl.constexpr):
     """(x, what dx/dl is times `steep` 1) of logits l; the second is of no meaning without a cap."""
     if CAPPED & FORM:
-        return capped(l, numbers)
+        return capped(logit, numbers)
     if SCALED & FORM:
-        x = tl.fma(l, numbers[0], 0.0)  # rounded here: fused into x - max it would not be
+        x = tl.fma(logit, numbers[0], 0.0)  # rounded here: fused into x - max it would not be
         return x, x
-    return l, l
+    return logit, logit
 
 
 @triton.jit
@@ -136,12 +145,12 @@ def level_of(c, vocab_size, numbers, FORM: tl.constexpr):
 
 
 @triton.jit
-def exponentials(l, inside, shift, numbers, FORM: tl.constexpr):
+def exponentials(logit, inside, shift, numbers, FORM: tl.constexpr):
     """Of rows that are held in registers, [ROWS, N], -inf where not `inside`:
 
     (kept, slope, sum of e = e^(x - shift), of x, of e (x - shift)); the last two as FORM wants.
     """
-    x, slope = point(l, numbers, FORM)
+    x, slope = point(logit, numbers, FORM)
     if CAPPED & FORM:  # of -inf it is not -inf
         x = tl.where(inside, x, float("-inf"))
     below = x - shift[:, None]

@@ -119,9 +119,7 @@ def online_kernel(
         read = valid  # a shared row was read if any head has a target
         if SHARED:
             read = tl.max(valid.to(tl.int32), axis=0) + tl.zeros((HEADS,), tl.int32) > 0
-        m, s, total, weighted, argmax = whole_of_parts(
-            partial_ptr, rows, read, FORM, COUNT, SPLITS
-        )
+        m, s, total, weighted, argmax = whole_of_parts(partial_ptr, rows, read, FORM, COUNT, SPLITS)
         l_target = tl.load(l_target_ptr + token * H + head, mask=valid, other=0.0)
     else:
         # First of all: in place, another thread of this program will overwrite it.

@@ -188,7 +188,6 @@ def register_kernel(
         live = tl.max(live.to(tl.int32), axis=0) + tl.zeros((ROWS,), tl.int32) > 0
         row_a = tl.sum(a, axis=0) + tl.zeros((ROWS,), tl.float32)
         row_c = tl.sum(c, axis=0) + tl.zeros((ROWS,), tl.float32)
-        b = of_agreeing(target, b)
     scale = steep(row_a / s, numbers, FORM)  # [ROWS]
     level = level_of(row_c, vocab_size, numbers, FORM)
     g = of_kept(edge, edge_slopes, scale[:, None], level[:, None], FORM)
@@ -198,6 +197,8 @@ def register_kernel(
     g_inner = of_kept(x, slopes, scale[:, None], level[:, None], FORM)
     g_inner = tl.where(live[:, None], g_inner, 0.0).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr_inner, g_inner, mask=inner_inside & real)
+    if SHARED:
+        b = of_agreeing(target, b)
     e_target = exp(x_target - shift)
     entry = of_target(e_target, slope_target, scale, level, b, FORM)  # [HEADS]
     tl.debug_barrier()  # another thread has stored there

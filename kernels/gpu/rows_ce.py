@@ -1,10 +1,11 @@
 """Rows alone, as a chunk of the linear op has them, or a reference model: no weights, no loss.
 
-    rows_ce_       ce[r]       = logsumexp(x[r,:]) - x[r,target]        x: the logits, or numerics.py's
-                   logits[r]   = row_scalar[r] (softmax(x[r,:]) - onehot(target)), or numerics.py's
+    rows_ce_       ce[r]       = logsumexp(x[r,:]) - x[r,target]
+                   logits[r]   = row_scalar[r] (softmax(x[r,:]) - onehot(target))   if wanted
     next_token_ce  ref_ce[b,t] = logsumexp(x[b,t,:]) - x[b,t,target_ids[b,t]]
 
-Rows are tokens of one head to the loss's kernels: one read, and one write in the register tiers.
+x are the logits, or what numerics.py makes of them and of the gradient. Rows are tokens of one head
+to the loss's kernels: one read, and one write in the register tiers.
 """
 
 from dataclasses import replace

@@ -28,7 +28,7 @@ NOWHERE = tl.constexpr(2**31 - 1)  # behind every column
 
 
 @triton.jit
-def fold(state, l, column, inside, numbers, FORM: tl.constexpr, MASKED: tl.constexpr,
+def fold(state, logit, column, inside, numbers, FORM: tl.constexpr, MASKED: tl.constexpr,
          VECTOR: tl.constexpr):  # fmt: skip
     """One step of the online log-sum-exp (Milakov & Gimelshein 2018).
 
@@ -36,8 +36,8 @@ def fold(state, l, column, inside, numbers, FORM: tl.constexpr, MASKED: tl.const
     NaN: maxima drop it, exp(NaN - m) carries it into s.
     """
     m, s, total, weighted, peak, place = state
-    STATES: tl.constexpr = l.shape[0] // VECTOR
-    x, _ = point(l, numbers, FORM)
+    STATES: tl.constexpr = logit.shape[0] // VECTOR
+    x, _ = point(logit, numbers, FORM)
     if MASKED:
         x = tl.where(inside, x, float("-inf"))
     x = tl.reshape(x, (STATES, VECTOR))
@@ -50,8 +50,8 @@ def fold(state, l, column, inside, numbers, FORM: tl.constexpr, MASKED: tl.const
         below = tl.maximum(x - shift[:, None], MOST_NEGATIVE)  # one thread's: see `weighed`
         weighted = moved * rescale + tl.sum(e * below, axis=1)
         if MASKED:
-            l = tl.where(inside, l, float("-inf"))
-        top = tl.max(tl.reshape(l, (STATES, VECTOR)), axis=1)
+            logit = tl.where(inside, logit, float("-inf"))
+        top = tl.max(tl.reshape(logit, (STATES, VECTOR)), axis=1)
         place = tl.where((top > peak) | ((top == peak) & (column < place)), column, place)
         peak = tl.maximum(peak, top)
     if SMOOTHED & FORM:
@@ -97,12 +97,12 @@ def row_statistics(base_ptr, begin, vocab_size, numbers, FORM: tl.constexpr, BLO
     full = inner // BLOCK * BLOCK
     column = peel + lane * VECTOR
     for start in range(0, full, BLOCK):
-        l = tl.load(inner_ptr + start + offset, eviction_policy=EVICT).to(tl.float32)
-        state = fold(state, l, column + start, offset, numbers, FORM, False, VECTOR)
+        logit = tl.load(inner_ptr + start + offset, eviction_policy=EVICT).to(tl.float32)
+        state = fold(state, logit, column + start, offset, numbers, FORM, False, VECTOR)
     if full < inner:
         rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
-        l = tl.load(inner_ptr + full + offset, mask=rest, eviction_policy=EVICT).to(tl.float32)
-        state = fold(state, l, column + full, rest, numbers, FORM, True, VECTOR)
+        logit = tl.load(inner_ptr + full + offset, mask=rest, eviction_policy=EVICT).to(tl.float32)
+        state = fold(state, logit, column + full, rest, numbers, FORM, True, VECTOR)
     return whole_of(state, base_ptr + begin, vocab_size, FORM, VECTOR)
 
 
@@ -146,5 +146,5 @@ def first_of_vectors(row_ptr, place, peak, vocab_size, VECTOR: tl.constexpr):
     for every logit."""
     column = tl.minimum(place, vocab_size)[:, None] + tl.arange(0, VECTOR)[None, :]
     inside = column < vocab_size
-    l = tl.load(row_ptr[:, None] + column, mask=inside, other=float("-inf")).to(tl.float32)
-    return tl.min(tl.where(inside & (l == peak[:, None]), column, NOWHERE), axis=1)
+    logit = tl.load(row_ptr[:, None] + column, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.min(tl.where(inside & (logit == peak[:, None]), column, NOWHERE), axis=1)

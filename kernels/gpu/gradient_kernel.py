@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wmtp.kernels.heads import head_targets, of_agreeing, position
 from wmtp.kernels.numerics import (
+    MEASURED,
     arguments,
     kept,
     level_of,
@@ -100,6 +101,8 @@ def write_gradient(
         written = (target >= 0) & (target < vocab_size)
         tl.store(grad_row_ptr + target, entry.to(grad_ptr.dtype.element_ty), mask=written)
     else:
+        if MEASURED & FORM:
+            tl.debug_barrier()  # in place: all have read where the largest logit is
         tl.store(grad_row_ptr + column, tl.zeros(lane.shape, tl.float32), mask=inside)
         zeros = tl.zeros(offset.shape, tl.float32)
         for start in range(0, full, BLOCK):

@@ -153,12 +153,13 @@ def exponentials(logit, inside, shift, numbers, FORM: tl.constexpr):
     x, slope = point(logit, numbers, FORM)
     if CAPPED & FORM:  # of -inf it is not -inf
         x = tl.where(inside, x, float("-inf"))
+    total = shift
+    if SMOOTHED & FORM:
+        total = tl.sum(tl.where(inside, x, 0.0), axis=1)
     below = x - shift[:, None]
     e = exp(below)
     s = tl.sum(e, axis=1)
-    total, weighted = s, s
-    if SMOOTHED & FORM:
-        total = tl.sum(tl.where(inside, x, 0.0), axis=1)
+    weighted = s
     if MEASURED & FORM:
         weighted = tl.sum(weighed(e, below), axis=1)
     return kept(e, slope, FORM), slope, s, total, weighted

@@ -8,9 +8,12 @@ from typing import Any
 
 from wmtp.benchmarks.sass import disassemble, loads_in_flight, passes
 from wmtp.benchmarks.static_variants import CARDS, ITEMSIZE, Variant
+from wmtp.numerics import Numerics
 
 # The least share of `needed` that must be in flight: latencies are not known better than that.
 HIDDEN = 0.85
+# Arguments that are numbers and no pointers.
+FLOATS = ("heads_share", "largest_gradient", *Numerics._fields)
 
 
 def compile_variant(variant: Variant, target: str) -> Any:
@@ -27,11 +30,12 @@ def compile_variant(variant: Variant, target: str) -> Any:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             of_logits = name in ("logits_ptr", "grad_ptr")
-            known = {"target_ptr": "i64", "offset_ptr": "i64", "valid_mask_ptr": "i1"}
+            known = {"target_ptr": "i64", "offset_ptr": "i64"}
+            known |= {"valid_mask_ptr": "i1", "correct_ptr": "i1"}
             signature[name] = f"*{variant.dtype if of_logits else known.get(name, 'fp32')}"
             if not parameter.do_not_specialize_on_alignment:
                 attributes[(parameter.num,)] = [["tt.divisibility", 16]]
-        elif name == "heads_share":
+        elif name in FLOATS:
             signature[name] = "fp32"
         else:
             assert parameter.do_not_specialize, f"{name} would make a binary for every value"

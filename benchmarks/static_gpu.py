@@ -76,7 +76,7 @@ from wmtp.benchmarks.static_variants import CARDS, ITEMSIZE, Variant, sample, va
 def load_kernels() -> dict[str, Any]:
     names = [
         *("rows", "tiers", "weights_kernel", "scale_kernel", "register_kernel"),
-        *("partial_kernel", "online_kernel", "gradient_kernel"),
+        *("partial_kernel", "online_kernel", "gradient_kernel", "numerics"),
     ]
     return {name: importlib.import_module(f"wmtp.kernels.{name}") for name in names}
 

@@ -8,6 +8,8 @@ A variant is one specialisation; two calls that would run the same binary are on
     loss          known weights and excess, each tier that serves them, with and without gradient
     at V = 50257  few rows (split), heads in memory of their own (listed), gradients that lie
                   otherwise than the logits (out of phase), signed excess: the last three of H = 4
+    forms         what numerics.py makes of logits and beside: those of FORMS, of H = 4, in two
+                  dtypes and some V
     weights       every weighting x reduction; dtype and normaliser are no part of the binary
 """
 
@@ -21,6 +23,16 @@ VOCABULARIES = (
 )
 ODD = 50257
 HEADS = (1, 2, 3, 4, 5, 8)
+# What logits and losses may have besides (numerics.py), alone and together.
+FORMS = {
+    "scaled": ("SCALED",),
+    "capped": ("CAPPED",),
+    "capped smoothed": ("CAPPED", "SMOOTHED"),
+    "smoothed squared": ("SMOOTHED", "SQUARED"),
+    "measured": ("MEASURED",),
+    "everything": ("CAPPED", "SMOOTHED", "SQUARED", "MEASURED"),
+}
+OF_FORMS = {"dtypes": ("fp32", "bf16"), "vocabularies": (1000, 8000, 16000, 32000, ODD, 128256)}
 # By what they are called, the functions of wmtp.weightings; None: the weights are known.
 SIGNED = "_signed_excess"
 RULES = {"known": None, "excess": "_absolute_excess"}
@@ -69,7 +81,7 @@ class Variant(NamedTuple):
 
     def kind(self) -> str:
         """The class of which a sample holds one."""
-        return self.name
+        return f"{self.name.split()[0]} of a form" if self.constants.get("FORM") else self.name
 
 
 def variants(modules: dict[str, Any], target: str, once: bool = True) -> Iterator[Variant]:
@@ -115,12 +127,20 @@ def _variants(modules: dict[str, Any], machine: Any) -> Iterator[Variant]:
                 yield from _loss_variants(modules, machine, dtype, vocabulary, heads)
             for vocabulary in (1000, ODD):  # streaming in steps: two classes
                 yield from _streaming_variants(modules, machine, dtype, vocabulary, heads)
+    for form, options in FORMS.items():
+        code = sum(getattr(modules["numerics"], option).value for option in options)
+        for dtype in OF_FORMS["dtypes"]:
+            for vocabulary in OF_FORMS["vocabularies"]:
+                for variant in _loss_variants(modules, machine, dtype, vocabulary, 4, code):
+                    yield variant._replace(name=f"{variant.name} {form}")
+            for variant in _streaming_variants(modules, machine, dtype, ODD, 4, code):
+                yield variant._replace(name=f"{variant.name} {form}")
     for heads in range(1, max(HEADS) + 1):
         yield from _small_variants(modules, machine, heads)
 
 
 def _loss_variants(
-    modules: dict[str, Any], machine: Any, dtype: str, vocabulary: int, heads: int
+    modules: dict[str, Any], machine: Any, dtype: str, vocabulary: int, heads: int, form: int = 0
 ) -> Iterator[Variant]:
     """The loss: by weighting, one or all heads a row, with its gradient or without, by tier."""
     tiers = modules["tiers"]
@@ -131,12 +151,12 @@ def _loss_variants(
                     try:
                         launch = tiers.choose(
                             vocabulary, heads, rows, ITEMSIZE[dtype], RULES[weighting] is not None,
-                            gradient, machine, forced,
+                            gradient, machine, forced, form,
                         )  # fmt: skip
                     except ValueError:  # that tier does not serve this case
                         continue
                     variant = _loss_variant(
-                        modules, dtype, vocabulary, launch, weighting, (heads, rows), gradient
+                        modules, dtype, vocabulary, launch, weighting, (heads, rows), gradient, form
                     )
                     yield variant
                     if vocabulary == ODD:
@@ -151,18 +171,20 @@ def _loss_variant(
     weighting: str,
     size: tuple[int, int],
     gradient: bool,
+    form: int,
 ) -> Variant:
     (heads, rows), rule = size, RULES[weighting]
     constants = modules["tiers"].constants(launch, heads, rows, rule is not None)
     constants |= {"H": heads, "RULE": rule, "COMPARES": rule is not None, "IN_PHASE": True}
     constants |= {"LISTED": False, "GRAD_LISTED": False, "BLOCK": launch.block}
-    constants |= {"MULTIPLIED": False, "BY_HEAD": False}
+    constants |= {"MULTIPLIED": False, "BY_HEAD": False, "FORM": form}
     name, kernel = "register", modules["register_kernel"].register_kernel
     if launch.tier != "online":
         constants["SUMS_TO_ONE"] = rule is not None
     else:
         name, kernel = "online", modules["online_kernel"].online_kernel
-        constants |= {"GRAD": gradient, "SPLITS": 1}
+        count = modules["partial_kernel"].statistics_of(form)
+        constants |= {"GRAD": gradient, "COUNT": count, "SPLITS": 1}
     name += f" {weighting}" + " shared" * (rows < heads) + " forward" * (not gradient)
     return Variant(name, dtype, vocabulary, kernel, constants, launch, True, gradient)
 
@@ -175,7 +197,7 @@ def _further(modules: dict[str, Any], variant: Variant, machine: Any) -> Iterato
     if variant.launch.tier == "online" and (gradient or of_four):
         steps = modules["tiers"].in_steps(variant.vocabulary, itemsize, machine)
         yield from _split(modules, variant, steps)
-    if not (gradient and of_four):
+    if not (gradient and of_four) or constants["FORM"]:
         return
     online = variant.launch.tier == "online"
     more: dict[str, dict[str, Any]] = {
@@ -212,6 +234,8 @@ def _split(modules: dict[str, Any], variant: Variant, launch: Any) -> Iterator[V
         "ROWS": 1 if shared else constants["H"],
         "LISTED": False,
         "EVICT": "evict_last" if constants["GRAD"] else "evict_first",
+        "FORM": constants["FORM"],
+        "COUNT": constants["COUNT"],
         "SPLITS": constants["SPLITS"],
         "BLOCK": constants["BLOCK"],
     }
@@ -221,7 +245,7 @@ def _split(modules: dict[str, Any], variant: Variant, launch: Any) -> Iterator[V
 
 
 def _streaming_variants(
-    modules: dict[str, Any], machine: Any, dtype: str, vocabulary: int, heads: int
+    modules: dict[str, Any], machine: Any, dtype: str, vocabulary: int, heads: int, form: int = 0
 ) -> Iterator[Variant]:
     """The kernels of the cross entropies themselves."""
     tiers = modules["tiers"]
@@ -232,6 +256,7 @@ def _streaming_variants(
         name = "row_gradient" + " shared" * shared
         for in_phase in (True, False) if (vocabulary, heads) == (ODD, 4) else (True,):
             constants = {"H": heads, "SHARED_HEADS": shared, "IN_PHASE": in_phase, **block}
+            constants["FORM"] = form
             yield Variant(
                 name + " out of phase" * (not in_phase),
                 *(dtype, vocabulary, gradient, constants, launch, True, True),

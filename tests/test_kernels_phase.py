@@ -64,10 +64,11 @@ def launch_on(logits, target_ids, grad, head_offsets=None):
     """The loss's kernel, all weights 1."""
     heads = logits.shape[2]
     ones = torch.ones(max(4, heads))
-    outputs = (torch.empty(heads) for _ in range(3))
+    outputs = (torch.empty(heads) for _ in range(6))
     offsets = target_ids if head_offsets is None else torch.tensor(head_offsets)
     of_heads = OfHeads(ones, ones, ones, ones, ones, offsets, *outputs)
-    launch(Case(logits, target_ids[:, 1:], heads, grad, of_heads, -100, Rule(), head_offsets))
+    how = (row_settings(), Rule(), head_offsets)
+    launch(Case(logits, target_ids[:, 1:], heads, grad, of_heads, *how))
 
 
 def assert_right(grad, wanted):

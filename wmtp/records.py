@@ -90,7 +90,7 @@ class Outputs(NamedTuple):
     # [B, S, H, V]; shared heads: [B, S, 1, V], an H-th of their sum, for autograd adds them up
 
 
-def new_outputs(rows: Tensor, heads: int, settings: Settings) -> Outputs:
+def new_outputs(rows: Tensor, heads: int, settings: RowSettings) -> Outputs:
     """Of logits [B, S, ...]; nothing is written yet, and grad is not there."""
     dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
     tokens, measured = rows.shape[:2], settings.metrics

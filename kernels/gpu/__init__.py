@@ -57,7 +57,7 @@ def interpreted() -> bool:
         return False
     # The decorator decided when the kernels were defined, whatever the environment says later.
     rows = importlib.import_module("wmtp.kernels.rows")
-    return type(rows.fold).__name__ == "InterpretedFunction"
+    return type(rows.exp).__name__ == "InterpretedFunction"
 
 
 def unavailable() -> str | None:

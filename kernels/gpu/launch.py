@@ -5,22 +5,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from wmtp.kernels import tiers
+from wmtp.kernels import numerics, tiers
 from wmtp.kernels.online_kernel import online_kernel
-from wmtp.kernels.partial_kernel import partial_kernel
+from wmtp.kernels.partial_kernel import partial_kernel, statistics_of
 from wmtp.kernels.register_kernel import register_kernel
 from wmtp.kernels.rows import aligned_base, in_phase, strides, targets
+from wmtp.records import RowSettings
 
 
 class Case(NamedTuple):
     """What the kernel works on."""
 
-    rows: Tensor  # [B, S, H, V], or [B, S, 1, V] shared by the heads
+    rows: Tensor  # [B, S, H, V], or [B, S, 1, V] shared by the heads; without padding
     target_ids: Tensor  # see records.LossInputs
     heads: int
-    grad: Tensor | None  # wanted there; `rows` itself: in place
+    grad: Tensor | None  # wanted there, likewise; `rows` itself: in place
     of_heads: "OfHeads"
-    ignore_index: int
+    settings: RowSettings
     rule: "Rule"
     head_offsets: tuple[int, ...] | None = None
     by_head: bool = False
@@ -38,6 +39,9 @@ class OfHeads(NamedTuple):
     ce_ptr: Tensor  # [B, S, H] float32, and so the next two
     row_max_ptr: Tensor
     log_sum_ptr: Tensor
+    row_loss_ptr: Tensor
+    entropy_ptr: Tensor
+    correct_ptr: Tensor  # [B, S, H] bool
 
 
 class Rule(NamedTuple):
@@ -65,6 +69,7 @@ def launch(case: Case) -> None:
 
 
 def choose(case: Case) -> tiers.Launch:
+    form = numerics.form_of(case.settings.numerics, case.settings.metrics)
     return tiers.choose(
         vocab_size=case.rows.shape[-1],
         heads=case.heads,
@@ -74,6 +79,7 @@ def choose(case: Case) -> tiers.Launch:
         gradient=case.grad is not None,
         machine=tiers.machine(case.rows.device),
         forced=tiers.forced_tier(),
+        form=form,
     )
 
 
@@ -96,7 +102,8 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
         **strides("stride", rows),
         "seq_len": seq_len,
         "vocab_size": vocab_size,
-        "ignore_index": case.ignore_index,
+        "ignore_index": case.settings.ignore_index,
+        **numerics.arguments(case.settings.numerics, case.settings.metrics),
         "H": case.heads,
         "LISTED": listed,
         "BLOCK": chosen.block,
@@ -132,28 +139,30 @@ def _online_calls(
 ) -> list[Call]:
     """One call; for few rows two, over parts of rows."""
     rows, machine = case.rows, tiers.machine(case.rows.device)
-    batch, seq_len, count, vocab_size = rows.shape
+    batch, seq_len, rows_a_token, vocab_size = rows.shape
     splits = tiers.splits(vocab_size, rows.element_size(), programs, machine)
+    count = statistics_of(where["FORM"])
     parts, calls = Parts(case.of_heads.offset_ptr, case.of_heads.offset_ptr), []
     if splits > 1:
         chosen = tiers.in_steps(vocab_size, rows.element_size(), machine)
         where = {**where, "BLOCK": chosen.block}
-        all_rows = batch * seq_len * count
+        all_rows = batch * seq_len * rows_a_token
         parts = Parts(
-            rows.new_empty((all_rows, splits, 2), dtype=torch.float32),
+            rows.new_empty((all_rows, splits, count), dtype=torch.float32),
             rows.new_empty((batch, seq_len, case.heads), dtype=torch.float32),
         )
         of_parts = {
             **where,
             **parts._asdict(),
             "offset_ptr": case.of_heads.offset_ptr,
-            "HEADS": arguments["HEADS"] if count < case.heads else 1,
-            "ROWS": count,
+            "HEADS": arguments["HEADS"] if rows_a_token < case.heads else 1,
+            "ROWS": rows_a_token,
             "EVICT": "evict_last" if case.grad is not None else "evict_first",
+            "COUNT": count,
             "SPLITS": splits,
         }
         calls = [Call(partial_kernel, (all_rows, splits), of_parts, chosen.options())]
-    last = {**arguments, **where, **parts._asdict(), "SPLITS": splits}
+    last = {**arguments, **where, **parts._asdict(), "COUNT": count, "SPLITS": splits}
     last["GRAD"] = case.grad is not None
     return [*calls, Call(online_kernel, (programs, splits), last, chosen.options())]
 
@@ -161,5 +170,5 @@ def _online_calls(
 class Parts(NamedTuple):
     """What partial_kernel leaves to online_kernel."""
 
-    partial_ptr: Tensor  # [rows, SPLITS, 2] float32
-    x_target_ptr: Tensor  # [B, S, H] float32
+    partial_ptr: Tensor  # [rows, SPLITS, COUNT] float32
+    l_target_ptr: Tensor  # [B, S, H] float32

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from wmtp.kernels.launch import Case, OfHeads, Rule, launch
-from wmtp.kernels.options import refuse_options
 from wmtp.kernels.rows import targets
 from wmtp.kernels.rules import device_function
 from wmtp.kernels.tiers import machine, one_program
@@ -31,18 +30,22 @@ from wmtp.weightings.base import rule_of
 
 def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
     """Launch; see `wmtp.backends.protocol`. A target outside [0, V): that row's ce is NaN."""
-    refuse_options(settings)
     logits, head_offsets = as_rows(inputs.logits)
+    numerics, padded = settings.numerics, logits
+    logits = padded[..., : settings.vocab_size]
     batch, seq_len, heads, vocab_size = logits.shape
     tokens = batch * seq_len
     shared_heads = head_offsets is None and heads_share_storage(logits)
     rows = logits[:, :, :1] if shared_heads else logits
     by_head = inputs.head_scale is not None
     factors = logits.new_empty(4 + heads * by_head, dtype=torch.float32)
-    out, unused = new_outputs(logits, heads, settings), factors
-    if settings.gradient != "none":
-        new = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        out = out._replace(grad=rows if settings.gradient == "inplace" else new)
+    out, unused, grad = new_outputs(logits, heads, settings), factors, None
+    if settings.gradient == "inplace":
+        out, grad = out._replace(grad=rows), rows
+    elif settings.gradient == "new":
+        padded = padded[:, :, : rows.shape[2]]
+        out = out._replace(grad=torch.empty_like(padded, memory_format=torch.contiguous_format))
+        grad = out.grad[..., : settings.vocab_size]
     rule = _rule(settings.rule, inputs)
     weights = ONES if inputs.head_weights is None else GIVEN
     alike = {
@@ -67,7 +70,7 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
             vocab_size=vocab_size,
             ignore_index=settings.ignore_index,
             has_normalizer=int(inputs.normalizer is not None),
-            scaled=int(logits.dtype == torch.float16),
+            largest_gradient=numerics.largest_gradient * (logits.dtype == torch.float16),
             heads_share=1 / heads if shared_heads else 1.0,
             REDUCTION=REDUCTIONS[settings.reduction],
             **alike,
@@ -85,12 +88,17 @@ def weighted_loss(inputs: Inputs, settings: Settings) -> Outputs:
                 ce_ptr=out.ce,
                 row_max_ptr=out.row_max,
                 log_sum_ptr=out.log_sum,
+                row_loss_ptr=out.row_loss if numerics.adds_terms else unused,
+                entropy_ptr=out.entropy if settings.metrics else unused,
+                correct_ptr=out.correct if settings.metrics else unused,
             )
-            grad = None if settings.gradient == "none" else out.grad
-            how = (settings.ignore_index, rule, head_offsets, by_head)
+            how = (settings, rule, head_offsets, by_head)
             launch(Case(rows, inputs.target_ids, heads, grad, of_heads, *how))
         finish_kernel[(1,)](
-            ce_ptr=out.ce, token_loss_ptr=out.token_loss, loss_ptr=out.loss, **alike
+            row_loss_ptr=out.row_loss if numerics.adds_terms else out.ce,
+            token_loss_ptr=out.token_loss,
+            loss_ptr=out.loss,
+            **alike,
         )
     return out._replace(factors=factors[:2])
 

@@ -1,9 +1,9 @@
 """Loss, and gradient if wanted, of rows that do not fit the registers: two reads and one write.
 
-    ce[b,t,k]          = logsumexp(logits[b,t,k,:]) - logits[b,t,k,target]
+    ce[b,t,k]          = logsumexp(x[b,t,k,:]) - x[b,t,k,target]     x: the logits, or numerics.py's
     row_scalar         = RULE(ce of the token's heads, or of the row), or as weights_kernel.py has
                          found it
-    grad[b,t,k,v]      = scale row_scalar (softmax(logits[b,t,k,:])[v] - [v == target])
+    grad[b,t,k,v]      = scale row_scalar (softmax(x[b,t,k,:])[v] - [v == target]), or numerics.py's
 
 A program goes over a row twice; where a rule needs all heads it goes over all rows of a token, and
 then over them again. Where rows are too few to occupy the device each is split: partial_kernel.py
@@ -26,8 +26,19 @@ from wmtp.kernels.heads import (
     position,
     settle_heads,
 )
+from wmtp.kernels.numerics import (
+    MEASURED,
+    SMOOTHED,
+    level_of,
+    of_target,
+    point,
+    row_scalars,
+    settle_measures,
+    steep,
+)
 from wmtp.kernels.partial_kernel import part_of_row, whole_of_parts
-from wmtp.kernels.rows import ONE_BINARY, cross_entropy, exp, row_max_sum
+from wmtp.kernels.rows import ONE_BINARY, cross_entropy, exp
+from wmtp.kernels.statistics import row_statistics
 
 
 @triton.jit(**ONE_BINARY)
@@ -40,11 +51,14 @@ def online_kernel(
     factors_ptr,  # [4], the third is the gradient's scale; BY_HEAD [4 + H], the last are
     row_scalar_ptr,  # [B, S, H]; read where the weights are known, else written
     offset_ptr,  # [H] int64, where the heads begin, or unused
-    partial_ptr,  # [rows, SPLITS, 2] and
-    x_target_ptr,  # [B, S, H], from partial_kernel.py; unused with SPLITS 1
+    partial_ptr,  # [rows, SPLITS, COUNT] and
+    l_target_ptr,  # [B, S, H], from partial_kernel.py; unused with SPLITS 1
     ce_ptr,  # [B, S, H]
     row_max_ptr,  # [B, S, H]
     log_sum_ptr,  # [B, S, H]
+    row_loss_ptr,  # [B, S, H], and the next two: see numerics.py, or unused
+    entropy_ptr,  # [B, S, H]
+    correct_ptr,  # [B, S, H] bool
     grad_ptr,  # aligned like the logits; in place: logits_ptr itself; unused without GRAD
     lead,
     stride_b: tl.int64,
@@ -62,6 +76,12 @@ def online_kernel(
     seq_len,
     vocab_size,
     ignore_index,
+    slope,  # these six: see numerics.py
+    offset,
+    amplitude,
+    center,
+    z_loss,
+    label_smoothing,
     H: tl.constexpr,
     ROWS: tl.constexpr,  # a program's: 1, or the token's
     HEADS: tl.constexpr,  # that they serve, a power of two
@@ -75,9 +95,12 @@ def online_kernel(
     BY_HEAD: tl.constexpr,  # the gradient has a scale for each head
     GRAD: tl.constexpr,
     IN_PHASE: tl.constexpr,
+    FORM: tl.constexpr,  # of numerics.py
+    COUNT: tl.constexpr,  # of a part's statistics
     SPLITS: tl.constexpr,  # of a row, a program for each; partial_kernel has read them
     BLOCK: tl.constexpr,
 ):
+    numbers = (slope, offset, amplitude, center, z_loss, label_smoothing)
     ITEMSIZE: tl.constexpr = logits_ptr.dtype.element_ty.primitive_bitwidth // 8
     EVICT: tl.constexpr = "evict_last" if GRAD else "evict_first"
     token = (tl.program_id(0) // PROGRAMS).to(tl.int64)
@@ -96,23 +119,31 @@ def online_kernel(
         read = valid  # a shared row was read if any head has a target
         if SHARED:
             read = tl.max(valid.to(tl.int32), axis=0) + tl.zeros((HEADS,), tl.int32) > 0
-        m, s = whole_of_parts(partial_ptr, rows, read, SPLITS)
-        x_target = tl.load(x_target_ptr + token * H + head, mask=valid, other=0.0)
+        m, s, total, weighted, argmax = whole_of_parts(partial_ptr, rows, read, FORM, COUNT, SPLITS)
+        l_target = tl.load(l_target_ptr + token * H + head, mask=valid, other=0.0)
     else:
         # First of all: in place, another thread of this program will overwrite it.
         head_begin = begin + head_offset(head.to(tl.int64), stride_h, offset_ptr, H, LISTED)
         target_logit_ptr = logits_ptr + head_begin + target
-        x_target = tl.load(target_logit_ptr, mask=valid & in_range, other=0.0).to(tl.float32)
-        m = tl.zeros((HEADS,), tl.float32)  # [HEADS]
-        s = m + 1.0
+        l_target = tl.load(target_logit_ptr, mask=valid & in_range, other=0.0).to(tl.float32)
+        m = tl.zeros((HEADS,), tl.float32)  # [HEADS], and the next
+        s, total, weighted, argmax = m + 1.0, m, m, head * 0
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
             if tl.max((valid & of_row).to(tl.int32), axis=0) > 0:
                 index = first.to(tl.int64) + (row - first)
                 row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
-                row_m, row_s = row_max_sum(logits_ptr, row_begin, vocab_size, BLOCK, EVICT)
+                row_m, row_s, row_total, row_weighted, _, row_argmax = row_statistics(
+                    logits_ptr, row_begin, vocab_size, numbers, FORM, BLOCK, EVICT
+                )
                 m = tl.where(of_row, row_m, m)
                 s = tl.where(of_row, row_s, s)
+                if SMOOTHED & FORM:
+                    total = tl.where(of_row, row_total, total)
+                if MEASURED & FORM:
+                    weighted = tl.where(of_row, row_weighted, weighted)
+                    argmax = tl.where(of_row, row_argmax, argmax)
+    x_target, slope_target = point(l_target, numbers, FORM)
     ce, log_s = cross_entropy(m, s, x_target, in_range)
 
     c = settle_heads(
@@ -121,20 +152,29 @@ def online_kernel(
         log_sum_ptr, H, RULE, COMPARES, MULTIPLIED, BY_HEAD,
     )  # fmt: skip
 
+    settle_measures(
+        ce, m, s, log_s, total, weighted, argmax, target, valid, vocab_size, token, head,
+        row_loss_ptr, entropy_ptr, correct_ptr, numbers, H, FORM,
+    )  # fmt: skip
+
     if GRAD:
+        a, b = row_scalars(c, m + log_s, numbers, FORM)
         column, columns = part_of_row(tl.program_id(1), vocab_size, SPLITS, ITEMSIZE)
         target = tl.where(valid & in_range, target - column, -1)
         for row in range(first, first + ROWS):
             of_row = SHARED | (head == row)
             row_target, row_c = tl.where(of_row, target, -1), tl.where(of_row, c, 0.0)
+            row_a, row_b = tl.where(of_row, a, 0.0), tl.where(of_row, b, 0.0)
             live = tl.max((row_c != 0).to(tl.int32), axis=0) > 0
             row_m = of_head(m, head, row)
-            scale = tl.sum(row_c, axis=0) / of_head(s, head, row)  # []
-            entry = scale * exp(x_target - row_m) - of_agreeing(row_target, row_c)
+            scale = steep(tl.sum(row_a, axis=0) / of_head(s, head, row), numbers, FORM)  # []
+            level = level_of(tl.sum(row_c, axis=0), vocab_size, numbers, FORM)
+            onehot, e_target = of_agreeing(row_target, row_b), exp(x_target - row_m)
+            entry = of_target(e_target, slope_target, scale, level, onehot, FORM)
             index = first.to(tl.int64) + (row - first)
             row_begin = begin + head_offset(index, stride_h, offset_ptr, H, LISTED)
             row_grad = grad_begin + head_offset(index, grad_stride_h, offset_ptr, H, GRAD_LISTED)
             write_gradient(
                 logits_ptr, row_begin + column, grad_ptr, row_grad + column, columns, live,
-                row_m, scale, row_target, entry, IN_PHASE, BLOCK,
+                row_m, scale, level, row_target, entry, numbers, FORM, IN_PHASE, BLOCK,
             )  # fmt: skip

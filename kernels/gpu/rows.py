@@ -1,4 +1,4 @@
-"""What every kernel here shares: where a row's aligned part lies, and one pass over it.
+"""What every kernel here shares: where a row's aligned part lies, and its arithmetic.
 
 A row is V logits of one (token, head), begun at any element of memory. Seen in units of 128 bytes,
 
@@ -22,7 +22,8 @@ ONE_BINARY = {
     "do_not_specialize": [
         *("lead", "stride_b", "stride_s", "stride_h", "tokens", "seq_len", "vocab_size"),
         *("target_stride_b", "target_stride", "targets", "ref_stride_b", "ref_stride"),
-        *("heads", "blocks", "has_normalizer", "scaled"),
+        *("heads", "blocks", "has_normalizer", "heads_share", "largest_gradient"),
+        *("slope", "offset", "amplitude", "center", "z_loss", "label_smoothing"),
         *("grad_lead", "grad_stride_b", "grad_stride_s", "grad_stride_h", "ignore_index"),
     ],
     "do_not_specialize_on_alignment": [
@@ -160,56 +161,6 @@ def rounded_product(a, b):
     of each pair, so that lanes would hold sums of different last bits.
     """
     return tl.where(a == 0, 0.0, tl.fma(a, b, 0.0))
-
-
-@triton.jit
-def fold(m, s, x, VECTOR: tl.constexpr):
-    """One step of the online log-sum-exp (Milakov & Gimelshein 2018), a state per VECTOR columns.
-
-    m, s: [BLOCK / VECTOR] running maximum and sum of exp(x - m);  x: [BLOCK] float32.
-    The VECTOR columns are one thread's, so nothing crosses threads until the row ends.
-    NaN: maxima drop it, exp(NaN - m) carries it into s.
-    """
-    x = tl.reshape(x, (x.shape[0] // VECTOR, VECTOR))
-    new_m = tl.maximum(m, tl.max(x, axis=1))
-    shift = finite_or_zero(new_m)
-    s = s * exp(m - shift) + tl.sum(exp(x - shift[:, None]), axis=1)
-    return new_m, s
-
-
-@triton.jit
-def row_max_sum(base_ptr, begin, vocab_size, BLOCK: tl.constexpr, EVICT: tl.constexpr):
-    """(m, s): maximum and sum of exp(x - m) of the row at base_ptr + begin, read once.
-
-    s is NaN if the row holds NaN; m = -inf, s = 0 for a row of -inf; m = s = inf with a +inf.
-    EVICT: "evict_last" when the row is read again soon, else "evict_first".
-    """
-    ITEMSIZE: tl.constexpr = base_ptr.dtype.element_ty.primitive_bitwidth // 8
-    UNIT: tl.constexpr = UNIT_BYTES // ITEMSIZE
-    VECTOR: tl.constexpr = VECTOR_BYTES // ITEMSIZE
-    peel, inner = inner_part(begin, vocab_size, UNIT)
-
-    # The edges are the first values of the running state, so they cost no reduction of their own.
-    lane = tl.arange(0, BLOCK // VECTOR)
-    column = edge_columns(lane, peel, inner, UNIT)
-    inside = (lane < 2 * UNIT) & (column >= 0) & (column < vocab_size)
-    edge = tl.load(base_ptr + begin + column, mask=inside).to(tl.float32)
-    m = tl.where(inside, edge, float("-inf"))
-    s = tl.where(inside, exp(edge - finite_or_zero(edge)), 0.0)
-
-    inner_ptr = base_ptr + first_unit(begin, UNIT)
-    offset = tl.arange(0, BLOCK)
-    full = inner // BLOCK * BLOCK
-    for start in range(0, full, BLOCK):
-        x = tl.load(inner_ptr + start + offset, eviction_policy=EVICT).to(tl.float32)
-        m, s = fold(m, s, x, VECTOR)
-    if full < inner:
-        rest = offset < inner - full  # both multiples of UNIT: a vector is in or out as a whole
-        x = tl.load(inner_ptr + full + offset, mask=rest, eviction_policy=EVICT).to(tl.float32)
-        m, s = fold(m, s, tl.where(rest, x, float("-inf")), VECTOR)
-
-    row_m = tl.max(m, axis=0)
-    return row_m, tl.sum(rounded_product(s, exp(m - finite_or_zero(row_m))), axis=0)
 
 
 @triton.jit

@@ -16,7 +16,9 @@ BLOCK is the power of two that holds V. What an H100 said of them (benchmarks/RE
 
 In registers a thread holds 64 logits at most 128 registers, or 128 of several rows; on AMD, whose
 waves have 64 lanes, 32. More than four rows of a token hold 16384 at most: their edges take
-registers too. Clusters of CTAs, which hold longer rows, were slower than online in every case.
+registers too. So does what numerics.py adds: of capped logits half as many are held or fewer, and
+of several rows no 128. Clusters of CTAs, which hold longer rows, were slower than online in every
+case.
 
 Online, the rows in flight are made few where a long row is read twice:
 
@@ -37,6 +39,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from wmtp.kernels.numerics import is_plain, tiles_of
 from wmtp.kernels.rows import OPTIONS, VECTOR_BYTES, launch_shape, warp_size
 
 TIERS = ("token", "row", "online")
@@ -89,6 +92,7 @@ def choose(
     gradient: bool,
     machine: Machine,
     forced: str = "",
+    form: int = 0,
 ) -> Launch:
     """The launch for rows of V logits.
 
@@ -101,6 +105,7 @@ def choose(
         gradient: it is wanted.
         machine: see `machine`.
         forced: a tier's name, for tests and benchmarks.
+        form: of numerics.py.
 
     Raises:
         ValueError: no such tier, or it cannot serve this case.
@@ -121,7 +126,7 @@ def choose(
         return online
     tier = forced or ("token" if token else "row")
     held = rows if tier == "token" else 1
-    found = _in_registers(tier, held, vocab_size, rows < heads, machine)
+    found = _in_registers(tier, held, vocab_size, rows < heads, machine, form)
     if found is None and forced:
         raise ValueError(
             f"WMTP_TRITON_TIER={forced} cannot hold {held} x {vocab_size} logits in registers "
@@ -133,23 +138,26 @@ def choose(
 
 
 def _in_registers(
-    tier: str, rows: int, vocab_size: int, shared: bool, machine: Machine
+    tier: str, rows: int, vocab_size: int, shared: bool, machine: Machine, form: int
 ) -> Launch | None:
     """The launch that holds so many rows; None where nothing does."""
     block = max(triton.next_power_of_2(vocab_size), 128)
     held = triton.next_power_of_2(rows)
-    logits = block * held
-    if logits > (MOST_OF_SEVERAL if shared or held > 4 else MOST):
+    logits, tiles = block * held, tiles_of(form)
+    if logits * tiles > (MOST_OF_SEVERAL if shared or held > 4 else MOST):
         return None
     crowded = logits == MOST and rows > 1
-    of_a_thread = (128 if crowded else 64) if machine.nvidia else 32
+    if crowded and not is_plain(form):
+        return None
+    of_a_thread = ((128 if crowded else 64) if machine.nvidia else 32) // tiles
     # The edges of several rows are spread over the threads as well: a warp for each, or more.
     fewest = machine.warp_size * (max(held, 4) if rows > 1 else 1)
     threads = max(logits // of_a_thread, fewest)
     if threads > 1024:
         return None
     one_head = rows == 1 and not shared
-    most = 128 if one_head and of_a_thread <= 64 else min(255, REGISTERS // threads)
+    few = one_head and of_a_thread <= 64 and tiles == 1
+    most = 128 if few else min(255, REGISTERS // threads)
     return Launch(tier, block, threads // machine.warp_size, _cap(most, machine))
 
 

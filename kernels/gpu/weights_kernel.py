@@ -46,8 +46,8 @@ def weights_kernel(
     seq_len,
     vocab_size,
     ignore_index,
-    has_normalizer,  # no constexpr, nor the next: one binary serves all four cases
-    scaled,  # float16: the gradient is written times a power of two instead
+    has_normalizer,  # no constexpr, nor the next: one binary serves all cases
+    largest_gradient,  # float16, of row_scalar 1: it is written times a power of two; else 0
     heads_share,  # 1 / H where one gradient row stands for H heads, else 1
     H: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -114,8 +114,8 @@ def weights_kernel(
         bound *= tl.max(tl.max(head_scale, axis=1), axis=0)
     scale = inverse
     remaining = 1.0
-    if scaled:
-        scale = fp16_scale(bound)
+    if largest_gradient != 0:
+        scale = fp16_scale(bound * largest_gradient)
         remaining = inverse / scale
     tl.store(factors_ptr, inverse * unit)
     tl.store(factors_ptr + 1, remaining)
@@ -168,8 +168,8 @@ def fp16_scale(bound):
 
 @triton.jit(**ONE_BINARY)
 def finish_kernel(
-    ce_ptr,  # [B, S, H]
-    row_scalar_ptr,  # [B, S, H] d token_loss / d ce; becomes d loss / d ce
+    row_loss_ptr,  # [B, S, H] ce, or f of numerics.py
+    row_scalar_ptr,  # [B, S, H] d token_loss / d f; becomes d loss / d f
     head_scale_ptr,  # [H], or unused
     factors_ptr,
     weight_sum_ptr,  # [B, S], and the next: written with LATER
@@ -189,7 +189,7 @@ def finish_kernel(
     for start in range(0, tokens, TOKENS):
         token = start + tl.arange(0, TOKENS).to(tl.int64)
         row, real = token[:, None] * H + head, (token[:, None] < tokens) & (head < H)
-        ce = tl.load(ce_ptr + row, mask=real, other=0.0)
+        row_loss = tl.load(row_loss_ptr + row, mask=real, other=0.0)
         row_scalar = tl.load(row_scalar_ptr + row, mask=real, other=0.0)
         if WEIGHTS == LATER:
             weight_sum = tl.sum(row_scalar, axis=1)
@@ -198,11 +198,11 @@ def finish_kernel(
         if BY_HEAD:
             head_scale = tl.load(head_scale_ptr + head, mask=head < H, other=0.0)
             row_scalar = rounded_product(row_scalar, head_scale)
-        token_loss = tl.sum(rounded_product(row_scalar, ce), axis=1)
+        token_loss = tl.sum(rounded_product(row_scalar, row_loss), axis=1)
         losses += token_loss
         tl.store(token_loss_ptr + token, token_loss, mask=token < tokens)
         row_scalar = rounded_product(row_scalar, inverse)
-        divided += tl.sum(rounded_product(row_scalar, ce), axis=1)
+        divided += tl.sum(rounded_product(row_scalar, row_loss), axis=1)
         tl.store(row_scalar_ptr + row, row_scalar, mask=real)
     # Undivided the sum may be out of float32's range, divided it loses what is below it.
     total = tl.sum(losses, axis=0)

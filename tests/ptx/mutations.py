@@ -16,6 +16,7 @@ from ptx.launch import Driver
 from support.agreement import kernel_gradient, kernel_loss
 from wmtp import kernels
 from wmtp.kernels import tiers
+from wmtp.numerics import numerics_of
 
 # A barrier of a cluster is an arrival and a wait: both go.
 BARRIER = re.compile(
@@ -57,6 +58,22 @@ def loss(
         reduction = "token_mean" if excess else "weight_mean"
         how = {"reduction": reduction, "gradient": "inplace"}
         kernel_loss(kernels, logits, target_ids, weights, ref_ce, **how)
+
+    return run
+
+
+def loss_of_a_form(vocabulary: int, excess: bool = False) -> Run:
+    """In place, with all that numerics.py has; one row has no weight."""
+
+    def run() -> None:
+        logits, target_ids = problem(vocabulary, torch.bfloat16)
+        ref_ce = 4 * torch.rand(target_ids.shape[1] - 1)[None] if excess else None
+        weights = None if excess else 1 + torch.rand(logits.shape[:3])
+        if weights is not None:
+            weights[0, 0, 1] = 0.0
+        how = {"numerics": numerics_of(softcap=20.0, z_loss=1e-3, label_smoothing=0.1)}
+        how |= {"reduction": "token_mean" if excess else "sum", "gradient": "inplace"}
+        kernel_loss(kernels, logits, target_ids, weights, ref_ce, metrics=True, **how)
 
     return run
 
@@ -114,6 +131,11 @@ SCENARIOS: dict[str, Scenario] = {
     "online, token, 1024 threads": (loss(32001, excess=True), "online", 132),
     "split": (loss(65537), "online", 64),
     "split, token": (loss(65537, excess=True, heads=3), "online", 64),
+    "row, of a form": (loss_of_a_form(4001), "row", 1),
+    "token, of a form": (loss_of_a_form(1001, excess=True), "token", 1),
+    "online, of a form": (loss_of_a_form(4001), "online", 1),
+    "online, token, of a form": (loss_of_a_form(4001, excess=True), "online", 1),
+    "split, of a form": (loss_of_a_form(65537), "online", 64),
     "many tokens": (many_tokens(), "", 1),
     "many tokens, excess": (many_tokens(excess=True), "", 1),
     "gradient": (gradient(8001), "", 1),

@@ -10,6 +10,7 @@ from support.backends import row_settings
 from wmtp.arguments import Call, checked_call, loss_inputs
 from wmtp.backends import cpu
 from wmtp.labels import IGNORE_INDEX, has_target
+from wmtp.numerics import PLAIN
 from wmtp.records import Inputs, Outputs, RowInputs, Settings
 from wmtp.reduction import accumulation_dtype
 from wmtp.reference import MTPLoss, compute_weighted_mtp_loss
@@ -172,7 +173,8 @@ def operator_call(scores, target_ids, rule, reduction="token_mean", normalizer=N
 
 def kernel_loss(
     backend, logits, target_ids, weights=None, ref_ce=None, *,
-    excess="abs", reduction="token_mean", normalizer=1.0, gradient="none",
+    excess="abs", reduction="token_mean", normalizer=1.0, gradient="none", numerics=PLAIN,
+    metrics=False,
 ) -> Outputs:  # fmt: skip
     """A backend's own outputs; unless told otherwise row_scalar is w / sum_k w."""
     rule = Uniform() if weights is None else Given(weights)
@@ -188,6 +190,8 @@ def kernel_loss(
         ignore_index=IGNORE_INDEX,
         backend="",
         gradient=gradient,
+        numerics=numerics,
+        metrics=metrics,
     )
     return backend.weighted_loss(Inputs(logits=heads, **how), settings)
 

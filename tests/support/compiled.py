@@ -16,18 +16,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from support.backends import row_settings
 from wmtp import kernels
 from wmtp.arguments import checked_call, loss_inputs
 from wmtp.kernels import tiers
-from wmtp.records import Inputs, RowInputs, Settings
+from wmtp.numerics import PLAIN, Numerics, numerics_of
+from wmtp.records import Inputs, RowInputs, RowSettings, Settings
 from wmtp.weightings import Excess, Given, Uniform, Weighting
 
 TARGET = GPUTarget("cuda", 90, 32)
 BACKEND = make_backend(TARGET)
 IGNORED = -100
 ONE = torch.ones(())
+ROWS = RowSettings(ignore_index=IGNORED, backend="triton")
 # What a step may vary, the usual first.
+CAPS = [
+    numerics_of(softcap=cap, z_loss=cap / 1e4, label_smoothing=0.1) for cap in (1.0, 16.0, 30.0)
+]
 SHAPES = ((2, 5, 4, 1000), (1, 5, 4, 1000), (16, 1, 4, 1000), (2, 16, 4, 1000), (2, 17, 4, 1008),
           (2, 5, 4, 513))  # fmt: skip
 NUMBERS = (ONE, torch.tensor(16.0), torch.tensor(0.7, dtype=torch.float64), torch.arange(4.0)[1])
@@ -62,7 +66,7 @@ def elsewhere(tensor: torch.Tensor) -> torch.Tensor:
 
 def loss(
     shape=SHAPES[0], dtype=torch.bfloat16, kind="known", gradient="new", move=torch.clone, *,
-    logits=None, temperature=ONE, normalizer=None, ignore_index=IGNORED,
+    logits=None, temperature=ONE, normalizer=None, ignore_index=IGNORED, numerics: Numerics = PLAIN,
 ):  # fmt: skip
     batch, length, heads, _ = shape
     rule: Weighting = Uniform()
@@ -84,6 +88,8 @@ def loss(
         ignore_index=ignore_index,
         backend="triton",
         gradient=gradient,
+        numerics=numerics,
+        metrics=numerics != PLAIN,
     )
     kernels.weighted_loss(inputs, settings)
 
@@ -100,6 +106,9 @@ def launch_losses(dtype: torch.dtype, folder: Path) -> None:
             loss(dtype=dtype, kind=kind, normalizer=number)
         for ignore_index in IGNORED_IDS:
             loss(dtype=dtype, kind=kind, ignore_index=ignore_index)
+        for numerics in CAPS:
+            loss(dtype=dtype, kind=kind, numerics=numerics)
+            loss(dtype=dtype, kind=kind, numerics=numerics, gradient="none")
     one_row = torch.randn(2, 5, 1, 1000).to(dtype).expand(-1, -1, 4, -1)
     loss(logits=one_row)
     loss(logits=torch.randn(2, 5, 4, 1033).to(dtype)[..., 1:1001])
@@ -119,8 +128,8 @@ def launch_the_others(dtype: torch.dtype) -> None:
             of_heads = move(torch.zeros(shape[:3], dtype=torch.int64))
             for targets in (move(ids), move(ids)[:, 1:], of_heads):
                 rows = RowInputs(logits, targets, *map(move, of_rows))
-                kernels.row_gradient(rows, row_settings())
-            kernels.next_token_ce(logits[:, :, 0], move(ids)[:, 1:], row_settings())
+                kernels.row_gradient(rows, ROWS)
+            kernels.next_token_ce(logits[:, :, 0], move(ids)[:, 1:], ROWS)
         for number in NUMBERS:
             kernels.multiply_(logits, number.float())
             kernels.multiply_(logits[..., 1:], number.float())
@@ -128,14 +137,15 @@ def launch_the_others(dtype: torch.dtype) -> None:
         for first in (0, 1):  # a chunk's targets begin anywhere among all
             ids = torch.zeros(32, dtype=torch.int64)[first : first + rows]
             for scalar in (torch.rand(rows), None):
-                kernels.rows_ce_(torch.randn(rows, 1000).to(dtype), ids, scalar, row_settings())
+                kernels.rows_ce_(torch.randn(rows, 1000).to(dtype), ids, scalar, ROWS)
 
 
 def launch_few_rows(heads: int) -> None:
     """They are split where the device has more processors than that."""
     ordinary = tiers.machine
     tiers.machine = lambda device: ordinary(device)._replace(processors=132)
-    loss((1, 2, heads, 65536), torch.float32, "excess", "none")
+    for numerics in (PLAIN, CAPS[0]):
+        loss((1, 2, heads, 65536), torch.float32, "excess", "none", numerics=numerics)
     tiers.machine = ordinary
 
 
@@ -181,7 +191,9 @@ def main() -> None:
     for heads in (1, 3, 8):
         launched.clear()
         launch_few_rows(heads)
-        chosen |= {f"{launch.kernel.__name__} {heads}": launch for launch in launched}
+        plain, capped = launched[: len(launched) // 2], launched[len(launched) // 2 :]
+        chosen |= {f"{launch.kernel.__name__} {heads}": launch for launch in plain}
+        chosen |= {f"{launch.kernel.__name__} {heads}, capped": launch for launch in capped}
     unrounded_kernel[(1,)](*[torch.empty(32)] * 3, N=32, num_warps=1, enable_fp_fusion=True)
     chosen["control"] = launched[-1]
     for name, launch in chosen.items():

@@ -32,7 +32,7 @@ FORMS = {
     "measured": ("MEASURED",),
     "everything": ("CAPPED", "SMOOTHED", "SQUARED", "MEASURED"),
 }
-OF_FORMS = {"dtypes": ("fp32", "bf16"), "vocabularies": (1000, 8000, 16000, 32000, ODD, 128256)}
+FORM_DTYPES, FORM_VOCABULARIES = ("fp32", "bf16"), (1000, 8000, 16000, 32000, ODD, 128256)
 # By what they are called, the functions of wmtp.weightings; None: the weights are known.
 SIGNED = "_signed_excess"
 RULES = {"known": None, "excess": "_absolute_excess"}
@@ -129,8 +129,8 @@ def _variants(modules: dict[str, Any], machine: Any) -> Iterator[Variant]:
                 yield from _streaming_variants(modules, machine, dtype, vocabulary, heads)
     for form, options in FORMS.items():
         code = sum(getattr(modules["numerics"], option).value for option in options)
-        for dtype in OF_FORMS["dtypes"]:
-            for vocabulary in OF_FORMS["vocabularies"]:
+        for dtype in FORM_DTYPES:
+            for vocabulary in FORM_VOCABULARIES:
                 for variant in _loss_variants(modules, machine, dtype, vocabulary, 4, code):
                     yield variant._replace(name=f"{variant.name} {form}")
             for variant in _streaming_variants(modules, machine, dtype, ODD, 4, code):

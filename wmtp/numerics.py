@@ -86,9 +86,6 @@ def numerics_of(
         ValueError: both caps; a scale or cap that is not finite and > 0, z_loss < 0,
             label_smoothing outside [0, 1).
     """
-    plain = logit_scale == 1.0 and softcap is None and sigmoid_cap is None
-    if plain and z_loss == 0.0 and label_smoothing == 0.0:
-        return PLAIN
     _check_finite("logit_scale", logit_scale, "it multiplies the logits")
     if softcap is not None and sigmoid_cap is not None:
         raise ValueError("softcap and sigmoid_cap exclude each other: pass the one your head has")
@@ -120,13 +117,15 @@ def _check_finite(name: str, value: float, remedy: str) -> None:
 
 
 def _checked_sigmoid_cap(cap: Sequence[float]) -> tuple[float, float, float]:
-    wanted = "sigmoid_cap must be (a, b, c) of a sigmoid((x + b) / c), a and c > 0, all finite"
-    if not isinstance(cap, (tuple, list)) or len(cap) != 3 or not all(map(is_real, cap)):
-        raise ValueError(f"{wanted}, got {cap if isinstance(cap, (tuple, list)) else shown(cap)}")
-    a, b, c = map(float, cap)
-    if not (0 < a < math.inf and math.isfinite(b) and 0 < c < math.inf):
-        raise ValueError(f"{wanted}, got {(a, b, c)}: (30.0, 0.0, 7.5) is one")
-    return a, b, c
+    if isinstance(cap, (tuple, list)) and len(cap) == 3 and all(map(is_real, cap)):
+        a, b, c = map(float, cap)
+        if 0 < a < math.inf and math.isfinite(b) and 0 < c < math.inf:
+            return a, b, c
+    found = tuple(map(shown, cap)) if isinstance(cap, (tuple, list)) else shown(cap)
+    raise ValueError(
+        "sigmoid_cap must be (a, b, c) of a sigmoid((x + b) / c), a and c > 0, all finite, got "
+        f"{found}: (30.0, 0.0, 7.5) is one"
+    )
 
 
 def check_vocab_size(vocab_size: int | None, columns: int, name: str) -> None:

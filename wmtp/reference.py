@@ -137,6 +137,8 @@ def with_metrics(loss: MTPLoss, rows: OfRows, call: Call) -> MTPLoss:
     """The loss with what `metrics` asks for; the rule knows its weights, or their reference."""
     with torch.no_grad():
         weights = final_weights(call.rule, loss.ce_per_head, call)
+        # A row that is all -inf has none, whatever a backend finds.
+        rows = rows._replace(lse=rows.lse.masked_fill(loss.ce_per_head.isnan(), float("nan")))
         return measured(loss, rows, weights, call.targets.valid(), call.terms)
 
 

@@ -74,11 +74,11 @@ def test_linear_never_holds_the_logits(algo, loss, data, tmp_path):
             assert largest >= SMALL["horizon"] * LOGITS_BYTES
 
 
-def test_evaluation_holds_the_logits_of_one_head(data):
+def test_evaluation_never_holds_the_logits(data):
     model = small_model(data.train.vocab_size, horizon=3)
     batches = data.validation.evaluation_batches(2, batch_size=2, rows=Rows(16))
     largest = largest_allocation(lambda: evaluate(model, batches, torch.device("cpu")))
-    assert largest == LOGITS_BYTES
+    assert largest < LOGITS_BYTES
 
 
 @pytest.mark.parametrize("loss", LOSSES)

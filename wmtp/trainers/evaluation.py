@@ -11,6 +11,7 @@ from torch import Tensor
 
 from wmtp.data import Batch
 from wmtp.labels import Targets
+from wmtp.metrics import summarize
 from wmtp.models import MTPTransformer
 from wmtp.trainers.config import TrainConfig
 from wmtp.trainers.losses import training_loss
@@ -30,26 +31,19 @@ def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.devi
     """Mean cross entropy of each head and accuracy of the first, over all tokens of the batches."""
     model.eval()
     horizon = model.config.horizon
-    ce = torch.zeros(horizon, dtype=torch.float64, device=device)
-    count = torch.zeros_like(ce)
-    correct = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
+    summaries, tokens = [], 0
     for batch in batches:
         here = on_device(batch, device)
         targets = targets_of(here, horizon)
         states = model(here["input_ids"], here.get("document_ids")).head_hidden_states
-        measured = training_loss("linear", states, model.unembed, targets)
-        ce += measured.ce_per_head.double().sum((0, 1))
-        count += targets.valid().sum((0, 1))
-        # A pair that does not count has target -100, which is no argmax.
-        predicted = model.unembed(states[:, :, 0]).argmax(-1)
-        correct += (predicted == targets.of_heads()[:, :, 0]).sum()
+        measured = training_loss("linear", states, model.unembed, targets, metrics=True)
+        summaries.append(summarize(measured))
         tokens += here["input_ids"].numel()
     model.train()
-    count = count.clamp(min=1)
+    whole = sum(summaries[1:], summaries[0])
     return {
-        "ce_per_head": (ce / count).tolist(),
-        "next_token_accuracy": (correct / count[0]).item(),
+        "ce_per_head": whole.mean_ce.tolist(),
+        "next_token_accuracy": whole.accuracy[0].item(),
         "tokens": tokens,
     }
 

@@ -32,6 +32,7 @@ def training_loss(
     *,
     reduction: str = "token_mean",
     normalizer: Tensor | float | None = None,
+    metrics: bool = False,
 ) -> MTPLoss:
     """The weighted loss of logits = unembed(head_hidden_states).
 
@@ -41,7 +42,7 @@ def training_loss(
         unembed: to V. Under autocast its product is of autocast's dtype, whichever the way.
         targets: unshifted ids, and their documents.
         weighting: of the algorithm.
-        reduction, normalizer: see `wmtp.fused_weighted_mtp_loss`.
+        reduction, normalizer, metrics: see `wmtp.fused_weighted_mtp_loss`.
 
         >>> states, unembed = torch.randn(1, 4, 2, 3), nn.Linear(3, 5)
         >>> targets = Targets(torch.tensor([[0, 1, 2, 3]]), length=4, heads=2)
@@ -55,6 +56,7 @@ def training_loss(
         "weighting": weighting,
         "reduction": reduction,
         "normalizer": normalizer,
+        "metrics": metrics,
     }
     if way == "linear":
         return fused_linear_weighted_mtp_loss(

@@ -195,9 +195,9 @@ def _further(modules: dict[str, Any], variant: Variant, machine: Any) -> Iterato
     gradient, of_four = variant.stores_logits, constants["H"] == 4
     itemsize = ITEMSIZE[variant.dtype]
     if variant.launch.tier == "online" and (gradient or of_four):
-        steps = modules["tiers"].in_steps(variant.vocabulary, itemsize, machine)
+        steps = modules["tiers"].in_steps(variant.vocabulary, itemsize, machine, constants["FORM"])
         yield from _split(modules, variant, steps)
-    if not (gradient and of_four) or constants["FORM"]:
+    if not (gradient and of_four):
         return
     online = variant.launch.tier == "online"
     more: dict[str, dict[str, Any]] = {
@@ -209,12 +209,14 @@ def _further(modules: dict[str, Any], variant: Variant, machine: Any) -> Iterato
     }
     if "shared" in variant.name:
         del more["listed"]
-    if constants["RULE"] is None:
+    if form := constants["FORM"]:
+        more = {"out of phase": more["out of phase"]}
+    elif constants["RULE"] is None:
         del more["signed"], more["multiplied"]
     for name, changed in more.items():
         launch = variant.launch
         if online and name == "out of phase":
-            launch = modules["tiers"].out_of_phase(variant.vocabulary, itemsize, machine)
+            launch = modules["tiers"].out_of_phase(variant.vocabulary, itemsize, machine, form)
         changed |= {"BLOCK": launch.block}
         name = f"{variant.name} {name}"
         yield variant._replace(name=name, constants=constants | changed, launch=launch)
@@ -249,7 +251,7 @@ def _streaming_variants(
 ) -> Iterator[Variant]:
     """The kernels of the cross entropies themselves."""
     tiers = modules["tiers"]
-    launch = tiers.in_steps(vocabulary, ITEMSIZE[dtype], machine)
+    launch = tiers.in_steps(vocabulary, ITEMSIZE[dtype], machine, form)
     block = {"BLOCK": launch.block}
     gradient = modules["gradient_kernel"].row_gradient_kernel
     for shared in (False, True)[:heads]:

@@ -31,6 +31,14 @@ IGNORED = -100
 SHAPE = (2, 6, 4)  # B, S, H
 WEIGHTINGS = ("uniform", "given", "critic", "ref_ce", "ref_logits")
 TIERS = ("token", "row", "online")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "scaled": {"logit_scale": 0.5},
+    "capped": {"softcap": 30.0},
+    "smoothed": {"label_smoothing": 0.1},
+    "z-loss": {"z_loss": 1e-4},
+    "metrics": {"metrics": True},
+    "all of them": {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-4, "metrics": True},
+}
 TITLE = "bytes moved, in units of the logits: read and others of the valid ones, written of all"
 
 
@@ -99,6 +107,7 @@ def measure(
     dtype: torch.dtype = torch.bfloat16,
     inplace: bool = False,
     shared: bool = False,
+    **options: Any,
 ) -> Moved:
     """Forward, or forward + backward, of random logits with ignored labels.
 
@@ -106,6 +115,7 @@ def measure(
         weighting: of WEIGHTINGS.
         tier: of TIERS, or "" for what the library chooses by itself.
         shared: one row of logits for all heads.
+        options: of the loss.
     """
     batch, length, heads = SHAPE
     target_ids = torch.randint(vocabulary, (batch, length))
@@ -121,7 +131,7 @@ def measure(
     traffic = Traffic(**tensors)
     with _forced(tier), traffic.counted():
         loss = fused_weighted_mtp_loss(
-            logits, target_ids, **weights, inplace=inplace, backend="triton"
+            logits, target_ids, **weights, **options, inplace=inplace, backend="triton"
         ).loss
         grad = torch.autograd.grad(loss, rows)[0] if gradient else None
     # The gradient did not exist before: what is stored elsewhere is it, and per-token numbers.
@@ -199,6 +209,13 @@ def rows(vocabulary: int) -> Iterator[dict[str, Any]]:
                 moved = measure(weighting, tier, True, vocabulary)
                 line = {"weighting": weighting, "tier": tier, "direction": "forward+backward"}
                 yield {**line, **moved._asdict()}
+    for name, options in OPTIONS.items():
+        moved = measure("uniform", "", False, vocabulary, **options)
+        yield {"weighting": name, "tier": "", "direction": "forward", **moved._asdict()}
+        for tier in ("row", "online"):
+            moved = measure("uniform", tier, True, vocabulary, **options)
+            line = {"weighting": name, "tier": tier, "direction": "forward+backward"}
+            yield {**line, **moved._asdict()}
     moved = measure("uniform", "", True, vocabulary, shared=True)
     yield {
         "weighting": "one row for all heads",

@@ -6,6 +6,7 @@ import torch
 from support.backends import row_settings
 from support.covering import in_pairs
 from wmtp import fused_weighted_mtp_loss, kernels
+from wmtp.kernels import tiers
 from wmtp.labels import has_target
 from wmtp.records import RowInputs
 
@@ -14,6 +15,7 @@ if not kernels.interpreted():
 
 from wmtp.benchmarks.traffic import (
     IGNORED,
+    OPTIONS,
     TIERS,
     WEIGHTINGS,
     Traffic,
@@ -57,6 +59,25 @@ def test_in_place_moves_no_more(tier):
     reads = 2 if tier == "online" else 1
     assert reads <= moved.read <= reads + 0.01
     assert 1.0 <= moved.written <= 1.01
+
+
+@in_pairs(tier=[*TIERS, ""], option=OPTIONS, vocabulary=[2047, 2048], shared=[False, True])
+def test_no_option_moves_more(tier, option, vocabulary, shared):
+    """But 16 bytes a row, where it is asked which logit is the first of the largest, and what is
+    found: two numbers and a bit."""
+    case, row = ("uniform", tier, tier != "", vocabulary), vocabulary * 2
+    plain, moved = measure(*case, shared=shared), measure(*case, shared=shared, **OPTIONS[option])
+    measured = OPTIONS[option].get("metrics", False)
+    assert 0 <= moved.read - plain.read <= 16.01 * measured / row
+    assert 0 <= moved.written - plain.written <= 9.01 * (4 if shared else 1) / row
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_no_option_makes_parts_of_rows_move_more(option, monkeypatch):
+    monkeypatch.setattr(tiers, "machine", lambda _: tiers.Machine(32, 1000))
+    moved = measure("uniform", "online", True, 40_001, **OPTIONS[option])
+    assert 2 <= moved.read <= 2.01
+    assert 1 <= moved.written <= 1.01
 
 
 @pytest.mark.parametrize("vocabulary", [ODD, ALIGNED])

@@ -69,7 +69,6 @@ def launch(case: Case) -> None:
 
 
 def choose(case: Case) -> tiers.Launch:
-    form = numerics.form_of(case.settings.numerics, case.settings.metrics)
     return tiers.choose(
         vocab_size=case.rows.shape[-1],
         heads=case.heads,
@@ -79,8 +78,12 @@ def choose(case: Case) -> tiers.Launch:
         gradient=case.grad is not None,
         machine=tiers.machine(case.rows.device),
         forced=tiers.forced_tier(),
-        form=form,
+        form=form_of(case),
     )
+
+
+def form_of(case: Case) -> int:
+    return numerics.form_of(case.settings.numerics, case.settings.metrics)
 
 
 def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
@@ -92,7 +95,8 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
     grad_base, grad_lead = aligned_base(target)
     same = target is rows or in_phase(rows, target, (lead, grad_lead), case.head_offsets)
     if chosen.tier == "online" and not same:
-        chosen = tiers.out_of_phase(vocab_size, rows.element_size(), tiers.machine(rows.device))
+        machine = tiers.machine(rows.device)
+        chosen = tiers.out_of_phase(vocab_size, rows.element_size(), machine, form_of(case))
     divided = tiers.constants(chosen, case.heads, count, case.rule.whole_token)
     programs = batch * seq_len * divided["PROGRAMS"]
     where = {
@@ -144,7 +148,7 @@ def _online_calls(
     count = statistics_of(where["FORM"])
     parts, calls = Parts(case.of_heads.offset_ptr, case.of_heads.offset_ptr), []
     if splits > 1:
-        chosen = tiers.in_steps(vocab_size, rows.element_size(), machine)
+        chosen = tiers.in_steps(vocab_size, rows.element_size(), machine, form_of(case))
         where = {**where, "BLOCK": chosen.block}
         all_rows = batch * seq_len * rows_a_token
         parts = Parts(

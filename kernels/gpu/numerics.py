@@ -42,10 +42,14 @@ def is_plain(form: int) -> bool:
     return form & ~SCALED.value == 0
 
 
+def is_capped(form: int) -> bool:
+    return form & CAPPED.value != 0
+
+
 def tiles_of(form: int) -> int:
     """How many times as many registers rows take there. A tanh has three numbers of each logit at
     once; smoothed, its slope is kept apart from the exponential."""
-    if not form & CAPPED.value:
+    if not is_capped(form):
         return 1
     return 4 if form & SMOOTHED.value and form & MEASURED.value else 2
 

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from wmtp.kernels.numerics import is_plain, tiles_of
+from wmtp.kernels.numerics import is_capped, is_plain, tiles_of
 from wmtp.kernels.rows import OPTIONS, VECTOR_BYTES, launch_shape, warp_size
 
 TIERS = ("token", "row", "online")
@@ -119,7 +119,7 @@ def choose(
             "from ref_ce: use token or online"
         )
     alone = not token and rows == heads
-    online = _online(vocab_size, itemsize, rows if token else 1, alone, gradient, machine)
+    online = _online(vocab_size, itemsize, rows if token else 1, alone, gradient, machine, form)
     if not gradient:
         return online
     if forced == "online":
@@ -151,7 +151,7 @@ def _in_registers(
         return None
     of_a_thread = ((128 if crowded else 64) if machine.nvidia else 32) // tiles
     # The edges of several rows are spread over the threads as well: a warp for each, or more.
-    fewest = machine.warp_size * (max(held, 4) if rows > 1 else 1)
+    fewest = machine.warp_size * (max(held, 4) * min(tiles, 2) if rows > 1 else 1)
     threads = max(logits // of_a_thread, fewest)
     if threads > 1024:
         return None
@@ -166,27 +166,27 @@ def _cap(registers: int, machine: Machine) -> int | None:
     return registers if machine.nvidia else None
 
 
-def in_steps(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
-    """Short rows, or parts of rows: an SM takes several programs."""
+def in_steps(vocab_size: int, itemsize: int, machine: Machine, form: int = 0) -> Launch:
+    """Short rows, or parts of rows: an SM takes several programs; of capped logits one less."""
     shape = launch_shape(vocab_size, itemsize, machine.warp_size)
-    return Launch("online", *shape, max_registers=_cap(64, machine))
+    return Launch("online", *shape, max_registers=_cap(64 + 16 * is_capped(form), machine))
 
 
-def out_of_phase(vocab_size: int, itemsize: int, machine: Machine) -> Launch:
+def out_of_phase(vocab_size: int, itemsize: int, machine: Machine, form: int = 0) -> Launch:
     """Rows that lie otherwise than their gradient: the loads are narrow, and so many that they take
     registers."""
     shape = launch_shape(vocab_size, itemsize, machine.warp_size)
-    return Launch("online", *shape, max_registers=_cap(80, machine))
+    return Launch("online", *shape, max_registers=_cap(80 + 16 * is_capped(form), machine))
 
 
 def _online(
-    vocab_size: int, itemsize: int, rows: int, alone: bool, twice: bool, machine: Machine
+    vocab_size: int, itemsize: int, rows: int, alone: bool, twice: bool, machine: Machine, form: int
 ) -> Launch:
     """Whole rows, of one head's or of more. Of long ones that are read twice few at a time, by
     programs of many threads."""
     row_bytes = vocab_size * itemsize
     if row_bytes < LONG_ROW_BYTES or not machine.nvidia:
-        return in_steps(vocab_size, itemsize, machine)
+        return in_steps(vocab_size, itemsize, machine, form)
     threads, vectors = 256, 4 if alone else 2
     if twice:
         two_programs = 2 * machine.processors * rows * row_bytes

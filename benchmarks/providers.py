@@ -231,7 +231,7 @@ DIRECTIONS = {
 # The same of hidden states and unembedding, and the products that none can do without: for all
 # gradients, or for the hidden states' alone.
 FLOORS = {"forward+backward": "three_products", "frozen": "two_products"}
-OURS = ("fused", "fused_inplace", *(f"fused_{name}" for name in OPTIONS))
+OURS = ("fused", "fused_inplace")
 # Ours inside torch.compile, against the same outside.
 UNCOMPILED = {"fused_compiled": "fused", "product_compiled": "product"}
 

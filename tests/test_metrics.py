@@ -11,7 +11,6 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from support.covering import in_pairs
-from support.tiny_runs import in_processes
 from wmtp import (
     MTPLoss,
     fused_linear_weighted_mtp_loss,
@@ -338,5 +337,7 @@ def in_two_processes(folder):
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 def test_over_two_processes(tmp_path):
+    from support.tiny_runs import in_processes  # here, for it needs what trains
+
     assert in_processes(2, in_two_processes, tmp_path) == [0, 0]
     assert {file.name for file in tmp_path.glob("*.done")} == {"0.done", "1.done"}

@@ -15,7 +15,7 @@ from typing import Any
 
 from wmtp.benchmarks.sass import disassemble, loads_in_flight, passes, streamed_bytes
 from wmtp.benchmarks.static_compile import compile_variant, cuda_usage
-from wmtp.benchmarks.static_variants import ITEMSIZE, Variant, variants
+from wmtp.benchmarks.static_variants import FORMS, ITEMSIZE, Variant, variants
 
 # (kernel, weights, dtype, V) that stand for the others, H = 4.
 SHOWN = [
@@ -30,6 +30,17 @@ SHOWN = [
     ("partial", "bf16", 50257),
     ("row_gradient", "bf16", 1000),
     ("scale", "bf16", 0),
+]
+# And with what logits and losses may have besides, beside the plain ones above.
+SHOWN += [
+    (f"{name} {form}", dtype, vocabulary)
+    for form in FORMS
+    for name, dtype, vocabulary in (
+        ("register known", "fp32", 8000),
+        ("register known", "bf16", 8000),
+        ("online known", "bf16", 32000),
+        ("row_gradient", "bf16", 50257),
+    )
 ]
 
 

@@ -13,6 +13,8 @@ demo: $(READY)  ## train and compare the three algorithms on real text
 
 # Two processes of two threads on two cores: threads that wait must not spin.
 test fuzz faults ptx sanitize: export OMP_WAIT_POLICY := passive
+# A hundred processes import the same files: what Python makes of them is kept.
+test fuzz faults ptx sanitize: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY)  ## the whole suite, doctests included; GPU tests run where there is a GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -22,17 +22,9 @@ from wmtp.trainers import TrainConfig, losses, reference_model
 from wmtp.trainers.config import LOSSES
 from wmtp.trainers.evaluation import evaluate
 
-STEPS = 20
+pytestmark = pytest.mark.usefixtures("one_thread")
+STEPS = 12
 LOGITS_BYTES = SMALL["batch_size"] * SMALL["seq_len"] * VOCABULARY * 4  # of one head
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small gain nothing from two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,17 @@ from wmtp.trainers import TrainConfig, losses, reference_model
 from wmtp.trainers.config import LOSSES
 from wmtp.trainers.evaluation import evaluate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-STEPS = 12
+STEPS = 20
 LOGITS_BYTES = SMALL["batch_size"] * SMALL["seq_len"] * VOCABULARY * 4  # of one head
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small gain nothing from two."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,8 @@ from wmtp.cli.app import app
 from wmtp.models.storage import load_model_folder
 from wmtp.registry import trainer_registry
 
-SMALL = ["--tiny", "--steps=24", "--batch-size=4", "--seq-len=32", "--vocab-size=290"]
-SMALL += ["--value-warmup-steps=3", "--lr=0.01", "--save-every=12"]
+SMALL = ["--tiny", "--steps=40", "--batch-size=4", "--seq-len=32", "--vocab-size=290"]
+SMALL += ["--value-warmup-steps=3", "--lr=0.01", "--save-every=20"]
 
 
 def run_pipeline(algo: str, arguments: list[str], out: Path) -> dict:
@@ -49,7 +49,7 @@ def test_pipeline(algo, tmp_path, monkeypatch):
     result = run_pipeline(algo, [*SMALL, "--data", str(corpus)], tmp_path / "run")
     assert fall_of_head_0(result) > 1.5
     stages = [record["stage"] for record in read_metrics(tmp_path / "run")]
-    assert stages.count("train") == 24
+    assert stages.count("train") == 40
     assert stages.count("value_warmup") == (3 if algo == "critic-wmtp" else 0)
 
 

@@ -63,7 +63,7 @@ def loss(
 
 
 def loss_of_a_form(vocabulary: int, excess: bool = False) -> Run:
-    """In place, with all that numerics.py has; one row has no weight."""
+    """In place, with all that numerics.py has; rows without weight among them."""
 
     def run() -> None:
         logits, target_ids = problem(vocabulary, torch.bfloat16)
@@ -71,6 +71,8 @@ def loss_of_a_form(vocabulary: int, excess: bool = False) -> Run:
         weights = None if excess else 1 + torch.rand(logits.shape[:3])
         if weights is not None:
             weights[0, 0, 1] = 0.0
+        if ref_ce is not None:
+            ref_ce[0, 1] = 200.0  # this far off, the other heads' weights are 0
         how = {"numerics": numerics_of(softcap=20.0, z_loss=1e-3, label_smoothing=0.1)}
         how |= {"reduction": "token_mean" if excess else "sum", "gradient": "inplace"}
         kernel_loss(kernels, logits, target_ids, weights, ref_ce, metrics=True, **how)
@@ -78,17 +80,17 @@ def loss_of_a_form(vocabulary: int, excess: bool = False) -> Run:
     return run
 
 
-def many_tokens(excess: bool = False) -> Run:
-    """Several steps of the kernels over all tokens; weights so small that they are stored once
-    more, in another unit."""
+def many_tokens(excess: bool = False, normalizer: float | None = None) -> Run:
+    """Several steps of the kernels over all tokens; a denominator so small that the weights are
+    stored once more, in another unit."""
 
     def run() -> None:
         torch.manual_seed(0)
         logits, target_ids = torch.randn(2, 600, 4, 9), torch.randint(9, (2, 600))
         weights = None if excess else 1e-38 * (1 + torch.rand(logits.shape[:3]))
         ref_ce = torch.rand(2, 599) if excess else None
-        reduction = "token_mean" if excess else "weight_mean"
-        how = {"reduction": reduction, "gradient": "none", "normalizer": None}
+        reduction = "token_mean" if excess else "weight_mean" if normalizer is None else "sum"
+        how = {"reduction": reduction, "gradient": "none", "normalizer": normalizer}
         kernel_loss(kernels, logits, target_ids, weights, ref_ce, **how)
 
     return run
@@ -132,11 +134,12 @@ SCENARIOS: dict[str, Scenario] = {
     "split": (loss(65537), "online", 64),
     "split, token": (loss(65537, excess=True, heads=3), "online", 64),
     "row, of a form": (loss_of_a_form(4001), "row", 1),
-    "token, of a form": (loss_of_a_form(1001, excess=True), "token", 1),
+    "token, of a form": (loss_of_a_form(2001, excess=True), "token", 1),
     "online, of a form": (loss_of_a_form(4001), "online", 1),
     "online, token, of a form": (loss_of_a_form(4001, excess=True), "online", 1),
     "split, of a form": (loss_of_a_form(65537), "online", 64),
     "many tokens": (many_tokens(), "", 1),
+    "many tokens, sum": (many_tokens(normalizer=1e-38), "", 1),
     "many tokens, excess": (many_tokens(excess=True), "", 1),
     "gradient": (gradient(8001), "", 1),
     "gradient, shared": (gradient(8001, shared=True), "", 1),

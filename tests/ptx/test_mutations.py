@@ -17,7 +17,7 @@ GPU = Path(__file__).parents[2] / "kernels" / "gpu"
 REDUNDANT = {
     "    tl.debug_barrier()\n": "register_kernel: a row of several warps has passed others by then",
     "        tl.debug_barrier()  # in place": "row_gradient: its gradient is never in place",
-    "            tl.debug_barrier()  # in place": "write_gradient: partial_kernel has read split rows",
+    "            tl.debug_barrier()  # in place": "write_gradient: split rows are read elsewhere",
     "    row_m = tl.max(m, axis=0)": "online_kernel: a program's first reduction follows nothing",
     "            tl.store(weight_sum_ptr": "finish_kernel: few tokens are one step of its loop",
 }

@@ -3,8 +3,8 @@
     pytest benchmarks/bench.py --benchmark-json=result.json       # -k test_loss: one of the suites
 
     loss      with and without gradient against eager torch, torch.compile and a plain copy
-    scaling   sizes, threads, weightings, odd vocabularies, few rows; inside torch.compile; head
-              numerics and metrics
+    scaling   sizes, threads, weightings, odd vocabularies, few rows; inside torch.compile
+    options   head numerics and metrics, of logits and of hidden states, against ours without
     linear    hidden states to loss and gradients, against peers and the bare matrix products
 
 The environment variable WMTP_BENCH_SIZE chooses how much there is to do: "full", "quick" (few and
@@ -27,7 +27,7 @@ from wmtp.benchmarks.providers import (
     FLOORS,
     LINEAR,
     LOGITS,
-    OPTIONS,
+    LOGITS_OPTIONS,
     UNCOMPILED,
     absent,
 )
@@ -81,7 +81,6 @@ LARGE, EVEN, ODD = ((1, 256, 4, vocabulary) for vocabulary in (128256, 50304, 50
 ONE_AND_ALL = sorted({1, THREADS})
 FORWARD, OURS = ("forward", "fused"), ((BOTH, "fused"), ("inplace", "fused_inplace"))
 AGAINST_EAGER = (("forward", "eager"), FORWARD, (BOTH, "eager"), *OURS)
-WITH_OPTIONS = [f"fused_{name}" for name in OPTIONS]
 IN_AND_OUT = [(BOTH, name) for ours in UNCOMPILED.items() for name in reversed(ours)]
 SCALING = cases("sweep", SWEEP[: {"full": None, "quick": 4, "tiny": 1}[SIZE]], AGAINST_EAGER)
 if SIZE != "quick":
@@ -91,7 +90,6 @@ if SIZE != "quick":
         *cases("odd vocabulary", [USUAL], OURS, shape=(EVEN, ODD)),
         *cases("few rows", [FEW_ROWS], AGAINST_EAGER, threads=ONE_AND_ALL),
         *cases("compiled", [USUAL], IN_AND_OUT),
-        *cases("options", [USUAL], product(("forward", BOTH), ("fused", *WITH_OPTIONS))),
     ]
 
 # --- linear --------------------------------------------------------------------------------------
@@ -120,6 +118,14 @@ LINEAR_CASES = [
     if number == 0 or contestant[1] not in ONCE
 ]
 
+# --- options -------------------------------------------------------------------------------------
+
+WITH_OPTIONS = ("fused", *LOGITS_OPTIONS)
+OPTION_CASES = [
+    *cases("options", [USUAL], product(("forward", BOTH), WITH_OPTIONS)),
+    *PASSES * cases("options", [USUAL], product((BOTH,), WITH_OPTIONS), dim=(DIM,)),
+]
+
 # --- how -----------------------------------------------------------------------------------------
 
 
@@ -138,6 +144,11 @@ def test_loss(benchmark, case):
 @present(SCALING, absent(LOGITS, SIZE == "full"))
 def test_scaling(benchmark, case):
     time_case(benchmark, case)
+
+
+@present(OPTION_CASES, ())
+def test_options(benchmark, case):
+    time_case(benchmark, case, fewest=1 if case.dim else ROUNDS[SIZE].fewest)
 
 
 @present(LINEAR_CASES, absent(LINEAR, SIZE == "full"))

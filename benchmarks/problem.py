@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from wmtp.benchmarks import providers
-from wmtp.benchmarks.providers import FLOORS, LINEAR, LOGITS, OURS, PEERS, Loss, Provider, Weights
+from wmtp.benchmarks.providers import (
+    FLOORS,
+    LINEAR,
+    LINEAR_OPTIONS,
+    LOGITS,
+    LOGITS_OPTIONS,
+    OURS,
+    PEERS,
+    Loss,
+    Provider,
+    Weights,
+)
 from wmtp.labels import IGNORE_INDEX, shift_to_heads
 from wmtp.ops.chunks import Linear
 from wmtp.records import LinearInputs, LinearSettings
@@ -84,7 +95,9 @@ class Problem:
     def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cpu", dim: int = 0):
         batch, length, heads, vocabulary = shape
         torch.manual_seed(0)
-        self.contestants: dict[str, Provider] = LINEAR if dim else {**LOGITS, **PEERS}
+        self.contestants = {**LOGITS, **PEERS, **LOGITS_OPTIONS}
+        if dim:
+            self.contestants = {**LINEAR, **LINEAR_OPTIONS}
         self.shape, self.dtype, self.dim = shape, dtype, dim
         random = functools.partial(torch.randn, device=device, dtype=dtype)
         self.pristine = random((*shape[:3], dim or vocabulary))
@@ -182,7 +195,8 @@ class Problem:
             weights = self.weights.get(weighting if one.weighted else "none", Weights())
             loss = providers.eager(logits, self.target_ids, weights, reduction)
             if one.options:
-                how = {"horizon": self.shape[2], **weights._asdict(), **one.options}
+                how = {"horizon": self.shape[2], "reduction": reduction}
+                how |= {**weights._asdict(), **one.options}
                 loss = compute_weighted_mtp_loss(logits, self.target_ids, **how).loss
             # Of other weightings none is kept: each holds gradients in float32.
             self._truths = {k: held for k, held in self._truths.items() if k[1] == weighting}

@@ -187,20 +187,6 @@ LOGITS = {
     "product": Provider(product, 16),
     "product_compiled": Provider(compiled(product), 16, compiles=True),
 }
-# Ours with head numerics and metrics, one by one, against ours without.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "logit_scale": {"logit_scale": 0.5},
-    "softcap": {"softcap": 30.0},
-    "sigmoid_cap": {"sigmoid_cap": (30.0, 0.0, 7.5)},
-    "z_loss": {"z_loss": 1e-4},
-    "smoothing": {"label_smoothing": 0.1},
-    "cap_smoothing": {"softcap": 30.0, "label_smoothing": 0.1},
-    "metrics": {"metrics": True},
-}
-LOGITS |= {
-    f"fused_{name}": Provider(functools.partial(fused, **options), options=options)
-    for name, options in OPTIONS.items()
-}
 # Other people's kernels, on a GPU. They know no weights: each is the mean cross entropy.
 PEERS = {
     "liger": Provider(liger, weighted=False, needs=_LIGER),
@@ -222,6 +208,28 @@ LINEAR = {
     "liger": Provider(liger_linear, weighted=False, needs=_LIGER, on_gpu=True),
     "cce": Provider(cce_linear, compiles=True, needs=_CCE),
 }
+# Ours with head numerics and metrics, one by one, against ours without.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "logit_scale": {"logit_scale": 0.5},
+    "softcap": {"softcap": 30.0},
+    "softcap_near": {"softcap": 3.75},  # as 30 is to logits of standard deviation 8
+    "softcap_beyond": {"softcap": 0.5},  # where most of the logits are
+    "sigmoid_cap": {"sigmoid_cap": (30.0, 0.0, 7.5)},
+    "z_loss": {"z_loss": 1e-4},
+    "smoothing": {"label_smoothing": 0.1},
+    "cap_smoothing": {"softcap": 30.0, "label_smoothing": 0.1},
+    "metrics": {"metrics": True},
+}
+
+
+def with_options(loss: Loss) -> dict[str, Provider]:
+    return {
+        f"fused_{name}": Provider(functools.partial(loss, **options), options=options)
+        for name, options in OPTIONS.items()
+    }
+
+
+LOGITS_OPTIONS, LINEAR_OPTIONS = with_options(fused), with_options(fused_linear)
 # What one call does, and who does it; `copy`, which is no loss, is timed beside each.
 DIRECTIONS = {
     "forward": ("eager", "eager_float", "compiled", "cce", "fused"),  # under no_grad

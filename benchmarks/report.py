@@ -20,7 +20,7 @@ from wmtp.backends import cpu
 from wmtp.benchmarks.problem import Case, Record, case_of
 from wmtp.benchmarks.providers import LINEAR, LOGITS, UNCOMPILED, absent
 
-SUITES = ("loss", "scaling", "linear")
+SUITES = ("loss", "scaling", "options", "linear")
 OF_LOGITS = ("loss", "scaling")
 # Measured anew in each run, so one value a run.
 TIMES = ("median_ms", "q1_ms", "q3_ms")
@@ -71,7 +71,8 @@ def run_suites(
 def gather(command: str, size: str, runs: list[Record]) -> dict[str, Any]:
     """Environment and the results of all runs, ready for JSON."""
     cases = _merge([_record(benchmark) for benchmark in run["benchmarks"]] for run in runs)
-    contestants = LINEAR if any(record["dim"] for record in cases) else LOGITS
+    studies = {record["study"] for record in cases}
+    contestants = {} if studies == {"options"} else LINEAR if "linear" in studies else LOGITS
     missing = absent(contestants, compiling=size == "full")
     return {
         "command": command,

@@ -240,6 +240,23 @@ def test_hits(target, name, numerics, dtype):
         assert metrics.entropy.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "largest", [(0,), (4096, 9000), (19_999,), (3, 12_288), (8191, 8192)], ids=str
+)
+@pytest.mark.parametrize("shared", [False, True])
+def test_hits_of_long_rows(largest, shared):
+    """Over blocks and the parts of a team, whatever else the targets are."""
+    asked = torch.tensor([0, 3, 4096, 8191, 8192, 9000, 12_288, 19_999])
+    logits = torch.rand(1, 1, 1 if shared else len(asked), 20_000)
+    logits[..., list(largest)] = 2.0
+    logits = logits.expand(-1, -1, len(asked), -1)
+    for labels in (asked, asked.flip(0)):
+        metrics = fused_weighted_mtp_loss(
+            logits, labels[None, None], metrics=True, backend="cpu"
+        ).metrics
+        assert torch.equal(metrics.correct[0, 0], labels == largest[0])
+
+
 def test_a_row_of_nan_is_no_hit(target):
     backend, device = target
     logits = torch.zeros(1, 3, 1, 40, device=device)

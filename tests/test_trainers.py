@@ -155,7 +155,8 @@ def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
         expected = compute_weighted_mtp_loss(
             logits, batch["target_ids"], horizon=3, weighting=weighting
         )
-        weights = weights_of(weighting, expected.ce_per_head, trainer.targets(batch))
+        targets = trainer.targets(batch)
+        weights = weights_of(weighting, expected.ce_per_head, targets.valid(), targets)
     again = compute_weighted_mtp_loss(logits, batch["target_ids"], weights, 3)
     record = trainer.train_step(batch)
     assert record["step"] == trainer.step == 1

@@ -123,23 +123,25 @@ def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
         checks.raise_on_bad_weight(rule.head_weights, targets.valid, negative)
     elif isinstance(rule, Excess) and rule.ref_logits is not None:
         rule = rule.with_fields(ref_ce=reference_ce(rule.ref_logits, targets), ref_logits=None)
-    weights = final_weights(rule.resolved(targets), ce, call)
-    how = (targets.valid(), terms)
-    loss, valid_mask = loss_of_weights(rows.row_loss, weights, *how, bare=call.sums_to_one)
+    rule, valid = rule.resolved(targets), targets.valid()
+    weights = final_weights(rule, ce, valid, call)
+    how = {"bare": call.sums_to_one}
+    loss, valid_mask = loss_of_weights(rows.row_loss, weights, valid, terms, **how)
     made = MTPLoss(loss, valid_mask, ce)
     if not call.metrics:
         return made
     of_rows = OfRows(rows.lse, rows.entropy, rows.correct)
-    return with_metrics(made, of_rows, call._replace(rule=rule.resolved(targets)))
+    return with_metrics(made, of_rows, call._replace(rule=rule))
 
 
 def with_metrics(loss: MTPLoss, rows: OfRows, call: Call) -> MTPLoss:
     """The loss with what `metrics` asks for; the rule knows its weights, or their reference."""
+    valid = call.targets.valid()
     with torch.no_grad():
-        weights = final_weights(call.rule, loss.ce_per_head, call)
+        weights = final_weights(call.rule, loss.ce_per_head, valid, call)
         # A row that is all -inf has none, whatever a backend finds.
         rows = rows._replace(lse=rows.lse.masked_fill(loss.ce_per_head.isnan(), float("nan")))
-        return measured(loss, rows, weights, call.targets.valid(), call.terms)
+        return measured(loss, rows, weights, valid, call.terms)
 
 
 def loss_of_weights(
@@ -161,27 +163,27 @@ def loss_of_weights(
     return loss, counted_tokens(weights.abs().sum(-1))
 
 
-def final_weights(rule: Weighting, ce: Tensor, call: Call) -> Tensor:
+def final_weights(rule: Weighting, ce: Tensor, valid: Tensor, call: Call) -> Tensor:
     """[B, S, H]: the rule's weights, times masks and prior."""
-    weights = weights_of(rule, ce, call.targets)
+    weights = weights_of(rule, ce, valid, call.targets)
     return weights if call.terms.factor is None else product(call.terms.factor, weights)
 
 
-def weights_of(rule: Weighting, ce: Tensor, targets: Targets) -> Tensor:
+def weights_of(rule: Weighting, ce: Tensor, valid: Tensor, targets: Targets) -> Tensor:
     """[B, S, H]: a rule's weights of the cross entropies, which are constants to it; 0 where a pair
     does not count."""
     needs = {}
     if rule.compares:
         ref_ce = vars(rule)["ref_ce"].detach().to(ce.dtype)
         needs["ref_ce"] = targets.reference_of_heads(ref_ce)
-    return rule.weights(ce.detach(), targets.valid(), **needs)
+    return rule.weights(ce.detach(), valid, **needs)
 
 
 @torch.no_grad()
 def formed(rule: Weighting, ce: Tensor, call: Call) -> Given:
     """A rule's weights of cross entropies [B, S, H] that another pass made, for the pass to come:
     of any value, for NaN and inf of logits and references surface by them."""
-    return Given(final_weights(rule, ce, call))
+    return Given(final_weights(rule, ce, call.targets.valid(), call))
 
 
 def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:

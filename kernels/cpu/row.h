@@ -35,7 +35,7 @@ template <class T> struct PartialSum {
   T total;   // kMean: sum x
   T moment;  // kMetrics: sum (x - shift) exp(x - shift), and
   T most;    // the largest logit, which first stands at
-  int64_t argmax;
+  int64_t argmax;  // not before this column
 };
 
 // e [V] = exp(x - shift) dx / dl over the steepest of these, each block with its own shift. Null e: not kept.
@@ -92,8 +92,10 @@ template <class E, int N, int kLocality> inline void fetch(const E* next) {
     __builtin_prefetch(reinterpret_cast<const char*>(next) + line, 0, kLocality);
 }
 
-// Vectors that go step by step together: of more, with what else is wanted of them, registers spill.
-template <int kWanted> constexpr int kTogether = kWanted & ~kScaled ? 2 : 4;
+// Vectors that go step by step together, and into how many sums: of more, with what else is wanted of them, registers
+// spill.
+template <int kWanted> constexpr int kTogether = kWanted & (kCapped | kMasked) ? 2 : 4;
+template <int kWanted> constexpr int kSums = kWanted & ~kScaled ? 2 : 4;
 
 // The sums over a block's columns.
 template <class T, int N> struct BlockSums { Vec<T> most[N], sums[N], totals[N], moments[N]; };
@@ -106,37 +108,35 @@ template <class T> inline Vec<T> first_lanes_of(Vec<T> v, int64_t count) {
 
 // Columns l .. l + N vectors, or the n of them that are there: exp(x - shift), which goes to e as well.
 // Capped ones in base 2: for these f is so, and shift.
-template <class E, int kWanted, bool kWhole, int N = kTogether<kWanted>>
+template <class E, int kWanted, bool kWhole>
 WMTP_INLINE void add_columns(const E* l, int64_t n, const Transform<Acc<E>>& f, Acc<E> shift, Acc<E>* e,
-                        BlockSums<Acc<E>, N>& so_far) {
+                             BlockSums<Acc<E>, kSums<kWanted>>& so_far) {
   using T = Acc<E>;
-  constexpr int L = kLanes<T>;
+  constexpr int L = kLanes<T>, N = kTogether<kWanted>, M = kSums<kWanted>;
   constexpr bool kBase2 = kWanted & kCapped;
   Vec<T> x[N], rest[N], below[N];
   const auto there = [&](int j) { return n < j * L ? 0 : n - j * L < L ? n - j * L : L; };
   const auto real = [&](Vec<T> v, int j) { return kWhole ? v : first_lanes_of<T>(v, there(j)); };
   for (int j = 0; j < N; ++j) x[j] = kWhole ? load(l + j * L) : load_first(l + j * L, there(j));
-  for (int j = 0; j < N; ++j) so_far.most[j] = larger(x[j], so_far.most[j]);
+  for (int j = 0; j < N; ++j) so_far.most[j % M] = larger(x[j], so_far.most[j % M]);
   if constexpr (kWanted & kCapped) {
     for (int j = 0; j < N; ++j) x[j] = x[j] * f.slope + f.offset;
     tanh_each<E>(x, rest);
   }
   if constexpr (kWanted & kMean)
-    for (int j = 0; j < N; ++j) so_far.totals[j] += real(x[j], j);
+    for (int j = 0; j < N; ++j) so_far.totals[j % M] += real(x[j], j);
   if constexpr (kWanted & kCapped)
     for (int j = 0; j < N; ++j) x[j] = x[j] * f.amplitude - shift;
   else
     for (int j = 0; j < N; ++j) x[j] = (kWanted & kScaled ? x[j] * f.slope : x[j]) - shift;
   if constexpr (kWanted & kMasked)
     for (int j = 0; j < N; ++j) x[j] = larger(broadcast(kLowest<T, kBase2>), x[j]);
-  if constexpr (kWanted & kMetrics)
-    for (int j = 0; j < N; ++j) below[j] = x[j];
-  exp_each<E, kBase2>(x);
+  exp_each<E, kBase2>(x, kWanted & kMetrics ? below : nullptr);
   if constexpr (kWanted & kCapped && !kWhole)  // elsewhere it is exp(-inf)
     for (int j = 0; j < N; ++j) x[j] = real(x[j], j);
-  for (int j = 0; j < N; ++j) so_far.sums[j] += x[j];
+  for (int j = 0; j < N; ++j) so_far.sums[j % M] += x[j];
   if constexpr (kWanted & kMetrics)
-    for (int j = 0; j < N; ++j) so_far.moments[j] += x[j] * below[j];
+    for (int j = 0; j < N; ++j) so_far.moments[j % M] += x[j] * below[j];
   if (!e) return;
   if constexpr (kWanted & kCapped)
     for (int j = 0; j < N; ++j) x[j] *= rest[j];
@@ -149,9 +149,9 @@ template <class E, int kWanted>
 inline PartialSum<Acc<E>> sum_block(const E* l, int64_t n, Transform<Acc<E>> f, Acc<E> shift, Acc<E>* e) {
   using T = Acc<E>;
   if (kWanted & kCapped) shift = (shift - f.center) * T(kLog2E), f.amplitude *= T(kLog2E);
-  constexpr int N = kTogether<kWanted>, step = N * kLanes<T>;
-  BlockSums<T, N> sums = {};
-  for (int j = 0; j < N; ++j) sums.most[j] = broadcast(-kInfinity<T>);
+  constexpr int N = kTogether<kWanted>, M = kSums<kWanted>, step = N * kLanes<T>;
+  BlockSums<T, M> sums = {};
+  for (int j = 0; j < M; ++j) sums.most[j] = broadcast(-kInfinity<T>);
   int64_t i = 0;
   for (; i + step <= n; i += step) {
     fetch<E, N, 3>(l + i + kBlock);  // the exponentials keep the core busy meanwhile
@@ -161,7 +161,7 @@ inline PartialSum<Acc<E>> sum_block(const E* l, int64_t n, Transform<Acc<E>> f, 
   PartialSum<T> found = {};
   found.sum = sum_of_lanes<T>(sums.sums), found.most = largest_lane<T>(sums.most);
   if (kWanted & kMean) found.total = sum_of_lanes<T>(sums.totals);
-  if (kWanted & kMetrics) found.moment = sum_of_lanes<T>(sums.moments) / T(kWanted & kCapped ? kLog2E : 1);
+  if (kWanted & kMetrics) found.moment = sum_of_lanes<T>(sums.moments) / T(kLog2E);
   return found;
 }
 
@@ -171,12 +171,12 @@ template <class E> inline bool has_nan(const E* x, int64_t V) {
   return false;
 }
 
-// The first of l [n] that is `value`; n if none is.
-template <class E> inline int64_t first_of(const E* l, int64_t n, Acc<E> value) {
+// Where the largest of l [V] first stands, from argmax on; V if nowhere.
+template <class E> inline int64_t first_most(const E* l, int64_t V, const PartialSum<Acc<E>>& sums) {
   constexpr int L = kLanes<Acc<E>>;
-  int64_t i = 0;
-  while (i + L <= n && !any(load(l + i) == value)) i += L;
-  while (i < n && value_at(l, i) != value) ++i;
+  int64_t i = sums.argmax;
+  while (i + L <= V && !any(load(l + i) == sums.most)) i += L;
+  while (i < V && value_at(l, i) != sums.most) ++i;
   return i;
 }
 
@@ -189,7 +189,6 @@ PartialSum<Acc<E>> special_sum(const E* l, int64_t V, Exponentials<Acc<E>> keep,
   for (int64_t i = 0; keep.e && i < V; ++i) keep.e[i] = 0, keep.shifts[i / kBlock] = max;
   PartialSum<T> found = {max, max, has_nan(l, V) ? kInfinity<T> - kInfinity<T> : T(0), 0, 0, most, 0};
   for (int64_t i = 0; i < V; ++i) found.total += transformed<E>(f, value_at(l, i)).x;
-  found.argmax = first_of(l, V, most);
   return found;
 }
 
@@ -201,7 +200,6 @@ PartialSum<Acc<E>> sum_exp(const E* l, int64_t V, Exponentials<Acc<E>> keep, con
   const T first = transformed<E>(f, most).x;
   if (!finite(first)) return special_sum(l, V, keep, f, first, most);
   PartialSum<T> sums = {first, first, 0, 0, 0, -kInfinity<T>, 0};
-  int64_t columns_of_most = 0;
   bool masked = false;
   const auto sum = [&](const E* part, int64_t n, T shift, T* e) {
     if constexpr (kWanted & kMetrics) {
@@ -223,12 +221,11 @@ PartialSum<Acc<E>> sum_exp(const E* l, int64_t V, Exponentials<Acc<E>> keep, con
       here = sum(l + begin, n, max, e);
     }
     sums.sum += here.sum, sums.total += here.total, sums.moment += here.moment;
-    if (here.most > sums.most) sums.most = here.most, columns_of_most = begin;
+    if (here.most > sums.most) sums.most = here.most, sums.argmax = begin;
     sums.max = max > sums.max ? max : sums.max;
     if (e) keep.shifts[block] = sums.shift;
   }
   if (kWanted & kMean) sums.total = f.capped ? f.amplitude * sums.total + T(V) * f.center : f.slope * sums.total;
-  if (kWanted & kMetrics) sums.argmax = columns_of_most + first_of(l + columns_of_most, V - columns_of_most, sums.most);
   return sums;
 }
 

@@ -139,7 +139,7 @@ constexpr double kLog2E = 1.4426950408889634;
 template <class T, bool kBase2> constexpr T kLowest = T(-double(Simd<T>::kBias) / (kBase2 ? 1 : kLog2E));
 
 template <class T, int N, bool kBase2>
-WMTP_INLINE void split(Vec<T> (&x)[N], Vec<T> (&f)[N], Bits<T> (&scale)[N]) {  // overwrites x
+WMTP_INLINE void split(Vec<T> (&x)[N], Vec<T> (&f)[N], Bits<T> (&scale)[N]) {  // x -> t
   using C = Simd<T>;
   constexpr T factor = kBase2 ? T(1) : T(kLog2E);
 #if defined(__AVX512F__)  // two instructions know what takes the others five
@@ -156,6 +156,7 @@ WMTP_INLINE void split(Vec<T> (&x)[N], Vec<T> (&f)[N], Bits<T> (&scale)[N]) {  /
   for (int j = 0; j < N; ++j) n[j] = x[j] * factor + C::kMagic;
   for (int j = 0; j < N; ++j) scale[j] = ((Bits<T>)n[j] + C::kBias) << C::kMantissaBits;
   for (int j = 0; j < N; ++j) f[j] = x[j] * factor - (n[j] - C::kMagic);
+  for (int j = 0; j < N; ++j) x[j] = x[j] * factor;
 }
 template <class T> inline Vec<T> times_power(Vec<T> value, Bits<T> scale) {
 #if defined(__AVX512F__)
@@ -164,12 +165,16 @@ template <class T> inline Vec<T> times_power(Vec<T> value, Bits<T> scale) {
   return value * (Vec<T>)scale;
 }
 
-template <class E, bool kBase2 = false, int N> WMTP_INLINE void exp_each(Vec<Acc<E>> (&x)[N]) {
+// log2 [N]: of each e^x, or not wanted.
+template <class E, bool kBase2 = false, int N>
+WMTP_INLINE void exp_each(Vec<Acc<E>> (&x)[N], Vec<Acc<E>>* log2 = nullptr) {
   using T = Acc<E>;
   using C = Exp2<E>;
   Vec<T> f[N], poly[N];
   Bits<T> scale[N];
   split<T, N, kBase2>(x, f, scale);
+  if (log2)
+    for (int j = 0; j < N; ++j) log2[j] = x[j];
   for (int j = 0; j < N; ++j) poly[j] = C::kPoly[0] * f[j] + C::kPoly[1];
   for (int i = 2; i < C::kTerms; ++i)
     for (int j = 0; j < N; ++j) poly[j] = poly[j] * f[j] + C::kPoly[i];

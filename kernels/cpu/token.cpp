@@ -96,17 +96,23 @@ void read_rows(const Inputs& in, const Settings& set, const Outputs& out, const 
       reinterpret_cast<PartialSum<T>*>(team.partial_sums) + team.turn * in.H * team.size;
   bool live = false;
   for (int64_t row = rows.first; row < rows.last; ++row) {
-    const E* x = row_of<E>(in, token, row);
+    const E* l = row_of<E>(in, token, row);
+    T asked = -kInfinity<T>;  // the largest logit of a target
     live |= row_has_target(in, token, row);
-    for (int64_t k = heads_of(in, row).first; k < heads_of(in, row).last; ++k)
-      if (const int64_t target = target_of(in, token, k); target >= 0)
-        state.target[k] = transformed<E>(Transform<T>(set.numerics), value_at(x, target));
+    for (int64_t k = heads_of(in, row).first; k < heads_of(in, row).last; ++k) {
+      const int64_t target = target_of(in, token, k);
+      if (target < 0) continue;
+      state.target[k] = transformed<E>(Transform<T>(set.numerics), value_at(l, target));
+      if (value_at(l, target) > asked) asked = value_at(l, target);
+    }
     if (!row_has_target(in, token, row)) continue;
     Exponentials<T> keep = {};
     if (keeps) keep = exponentials(team, row - rows.first, gradient_row<E>(in, out, token, row));
     PartialSum<T>& mine = sums[row * team.size + team.rank];
-    mine = sum_exp<E>(set, x + team.begin, team.end - team.begin, keep);
-    mine.argmax += team.begin;
+    mine = sum_exp<E>(set, l + team.begin, team.end - team.begin, keep);
+    if (!set.metrics) continue;
+    const bool hit = asked >= mine.most;  // or no target is where the largest stands
+    mine.argmax = hit ? team.begin + first_most(l + team.begin, team.end - team.begin, mine) : -1;
   }
   if (live) team.barrier();
   for (int64_t row = rows.first; row < rows.last; ++row) {

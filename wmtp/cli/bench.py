@@ -21,6 +21,7 @@ class Suite(StrEnum):
 
     LOSS = "loss"
     SCALING = "scaling"
+    OPTIONS = "options"
     LINEAR = "linear"
 
 
@@ -42,7 +43,7 @@ def bench(
         Suite | None,
         typer.Option(
             help="loss: against the peers; scaling: from tiny to large, threads, weights; "
-            "linear: --linear."
+            "options: head numerics and metrics, against the call without; linear: --linear."
         ),
     ] = None,
     linear: Annotated[
@@ -65,8 +66,8 @@ def bench(
     only = Suite.LINEAR if linear else only
     if importlib.util.find_spec("pytest_benchmark") is None:
         sys.exit("wmtp: bench needs pytest-benchmark: pip install 'wmtp[bench]'")
-    if plot_file is not None and only == Suite.SCALING:
-        raise typer.BadParameter("--plot draws the suite that --only scaling leaves out")
+    if plot_file is not None and only in (Suite.SCALING, Suite.OPTIONS):
+        raise typer.BadParameter(f"--plot draws the suite that --only {only} leaves out")
     with errors_shown():
         for option, file in (("--json", json_file), ("--plot", plot_file)):
             check_writable(file, f"choose another {option}")  # now, not after ten minutes

@@ -289,7 +289,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
                 self.accelerator.backward(loss)
         ce_per_head = ce_per_head.detach()
         targets = self.targets(part)
-        weights = weights_of(weighting, ce_per_head, targets).detach()
+        weights = weights_of(weighting, ce_per_head, targets.valid(), targets).detach()
         divisor = denominator_of_weights(weighting, weights, targets, self.config.reduction)
         hidden_states = output.hidden_states.detach()
         return Part(hidden_states, ce_per_head, weights, loss.detach(), divisor)

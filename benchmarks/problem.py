@@ -195,7 +195,7 @@ class Problem:
             weights = self.weights.get(weighting if one.weighted else "none", Weights())
             loss = providers.eager(logits, self.target_ids, weights, reduction)
             if one.options:
-                how = {"horizon": self.shape[2], "reduction": reduction}
+                how: dict[str, Any] = {"horizon": self.shape[2], "reduction": reduction}
                 how |= {**weights._asdict(), **one.options}
                 loss = compute_weighted_mtp_loss(logits, self.target_ids, **how).loss
             # Of other weightings none is kept: each holds gradients in float32.

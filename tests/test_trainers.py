@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.tiny_runs import ALGORITHMS, make_trainer, prepare, write_rewarded_corpus
 from wmtp.data.batches import Rows
 from wmtp.labels import Targets
+from wmtp.metrics import Summary
 from wmtp.models import MTPConfig, MTPTransformer
 from wmtp.reference import compute_weighted_mtp_loss, weights_of
 from wmtp.registry import trainer_registry
@@ -257,15 +258,20 @@ def test_bf16_keeps_the_weights_in_fp32(data, tmp_path):
 def test_statistics_of_a_step():
     ce = torch.tensor([[[1.0, 2.0], [3.0, 0.0], [0.0, 0.0]]])
     weights = torch.tensor([[[3.0, 1.0], [2.0, 0.0], [0.0, 0.0]]])  # only token 0 has both
-    ids = Targets(torch.tensor([[1, 2, 3]]), 3, 2)
-    numbers = step_statistics(ce, weights, ids, lambda sums: sums)
-    assert numbers["ce_head_0"] == 2.0
-    assert numbers["ce_head_1"] == 2.0
+    valid = Targets(torch.tensor([[1, 2, 3]]), 3, 2).valid()
+    of_pairs = (valid, ce, ce == 2.0, ce / 2, weights)
+    summary = Summary(*(values.sum((0, 1), dtype=torch.float64) for values in of_pairs))
+    numbers = step_statistics(summary, weights, valid, lambda sums: sums)
+    assert numbers["targets"] == 3
+    assert numbers["ce_head_0"] == numbers["ce_head_1"] == 2.0
+    assert numbers["accuracy_head_0"] == 0
+    assert numbers["accuracy_head_1"] == 1
+    assert numbers["entropy_head_0"] == 1.0
     assert numbers["weight_head_0"] == 0.75
     assert numbers["weight_head_1"] == 0.25
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     assert numbers["weight_entropy"] == pytest.approx(entropy)
-    nothing = step_statistics(ce, torch.zeros(1, 3, 2), ids, lambda sums: sums)
+    nothing = step_statistics(summary, torch.zeros(1, 3, 2), valid, lambda sums: sums)
     assert nothing["weight_head_0"] == nothing["weight_entropy"] == 0
 
 

@@ -137,12 +137,16 @@ class Summary:
         if self.count.shape != other.count.shape:
             heads = f"{len(self.count)} and of {len(other.count)}"
             raise ValueError(f"summaries must have as many heads to be added, got ones of {heads}")
-        pairs = zip(_values(self), _values(other), strict=True)
+        pairs = zip(self.sums(), other.sums(), strict=True)
         return Summary(*(ours + theirs for ours, theirs in pairs))
 
     def __radd__(self, other: int) -> "Summary":
         """Of 0, which `sum` starts with."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def sums(self) -> list[Tensor]:
+        """Its values, in their order: what has to be added up over processes."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     @property
     def mean_ce(self) -> Tensor:
@@ -164,10 +168,6 @@ class Summary:
         """[H]: of the weight of all heads; 0 where they have none together."""
         total = self.weight.sum()
         return torch.where(total == 0, 0.0, self.weight / total.masked_fill(total == 0, 1.0))
-
-
-def _values(summary: Summary) -> list[Tensor]:
-    return [getattr(summary, field.name) for field in fields(summary)]
 
 
 def summarize(result: MTPLoss, group: "dist.ProcessGroup | None" = None) -> Summary:

@@ -8,6 +8,8 @@ as one that was never stopped.
 
 import abc
 import contextlib
+import functools
+import operator
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from wmtp.data import Batch, PreparedData
 from wmtp.labels import Targets
+from wmtp.metrics import summarize
 from wmtp.models import MTPOutput, MTPTransformer, ValueHead
-from wmtp.reference import MTPLoss, weights_of
+from wmtp.reference import MTPLoss
 from wmtp.trainers.config import ConfigError, TrainConfig
 from wmtp.trainers.errors import StoppedError
 from wmtp.trainers.evaluation import Evaluation, evaluate, step_statistics
@@ -230,7 +233,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
 
         Returns:
             The step's record: step, stage, loss (in the warm-up the value head's), value_loss
-            (critic-wmtp), targets, ce_head_k, weight_head_k, weight_entropy, grad_norm, lr.
+            (critic-wmtp), those of `step_statistics`, grad_norm, lr.
 
         Raises:
             NonFiniteError: a number of the record is NaN or infinite; nothing was updated.
@@ -252,7 +255,12 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
             losses["value_loss"] = value_loss
         measured = {
             **losses,
-            **step_statistics(ce_per_head, weights, self.targets(batch), self.processes.total),
+            **step_statistics(
+                functools.reduce(operator.add, (part.summary for part in done)),
+                weights,
+                self.targets(batch).valid(),
+                self.processes.total,
+            ),
             "grad_norm": self._clip_gradients(stage),
         }
         record = {
@@ -284,15 +292,17 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
                 output = self.model(part["input_ids"], part.get("document_ids"))
             weighting = self._weighting(part, output)
             self.processes.note(what_cancels(weighting, self.config))
-            loss, _, ce_per_head = self._loss(part, output, weighting, normalizer)
+            result = self._loss(part, output, weighting, normalizer, metrics=True)
             if stage == TRAIN:
-                self.accelerator.backward(loss)
-        ce_per_head = ce_per_head.detach()
-        targets = self.targets(part)
-        weights = weights_of(weighting, ce_per_head, targets.valid(), targets).detach()
-        divisor = denominator_of_weights(weighting, weights, targets, self.config.reduction)
-        hidden_states = output.hidden_states.detach()
-        return Part(hidden_states, ce_per_head, weights, loss.detach(), divisor)
+                self.accelerator.backward(result.loss)
+        assert result.metrics is not None
+        weights = result.metrics.weights
+        divisor = denominator_of_weights(
+            weighting, weights, self.targets(part), self.config.reduction
+        )
+        ce_per_head, hidden_states = result.ce_per_head.detach(), output.hidden_states.detach()
+        of_loss = (summarize(result), result.loss.detach(), divisor)
+        return Part(hidden_states, ce_per_head, weights, *of_loss)
 
     def _normalizer(self, batch: Batch) -> Tensor | float | None:
         """What the losses of a step's parts are divided by: what labels tell of the whole step;
@@ -335,6 +345,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
         output: MTPOutput,
         weighting: Weighting,
         normalizer: Tensor | float | None = None,
+        metrics: bool = False,
     ) -> MTPLoss:
         with self.autocast():
             return training_loss(
@@ -345,6 +356,7 @@ class BaseWmtpTrainer(KeptState, abc.ABC):
                 weighting,
                 reduction=self.config.reduction,
                 normalizer=normalizer,
+                metrics=metrics,
             )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from wmtp.data import Batch
-from wmtp.labels import Targets
-from wmtp.metrics import summarize
+from wmtp.metrics import Summary, summarize
 from wmtp.models import MTPTransformer
 from wmtp.trainers.config import TrainConfig
 from wmtp.trainers.losses import training_loss
@@ -49,38 +48,41 @@ def evaluate(model: MTPTransformer, batches: Iterable[Batch], device: torch.devi
 
 
 def step_statistics(
-    ce_per_head: Tensor, weights: Tensor, targets: Targets, total: Callable[[Tensor], Tensor]
+    summary: Summary, weights: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """What a step records about its heads, each a 0-d tensor.
 
     Args:
-        ce_per_head, weights: [B, S, H].
-        targets: of the heads.
+        summary: of the loss over this part of the batch.
+        weights: [B, S, H].
+        valid: [B, S, H] bool, the pairs that count.
         total: of sums over this part of the batch, those over all of it.
 
     Returns:
-        targets, how many pairs of token and head have one; ce_head_k, the mean cross entropy of
-        head k in nats; weight_head_k, its mean share w / sum_k w over the tokens that have any
-        weight and a target for every head (1 / H for uniform weights, 0 where there is no such
-        token); weight_entropy, the mean entropy of those shares in nats (log H for uniform
-        weights).
+        targets, how many pairs of token and head have one; ce_head_k, accuracy_head_k and
+        entropy_head_k, the means of head k's pairs, in nats but for the second; weight_head_k, its
+        mean share w / sum_k w over the tokens that have any weight and a target for every head
+        (1 / H for uniform weights, 0 where there is no such token); weight_entropy, the mean
+        entropy of those shares in nats (log H for uniform weights).
     """
-    heads = weights.shape[2]
-    valid = targets.valid()
     weights = weights.double()  # whose sum is in range
     weight_sum = weights.sum(-1, keepdim=True)
     whole = valid.all(-1, keepdim=True) & (weight_sum != 0)
-    share = torch.where(whole, weights / weight_sum, 0.0).to(ce_per_head.dtype)
-    by_head = torch.stack((ce_per_head, valid.to(share.dtype), share)).sum((1, 2))
+    share = torch.where(whole, weights / weight_sum, 0.0)
     over_tokens = torch.stack((whole.sum(), -torch.xlogy(share, share).sum()))
-    sums = total(torch.cat((by_head.flatten(), over_tokens)))
-    ce, count, shares = sums[:-2].unflatten(0, (3, heads))
-    tokens = sums[-2].clamp(min=1)
-    ce, shares = ce / count.clamp(min=1), shares / tokens
+    of_heads = (*summary.sums(), share.sum((0, 1)))
+    sums = total(torch.cat((*of_heads, over_tokens)))
+    *reduced, shares = sums[:-2].view(len(of_heads), -1)
+    summary, tokens = Summary(*reduced), sums[-2].clamp(min=1)
+    by_head = {
+        "ce": summary.mean_ce,
+        "accuracy": summary.accuracy,
+        "entropy": summary.mean_entropy,
+        "weight": shares / tokens,
+    }
     return {
-        "targets": count.sum(),
-        **{f"ce_head_{k}": ce[k] for k in range(heads)},
-        **{f"weight_head_{k}": shares[k] for k in range(heads)},
+        "targets": summary.count.sum(),
+        **{f"{name}_head_{k}": of[k] for name, of in by_head.items() for k in range(len(of))},
         "weight_entropy": sums[-1] / tokens,
     }
 

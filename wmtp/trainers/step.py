@@ -8,6 +8,7 @@ from torch import Tensor
 
 from wmtp.data import Batch
 from wmtp.labels import Targets
+from wmtp.metrics import Summary
 from wmtp.trainers.config import TrainConfig
 from wmtp.weightings import Given, Uniform, Weighting
 
@@ -26,6 +27,7 @@ class Part(NamedTuple):
     hidden_states: Tensor  # [B, S, D]
     ce_per_head: Tensor  # [B, S, H]
     weights: Tensor  # [B, S, H]
+    summary: Summary
     loss: Tensor  # []
     denominator: Tensor  # []
 

@@ -1,5 +1,6 @@
 """One binary of a kernel, by Triton's compiler, and what it takes on a card. See static_gpu.py."""
 
+import importlib
 import re
 import subprocess
 import tempfile
@@ -50,14 +51,16 @@ def compile_variant(variant: Variant, target: str) -> Any:
 
 
 def constants_of(variant: Variant) -> dict[str, Any]:
-    """With the rule itself instead of its name."""
+    """With the rules themselves instead of their names."""
     from wmtp.kernels.rules import jitted
-    from wmtp.weightings import excess
 
-    constants = variant.constants
-    if constants.get("RULE") is None:
-        return constants
-    return {**constants, "RULE": jitted(getattr(excess, constants["RULE"]))}
+    constants = dict(variant.constants)
+    for name in ("RULE", "OTHER"):
+        if constants.get(name) is not None:
+            module, function = constants[name].split(".")
+            rules = importlib.import_module(f"wmtp.weightings.{module}")
+            constants[name] = jitted(getattr(rules, function))
+    return constants
 
 
 def _warp(target: str) -> int:

@@ -39,8 +39,9 @@ from unittest.mock import MagicMock
 
 Row = dict[str, Any]
 # Spilled bytes of a thread that are printed and do not fail. By 3.9.0 two variants (sm_90, H = 4,
-# V = 50257, out of phase) spill 8: a limit that avoids it leaves one CTA an SM where two fit.
-TOLERATED = 8
+# V = 50257, out of phase) spill 8, by 3.8.0 some of 1024 threads 16: a limit that avoids it leaves
+# one CTA an SM where two fit.
+TOLERATED = 16
 
 
 def be_the_package() -> None:

@@ -34,8 +34,8 @@ FORMS = {
 }
 FORM_DTYPES, FORM_VOCABULARIES = ("fp32", "bf16"), (1000, 8000, 16000, 32000, ODD, 128256)
 # By what they are called, the functions of wmtp.weightings; None: the weights are known.
-SIGNED = "_signed_excess"
-RULES = {"known": None, "excess": "_absolute_excess"}
+SIGNED = "excess._signed_excess"
+RULES = {"known": None, "excess": "excess._absolute_excess"}  # of wmtp.weightings
 
 
 class Card(NamedTuple):
@@ -178,6 +178,7 @@ def _loss_variant(
     constants |= {"H": heads, "RULE": rule, "COMPARES": rule is not None, "IN_PHASE": True}
     constants |= {"LISTED": False, "GRAD_LISTED": False, "BLOCK": launch.block}
     constants |= {"MULTIPLIED": False, "BY_HEAD": False, "FORM": form}
+    constants |= {"OTHER": None, "OTHER_NUMBERS": 1}
     name, kernel = "register", modules["register_kernel"].register_kernel
     if launch.tier != "online":
         constants["SUMS_TO_ONE"] = rule is not None
@@ -200,19 +201,28 @@ def _further(modules: dict[str, Any], variant: Variant, machine: Any) -> Iterato
     if not (gradient and of_four):
         return
     online = variant.launch.tier == "online"
+    own_sum = {} if online else {"SUMS_TO_ONE": False}
     more: dict[str, dict[str, Any]] = {
         "listed": {"LISTED": True, "GRAD_LISTED": True},
         "out of phase": {"IN_PHASE": False},
         "signed": {"RULE": SIGNED},
+        "dpace": {"RULE": "dpace._dpace", "COMPARES": False, **own_sum},
+        "product": {"OTHER": "dft._probability", **own_sum},
+        "dft": {"RULE": "dft._probability", **own_sum},
+        "focal": {"RULE": "focal._focal", **own_sum},
+        "gate": {"RULE": "entropy_gate._gate", **own_sum},
         "by head": {"BY_HEAD": True},
-        "multiplied": {"MULTIPLIED": True} | ({} if online else {"SUMS_TO_ONE": False}),
+        "multiplied": {"MULTIPLIED": True, **own_sum},
     }
     if "shared" in variant.name:
         del more["listed"]
-    if form := constants["FORM"]:
-        more = {"out of phase": more["out of phase"]}
-    elif constants["RULE"] is None:
-        del more["signed"], more["multiplied"]
+    known, form = constants["RULE"] is None, constants["FORM"]
+    of_tokens, of_rows = ("signed", "dpace", "product", "multiplied"), ("dft", "focal")
+    for name in (*of_tokens, "gate") if known else (*of_rows, "gate"):
+        if name != "gate" or not (known and form & modules["numerics"].MEASURED.value):
+            del more[name]
+    if form:
+        more = {name: more[name] for name in ("out of phase", "gate") if name in more}
     for name, changed in more.items():
         launch = variant.launch
         if online and name == "out of phase":

@@ -14,7 +14,7 @@ from wmtp.data.batches import Rows
 from wmtp.labels import Targets
 from wmtp.metrics import Summary
 from wmtp.models import MTPConfig, MTPTransformer
-from wmtp.reference import compute_weighted_mtp_loss, weights_of
+from wmtp.reference import Pairs, compute_weighted_mtp_loss, weights_of
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, NonFiniteError, TrainConfig
 from wmtp.trainers.evaluation import evaluate, step_statistics
@@ -157,7 +157,7 @@ def test_a_step_trains_on_the_algorithms_loss(algo, data, tmp_path):
             logits, batch["target_ids"], horizon=3, weighting=weighting
         )
         targets = trainer.targets(batch)
-        weights = weights_of(weighting, expected.ce_per_head, targets.valid(), targets)
+        weights = weights_of(weighting, Pairs(expected.ce_per_head, targets.valid()), targets)
     again = compute_weighted_mtp_loss(logits, batch["target_ids"], weights, 3)
     record = trainer.train_step(batch)
     assert record["step"] == trainer.step == 1

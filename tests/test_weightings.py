@@ -13,7 +13,7 @@ from support.outside_rules import RULES, Likely
 from wmtp import backends, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss, kernels, once
 from wmtp.checks import REDUCTIONS
 from wmtp.labels import Targets
-from wmtp.reference import compute_weighted_mtp_loss, weights_of
+from wmtp.reference import Pairs, compute_weighted_mtp_loss, weights_of
 from wmtp.weightings import Critic, Excess, Given, Uniform, Weighting
 from wmtp.weightings.base import rule_of
 
@@ -153,7 +153,7 @@ def test_a_key_finds_the_rule_again(rule):
 def test_weights_are_constants(name):
     ce = torch.rand(2, 7, 3, requires_grad=True)
     targets = Targets(torch.zeros(*ce.shape[:2], dtype=torch.long), *ce.shape[1:])
-    assert not weights_of(RULES[name], ce, targets.valid(), targets).requires_grad
+    assert not weights_of(RULES[name], Pairs(ce, targets.valid()), targets).requires_grad
 
 
 def test_a_number_that_changes_compiles_nothing():

@@ -1,5 +1,6 @@
 """The arguments of a loss: which weighting they name, and whether they fit together."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,8 +15,8 @@ from wmtp.numerics import PLAIN, Numerics, check_vocab_size
 from wmtp.once import warn_once
 from wmtp.reduction import Terms, may_be_negative, terms_of
 from wmtp.sharded import local_parts
-from wmtp.weightings import Excess, Given, Uniform, Weighting
-from wmtp.weightings.base import as_tensor
+from wmtp.weightings import Decay, Excess, Given, Product, Uniform, Weighting
+from wmtp.weightings.base import as_tensor, field_of, fields_of, with_field_values
 
 
 def chosen_weighting(
@@ -75,13 +76,18 @@ class Call(NamedTuple):
         """Whether the weights do, over the pairs of each token: a mask or a prior ends it."""
         return self.rule.sums_to_one and self.terms.factor is None
 
+    @property
+    def measured(self) -> bool:
+        """Whether the rows' metrics are wanted, of the caller or of the rule."""
+        return self.metrics or bool(self.rule.needs)
+
     def resolved(self) -> "Call":
         """With the rule that the operators take; what multiplies known weights is in them."""
         rule, terms = self.rule.resolved(self.targets), self.terms
         own = rule is self.rule
         if terms.factor is None or not rule.known:
             return self._replace(rule=rule, checked=not own or terms.factor is not None)
-        weights = vars(rule).get("head_weights")
+        weights = field_of(rule, "head_weights")
         if weights is None:
             return self.formed(Given(terms.factor))
         if own and is_readable(weights):
@@ -98,12 +104,12 @@ def local_call(
     name: str, scores: Any, rule: Weighting, **others: Any
 ) -> tuple[Any, Weighting, dict[str, Any]]:
     """The same, of DTensors this process's part; see `sharded.local_parts`."""
-    fields = vars(rule)
+    fields = fields_of(rule)
     values = local_parts(name, scores, **others, **fields)
     if values[0] is scores:
         return scores, rule, others
     found = dict(zip(others, values[1:], strict=False))
-    rule = rule.with_fields(**dict(zip(fields, values[1 + len(others) :], strict=True)))
+    rule = with_field_values(rule, values[1 + len(others) :])
     return values[0], rule, found
 
 
@@ -139,20 +145,80 @@ def checked_call(
     rule.check(name, scores, targets)
     if reduction is not None:
         check_choice("reduction", reduction, checks.REDUCTIONS)
-    named, reduction = reduction, reduction or rule.reduction
+    named, reduction = reduction, chosen_reduction(reduction, rule)
     checks.check_normalizer(normalizer, reduction, heads)
     checks.check_head_prior(head_prior, heads)
     check_flag("metrics", metrics)
     check_columns(name, scores, vocab_size, columns)
-    others = {"normalizer": normalizer, "head_prior": head_prior, **vars(rule)}
+    others = {"normalizer": normalizer, "head_prior": head_prior, **fields_of(rule)}
     check_same_device(name, scores, **others)
     targets = rule.narrowed(targets)
+    whole, head_prior = rule, with_decay(rule, head_prior, targets)
+    rule, factor = without_factors(rule, targets, dtype)
     terms = terms_of(reduction, as_tensor(normalizer), head_prior, targets, dtype)
+    if factor is not None:
+        check_factor(whole, targets, terms)
+        terms = terms.multiplied(factor)
     _warn_of_turned_axes(name, targets)
     if terms.reduction == "token_mean" and not torch.compiler.is_compiling():
-        _warn_of_what_cancels(named, rule, targets)
+        _warn_of_what_cancels(named, whole, targets)
     how = (numerics, vocab_size, metrics)
     return Call(targets, rule, terms, False, *how)
+
+
+def chosen_reduction(reduction: str | None, rule: Weighting) -> str:
+    """The one that is named, or the rule's own."""
+    if reduction is None and not rule.reduction:
+        own = (f"{type(part).__name__} {part.reduction}" for part in rule.parts())
+        raise ValueError(f"the rules' reductions differ, {', '.join(own)}: name one as reduction")
+    return reduction or rule.reduction
+
+
+def with_decay(rule: Weighting, head_prior: Tensor | None, targets: Targets) -> Tensor | None:
+    """[H]: head_prior, or what Decay stands for."""
+    decays = [part for part in rule.parts() if isinstance(part, Decay)]
+    if decays and head_prior is not None:
+        raise ValueError("Decay is a head_prior itself, got another: pass one of them")
+    priors = [decay.prior(targets.heads, targets.ids.device) for decay in decays]
+    return functools.reduce(Tensor.mul, priors) if priors else head_prior
+
+
+def without_factors(
+    rule: Weighting, targets: Targets, dtype: torch.dtype
+) -> tuple[Weighting, Tensor | None]:
+    """(what is left of a product for an operator, [B, S, H] that multiplies its weights): without
+    the rules whose weights labels tell, and Decay."""
+    parts = [part for part in rule.parts() if not isinstance(part, Decay)]
+    if len(parts) == len(rule.parts()) == 1:
+        return rule, None
+    following = [part for part in parts if not part.known]
+    known = [part for part in parts if part.known and not isinstance(part, Uniform)]
+    if not following and len(known) < 2:
+        return (known[0] if known else Uniform()), None
+    factor = None
+    if known:
+        valid = targets.valid()
+        found = [part.resolved(targets).weights(valid.to(dtype), valid) for part in known]
+        factor = functools.reduce(product, found)
+    if not following:
+        assert factor is not None
+        return Given(factor), None
+    return (following[0] if len(following) == 1 else Product(tuple(following))), factor
+
+
+def check_factor(rule: Weighting, targets: Targets, terms: Terms) -> None:
+    """The given weights of a product."""
+    for part in rule.parts():
+        if not isinstance(part, Given):
+            continue
+        if part.head_weights.requires_grad:
+            raise ValueError(
+                "head_weights beside a rule that follows from the cross entropies get no gradient: "
+                "detach them"
+            )
+        if is_readable(part.head_weights):
+            negative = may_be_negative(terms.reduction, terms.normalizer is not None)
+            checks.raise_on_bad_weight(part.head_weights, targets.valid, negative)
 
 
 def check_columns(
@@ -181,8 +247,8 @@ def _warn_of_what_cancels(named: str | None, rule: Weighting, targets: Targets) 
     """Of what is the same for all heads of a token, whoever chose token_mean; of masks that differ
     between heads and cancel in part, where it was named."""
     how, alone = "token_mean divides by the weights of each token, so that", targets.heads == 1
-    if alone and rule.scope == "row" and not isinstance(rule, Uniform):
-        weights = vars(rule).get("head_weights")
+    if alone and rule.scope == "row" and not isinstance(rule, Uniform | Decay):
+        weights = field_of(rule, "head_weights")
         if weights is None or not _keeps_or_drops(weights):
             name = type(rule).__name__
             warn_once(f"{how} with one head {name} cancels: name another reduction", stacklevel=5)
@@ -216,13 +282,16 @@ def in_one_pass(call: Call, dtype: torch.dtype) -> bool:
 def loss_inputs(call: Call, dtype: torch.dtype) -> dict[str, Any]:
     """The fields of `records.LossInputs`, for an operator that accumulates in `dtype`."""
     targets, terms = call.targets, call.terms
-    given = vars(call.rule).get
+    given = functools.partial(field_of, call.rule)
     weights, ref_ce, ref_logits = given("head_weights"), given("ref_ce"), given("ref_logits")
     if weights is None:
         weights = terms.factor
     shape = (targets.ids.shape[0], targets.length, targets.heads)
     if ref_ce is not None:
-        ref_ce = targets.reference_for_operators(ref_ce.detach().to(dtype))
+        ref_ce, center = ref_ce.detach().to(dtype), given("center")
+        if center is not None:  # a reference of each head's own
+            ref_ce = targets.reference_of_heads(ref_ce) + center.detach().to(dtype)
+        ref_ce = targets.reference_for_operators(ref_ce)
     return {
         "target_ids": targets.for_operators(),
         "head_weights": None if weights is None else weights.to(dtype).expand(shape).contiguous(),
@@ -247,7 +316,7 @@ def row_settings_of(call: Call, backend: str) -> dict[str, Any]:
 def _numbers(rule: Weighting) -> Tensor | None:
     if rule.known or not rule.numbers:
         return None
-    found = [as_tensor(getattr(rule, name)) for name in rule.numbers]
+    found = [as_tensor(number) for number in rule.number_values()]
     if len(found) == 1:
         return found[0][None]
     devices = {number.device for number in found}

@@ -1,6 +1,8 @@
 """What the public functions demand of their arguments: that each is right and fits the others."""
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -164,6 +166,31 @@ def check_temperature(temperature: Tensor | float) -> None:
     check_number("temperature", temperature, remedy)
     if isinstance(temperature, Tensor) and is_readable(temperature):
         check_number("temperature", temperature.item(), remedy)
+
+
+def check_at_least_0(name: str, value: Tensor | float) -> None:
+    _check_range(name, value, ">= 0", lambda number: number >= 0, "0 makes all weights alike")
+
+
+def check_above_0(name: str, value: Tensor | float) -> None:
+    _check_range(name, value, "> 0", lambda number: number > 0, "1 makes all weights alike")
+
+
+def check_share(name: str, value: Tensor | float) -> None:
+    remedy = "0.5 is the usual choice"
+    _check_range(name, value, "in (0, 1]", lambda number: 0 < number <= 1, remedy)
+
+
+def _check_range(
+    name: str, value: Tensor | float, wanted: str, fits: Callable[[float], bool], remedy: str
+) -> None:
+    """A number, or a 0-d tensor, which is not looked into where that would wait."""
+    number: Any = value
+    if isinstance(value, Tensor):
+        check_number(name, value, remedy)
+        number = value.item() if is_readable(value) else 1.0
+    if not (is_real(number) and abs(number) < math.inf and fits(number)):
+        raise ValueError(f"{name} must be {wanted}, got {shown(number)}: {remedy}")
 
 
 def check_horizon(horizon: int | None, heads: int) -> None:

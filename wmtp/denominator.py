@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from wmtp import checks, label_checks
-from wmtp.arguments import Call, chosen_weighting
+from wmtp.arguments import (
+    Call,
+    chosen_reduction,
+    chosen_weighting,
+    with_decay,
+    without_factors,
+)
 from wmtp.kinds import check_choice, check_same_device, check_whole, is_readable
 from wmtp.labels import IGNORE_INDEX
 from wmtp.reduction import counted_tokens, pairs_of_heads, terms_of
 from wmtp.weightings import Given, Weighting
+from wmtp.weightings.base import fields_of
 
 
 def loss_denominator(
@@ -93,15 +100,17 @@ def loss_denominator(
         position_mask=position_mask,
     )
     rule.check("logits", scores, targets)
-    reduction = rule.reduction if reduction is None else reduction
+    reduction = chosen_reduction(reduction, rule)
     check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.check_head_prior(head_prior, horizon)
-    check_same_device("target_ids", targets.ids, head_prior=head_prior, **vars(rule))
+    check_same_device("target_ids", targets.ids, head_prior=head_prior, **fields_of(rule))
     targets = rule.narrowed(targets)
     if isinstance(rule, Given) and is_readable(rule.head_weights):
         negative = reduction in ("pair_mean", "head_mean")
         checks.raise_on_bad_weight(rule.head_weights, targets.valid, negative)
-    terms = terms_of("sum", None, head_prior, targets, torch.float64)
+    head_prior = with_decay(rule, head_prior, targets)
+    rule, factor = without_factors(rule, targets, torch.float64)
+    terms = terms_of("sum", None, head_prior, targets, torch.float64).multiplied(factor)
     return _denominator(Call(targets, rule, terms), reduction)
 
 

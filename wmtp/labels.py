@@ -147,12 +147,20 @@ class Targets:
 
     def _asked(self) -> Tensor:
         """[B, T] bool: the tokens that a pair which counts is about."""
-        tokens, valid = self.ids.shape[1], self.valid()
+        return self._about_of_pairs(self.ids.shape[1], int(self.shifted))
+
+    def positions_asked(self) -> Tensor:
+        """[B, S] bool: the positions of the input that a pair which counts is about."""
+        return self._about_of_pairs(self.length, 0)
+
+    def _about_of_pairs(self, places: int, less: int) -> Tensor:
+        """[B, places] bool: where t + offset_k - less is, of pairs that count."""
+        valid = self.valid()
         position = torch.arange(self.length, device=valid.device)[:, None]
-        place = position + torch.tensor(self._offsets(), device=valid.device) - int(self.shifted)
-        pairs = valid.new_zeros((len(valid), tokens + 1), dtype=torch.int32)
-        pairs.index_add_(1, place.clamp(max=tokens).flatten(), valid.flatten(1).int())
-        return pairs[:, :tokens] > 0
+        place = position + torch.tensor(self._offsets(), device=valid.device) - less
+        pairs = valid.new_zeros((len(valid), places + 1), dtype=torch.int32)
+        pairs.index_add_(1, place.clamp(max=places).flatten(), valid.flatten(1).int())
+        return pairs[:, :places] > 0
 
     def about(self) -> int:
         """How many tokens a reference is about: T - 1, or T where the labels are shifted."""

@@ -28,6 +28,7 @@ from wmtp.reduction import accumulation_dtype
 from wmtp.sharded import gathered
 from wmtp.transforms import refuse_transforms
 from wmtp.weightings import Uniform, Weighting
+from wmtp.weightings.base import fields_of
 
 
 def fused_linear_weighted_mtp_loss(
@@ -173,7 +174,7 @@ def fused_linear_weighted_mtp_loss(
         valid = call.targets.valid()
         logits = F.linear(hidden.masked_fill(~valid[..., None], 0.0), weight, bias)
         return reference.loss_of_logits(logits, call)
-    refuse_transforms(hidden, weight, bias, *vars(rule).values())
+    refuse_transforms(hidden, weight, bias, *fields_of(rule).values())
     product = (hidden, weight, bias)
     settings = LinearSettings(
         rule=Uniform().key(),
@@ -190,8 +191,10 @@ def fused_linear_weighted_mtp_loss(
     if not one_pass:
         ce_inputs = _inputs(product, target_ids=call.targets.for_operators())
         with torch.no_grad():
-            ce = linear_loss(ce_inputs, replace(settings, numerics=call.numerics.of_ce)).ce
-        call = call.formed(reference.formed(call.rule, ce, call))
+            of_ce = replace(settings, numerics=call.numerics.of_ce, metrics=call.measured)
+            out = linear_loss(ce_inputs, of_ce)
+        pairs = reference.Pairs(out.ce, call.targets.valid(), out.entropy)
+        call = call.formed(reference.formed(call.rule, pairs, call))
     settings = replace(
         settings,
         rule=call.rule.key(),
@@ -199,7 +202,7 @@ def fused_linear_weighted_mtp_loss(
         checked=call.checked,
         wanted=_wanted(*product),
         ahead=gradients_ahead(),
-        metrics=metrics,
+        metrics=call.measured,
     )
     out = linear_loss(_inputs(product, **loss_inputs(call, acc)), settings)
     loss = MTPLoss(out.loss, out.valid_mask, out.ce)

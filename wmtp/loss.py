@@ -22,10 +22,11 @@ from wmtp.layout import one_tensor
 from wmtp.metrics import MTPLoss, OfRows
 from wmtp.numerics import Numerics, numerics_of
 from wmtp.ops.loss import reference_ce, reference_resolved, weighted_loss
-from wmtp.records import Inputs, RowSettings, Settings
+from wmtp.records import Inputs, Outputs, RowSettings, Settings
 from wmtp.reduction import Terms, accumulation_dtype
 from wmtp.transforms import refuse_transforms
-from wmtp.weightings import Excess, Uniform, Weighting
+from wmtp.weightings import Uniform, Weighting
+from wmtp.weightings.base import field_of, fields_of
 
 
 def fused_weighted_mtp_loss(
@@ -223,16 +224,17 @@ def fused_weighted_mtp_loss(
     chosen = choose_backend(backend, seen.device.type, seen.dtype)
     if chosen == "eager":
         return reference.loss_of_logits(one_tensor(heads), call)
-    refuse_transforms(*heads, *vars(rule).values())
-    if isinstance(rule, Excess) and rule.ref_logits is not None:
-        choose_backend(backend, seen.device.type, rule.ref_logits.dtype)
+    refuse_transforms(*heads, *fields_of(rule).values())
+    ref_logits = field_of(rule, "ref_logits")
+    if ref_logits is not None:
+        choose_backend(backend, seen.device.type, ref_logits.dtype)
     call = call.resolved()
     key = call.rule.key()
     one_pass = fuses(chosen, key) and in_one_pass(call, seen.dtype)
     call = reference_resolved(call, chosen, one_pass=one_pass)
     if not one_pass:
-        ce = _row_losses([head.detach() for head in heads], call, chosen, call.numerics.of_ce)
-        rule = reference.formed(call.rule, ce, call)
+        pairs = _measured_pairs([head.detach() for head in heads], call, chosen)
+        rule = reference.formed(call.rule, pairs, call)
         call, key = call.formed(rule), rule.key()
     check_inplace(inplace, heads)
     settings = Settings(
@@ -240,7 +242,7 @@ def fused_weighted_mtp_loss(
         reduction=call.terms.reduction,
         checked=call.checked,
         gradient="inplace" if inplace else "new",
-        metrics=metrics,
+        metrics=call.measured,
         **row_settings_of(call, chosen),
     )
     out = weighted_loss(Inputs(logits=heads, **loss_inputs(call, dtype)), settings)
@@ -325,10 +327,23 @@ def mtp_cross_entropy(
 
 def _row_losses(heads: list[Tensor], call: Call, backend: str, numerics: Numerics) -> Tensor:
     """[B, S, H]: f of these numerics, differentiable by element."""
-    how = row_settings_of(call._replace(numerics=numerics), backend)
-    settings = Settings(rule=Uniform().key(), reduction="sum", **how)
-    out = weighted_loss(Inputs(logits=heads, target_ids=call.targets.for_operators()), settings)
+    out = _unweighted(heads, call._replace(numerics=numerics, metrics=False), backend)
     return out.row_loss if numerics.adds_terms else out.ce
+
+
+def _measured_pairs(heads: list[Tensor], call: Call, backend: str) -> reference.Pairs:
+    """What the call's rule follows from, of logits without gradient."""
+    out = _unweighted(
+        heads, call._replace(numerics=call.numerics.of_ce, metrics=call.measured), backend
+    )
+    return reference.Pairs(out.ce, call.targets.valid(), out.entropy)
+
+
+def _unweighted(heads: list[Tensor], call: Call, backend: str) -> Outputs:
+    """The rows by themselves, whatever the call's rule."""
+    how = row_settings_of(call, backend)
+    settings = Settings(rule=Uniform().key(), reduction="sum", metrics=call.metrics, **how)
+    return weighted_loss(Inputs(logits=heads, target_ids=call.targets.for_operators()), settings)
 
 
 def next_token_cross_entropy(

@@ -26,6 +26,12 @@ class Terms(NamedTuple):
     factor: Tensor | None = None  # broadcast to [B, S, H], multiplies the rule's weights
     of_heads: Tensor | None = None  # [H], what head_mean divides by, before it became a scale
 
+    def multiplied(self, factor: Tensor | None) -> "Terms":
+        """With another factor of the weights."""
+        if factor is None or self.factor is None:
+            return self if factor is None else self._replace(factor=factor)
+        return self._replace(factor=self.factor * factor)
+
 
 def terms_of(
     reduction: str,

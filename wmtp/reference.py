@@ -27,7 +27,8 @@ from wmtp.reduction import (
     to_row_scalar,
     to_token_scalar,
 )
-from wmtp.weightings import Excess, Given, Weighting
+from wmtp.weightings import Given, Weighting
+from wmtp.weightings.base import field_of
 
 
 class RowStatistics(NamedTuple):
@@ -116,15 +117,16 @@ def compute_weighted_mtp_loss(
 def loss_of_logits(logits: Tensor, call: Call) -> MTPLoss:
     """`compute_weighted_mtp_loss` of arguments as checked."""
     rule, targets, terms = call.rule, call.targets, call.terms
-    rows = row_statistics(logits, targets, call.numerics, call.vocab_size, call.metrics)
+    rows = row_statistics(logits, targets, call.numerics, call.vocab_size, call.measured)
     ce = rows.ce
     if isinstance(rule, Given):
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
         checks.raise_on_bad_weight(rule.head_weights, targets.valid, negative)
-    elif isinstance(rule, Excess) and rule.ref_logits is not None:
-        rule = rule.with_fields(ref_ce=reference_ce(rule.ref_logits, targets), ref_logits=None)
+    ref_logits = field_of(rule, "ref_logits")
+    if ref_logits is not None:
+        rule = rule.with_fields(ref_ce=reference_ce(ref_logits, targets), ref_logits=None)
     rule, valid = rule.resolved(targets), targets.valid()
-    weights = final_weights(rule, ce, valid, call)
+    weights = final_weights(rule, Pairs(ce, valid, rows.entropy), call)
     how = {"bare": call.sums_to_one}
     loss, valid_mask = loss_of_weights(rows.row_loss, weights, valid, terms, **how)
     made = MTPLoss(loss, valid_mask, ce)
@@ -138,7 +140,7 @@ def with_metrics(loss: MTPLoss, rows: OfRows, call: Call) -> MTPLoss:
     """The loss with what `metrics` asks for; the rule knows its weights, or their reference."""
     valid = call.targets.valid()
     with torch.no_grad():
-        weights = final_weights(call.rule, loss.ce_per_head, valid, call)
+        weights = final_weights(call.rule, Pairs(loss.ce_per_head, valid, rows.entropy), call)
         # A row that is all -inf has none, whatever a backend finds.
         rows = rows._replace(lse=rows.lse.masked_fill(loss.ce_per_head.isnan(), float("nan")))
         return measured(loss, rows, weights, valid, call.terms)
@@ -163,27 +165,36 @@ def loss_of_weights(
     return loss, counted_tokens(weights.abs().sum(-1))
 
 
-def final_weights(rule: Weighting, ce: Tensor, valid: Tensor, call: Call) -> Tensor:
+class Pairs(NamedTuple):
+    """What a rule's weights follow from, [B, S, H] each."""
+
+    ce: Tensor
+    valid: Tensor
+    entropy: Tensor | None = None  # of rules that need it
+
+
+def final_weights(rule: Weighting, pairs: Pairs, call: Call) -> Tensor:
     """[B, S, H]: the rule's weights, times masks and prior."""
-    weights = weights_of(rule, ce, valid, call.targets)
+    weights = weights_of(rule, pairs, call.targets)
     return weights if call.terms.factor is None else product(call.terms.factor, weights)
 
 
-def weights_of(rule: Weighting, ce: Tensor, valid: Tensor, targets: Targets) -> Tensor:
+def weights_of(rule: Weighting, pairs: Pairs, targets: Targets) -> Tensor:
     """[B, S, H]: a rule's weights of the cross entropies, which are constants to it; 0 where a pair
     does not count."""
-    needs = {}
+    ce, needs = pairs.ce.detach(), {}
     if rule.compares:
-        ref_ce = vars(rule)["ref_ce"].detach().to(ce.dtype)
-        needs["ref_ce"] = targets.reference_of_heads(ref_ce)
-    return rule.weights(ce.detach(), valid, **needs)
+        needs["ref_ce"] = targets.reference_of_heads(field_of(rule, "ref_ce").detach().to(ce.dtype))
+    for name in rule.needs:
+        needs[name] = getattr(pairs, name)
+    return rule.weights(ce, pairs.valid, **needs)
 
 
 @torch.no_grad()
-def formed(rule: Weighting, ce: Tensor, call: Call) -> Given:
-    """A rule's weights of cross entropies [B, S, H] that another pass made, for the pass to come:
-    of any value, for NaN and inf of logits and references surface by them."""
-    return Given(final_weights(rule, ce, call.targets.valid(), call))
+def formed(rule: Weighting, pairs: Pairs, call: Call) -> Given:
+    """A rule's weights of pairs that another pass measured, for the pass to come: of any value, for
+    NaN and inf of logits and references surface by them."""
+    return Given(final_weights(rule, pairs, call))
 
 
 def cross_entropy_per_head(logits: Tensor, target_ids: Tensor, ignore_index: int = -100) -> Tensor:

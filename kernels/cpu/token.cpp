@@ -217,7 +217,7 @@ void token_pass(const Inputs& in, const Settings& set, const Outputs& out, const
     const Heads heads = rows == 1 ? Heads{0, in.H} : Heads{first, first + step};
     read_rows<E>(in, set, out, token, Heads{first, first + step}, team, state);
     if (!set.known) {
-      rule_weights(in, set, token, heads, state.ce, state.w);
+      rule_weights(in, set, token, heads, state.ce, state.stats, state.c, state.w);
       weight_sum += sum_of(state.w, heads);
     }
     if (set.sums_to_one) {

@@ -1,5 +1,7 @@
 // Targets and weights of a token, and what they sum to.
 #pragma once
+#include <cmath>
+
 #include "row.h"
 #include "wmtp_cpu.h"
 
@@ -20,15 +22,23 @@ inline bool has_target(const Inputs& in, const Token& token) {
   return false;
 }
 
-// The rules, which wmtp/weightings knows by these names. To add one: a name here, in the enum, and a case of
-// rule_weights.
-enum Rule : int32_t { kUniform, kGiven, kAbsExcess, kSignedExcess };
-constexpr const char* kRules[] = {"uniform", "given", "abs_excess", "signed_excess"};
+// The rules, which wmtp/weightings knows by these names, and how many numbers each has. To add one: a name here, in
+// the enum, and a case of weights_of.
+enum Rule : int32_t { kUniform, kGiven, kAbsExcess, kSignedExcess, kDft, kFocal, kEntropyGate, kDPace, kRules };
+struct NamedRule { const char* name; int numbers; };
+constexpr NamedRule kNamedRules[kRules] = {{"uniform", 0}, {"given", 0}, {"abs_excess", 1},   {"signed_excess", 1},
+                                           {"dft", 0},     {"focal", 1}, {"entropy_gate", 1}, {"dpace", 2}};
 
+// A product of two rules, "a*b", is a + kRules (b + 1).
 inline int32_t rule_of(const char* name) {
-  constexpr int32_t count = sizeof kRules / sizeof *kRules;
-  for (int32_t rule = 0; rule < count; ++rule)
-    if (!std::strcmp(kRules[rule], name)) return rule;
+  const char* const star = std::strchr(name, '*');
+  const size_t length = star ? size_t(star - name) : std::strlen(name);
+  for (int32_t rule = 0; rule < kRules; ++rule) {
+    const char* const known = kNamedRules[rule].name;
+    if (std::strlen(known) != length || std::strncmp(known, name, length)) continue;
+    const int32_t second = star ? rule_of(star + 1) : -1;
+    return second == -2 || second >= kRules ? -2 : rule + kRules * (second + 1);
+  }
   return -2;
 }
 
@@ -53,29 +63,75 @@ struct Heads { int64_t first, last; };
 
 // w_k = softmax over valid k of score_k / temperature, score being w as it comes.
 template <class T>
-void softmax(const Inputs& in, const Token& token, T* w) {
+void softmax(const Inputs& in, const Token& token, T temperature, T* w) {
   T max = -kInfinity<T>, sum = 0;
   for (int64_t k = 0; k < in.H; ++k)
     if (target_of(in, token, k) >= 0 && w[k] > max) max = w[k];
   for (int64_t k = 0; k < in.H; ++k)
-    if (target_of(in, token, k) >= 0) sum += w[k] = exp_one((w[k] - max) / T(in.numbers[0]));
+    if (target_of(in, token, k) >= 0) sum += w[k] = exp_one((w[k] - max) / temperature);
   for (int64_t k = 0; k < in.H; ++k)
     if (target_of(in, token, k) >= 0) w[k] /= sum;
 }
 
-// w_k of the heads whose cross entropies ce are there: all of the token's, or one row's.
+// w_k = sum over valid j >= k of the products of (1 - alpha) p_i + alpha over valid i <= j, from `first` on, before it
+// 1; p being w as it comes.
 template <class T>
-void rule_weights(const Inputs& in, const Settings& set, const Token& token, Heads heads, const T* ce, T* w) {
+void sums_of_products(const Inputs& in, const Token& token, const double* numbers, T* w) {
+  const T alpha = T(numbers[0]);
+  const int64_t first = int64_t(numbers[1]);
+  T reached = 1, later = 0;
+  for (int64_t k = 0; k < in.H; ++k) {
+    if (target_of(in, token, k) < 0) continue;
+    if (k >= first) reached *= (1 - alpha) * w[k] + alpha;
+    w[k] = k >= first ? reached : T(1);
+  }
+  for (int64_t k = in.H - 1; k >= first && k >= 0; --k)
+    if (target_of(in, token, k) >= 0) w[k] = later += w[k];
+}
+
+// What the weight of a pair follows from.
+template <class T> struct Pair { T ce, ref_ce, entropy; };
+
+// Of a rule whose scope is a token: what its weights are made of then.
+template <class T> T weight_of(int32_t rule, const double* numbers, const Pair<T>& pair) {
+  const T ce = pair.ce < 0 ? T(0) : pair.ce, excess = pair.ce - pair.ref_ce;
+  switch (rule) {
+    case kAbsExcess: return pair.ce >= pair.ref_ce ? excess : -excess;
+    case kSignedExcess: return excess;
+    case kDft: case kDPace: return std::exp(-ce);
+    case kFocal: return T(std::pow(-std::expm1(-double(ce)), numbers[0]));
+    case kEntropyGate: {
+      const double gate = pair.entropy / 2.995732273553991;  // ln 20
+      return T(std::pow(gate > 1 ? 1 : gate < 0 ? 0 : gate, numbers[0]));
+    }
+    default: return 1;
+  }
+}
+
+// w_k of the heads whose statistics are there: all of the token's, or one row's.
+template <class T>
+void weights_of(int32_t rule, const double* numbers, const Inputs& in, const Token& token, Heads heads, const T* ce,
+                const LogSumExp<T>* stats, T* w) {
   const T* const ref_ce = static_cast<const T*>(in.ref_ce) + token.b * in.ref_stride_b + token.t * in.ref_stride;
   for (int64_t k = heads.first; k < heads.last; ++k) {
     w[k] = 0;
     if (target_of(in, token, k) < 0) continue;
-    switch (set.rule) {
-      case kAbsExcess: w[k] = ce[k] >= ref_ce[k] ? ce[k] - ref_ce[k] : -(ce[k] - ref_ce[k]); break;
-      case kSignedExcess: w[k] = ce[k] - ref_ce[k]; break;
-    }
+    w[k] = weight_of(rule, numbers, Pair<T>{ce[k], in.ref_ce ? ref_ce[k] : T(0), stats[shared_heads(in) ? 0 : k].entropy});
   }
-  if (set.rule == kAbsExcess || set.rule == kSignedExcess) softmax(in, token, w);
+  if (rule == kAbsExcess || rule == kSignedExcess) softmax(in, token, T(numbers[0]), w);
+  if (rule == kDPace) sums_of_products(in, token, numbers, w);
+}
+
+// w_k of a rule or a product of two, times head_weights; `other` [H] is used.
+template <class T>
+void rule_weights(const Inputs& in, const Settings& set, const Token& token, Heads heads, const T* ce,
+                  const LogSumExp<T>* stats, T* other, T* w) {
+  const int32_t first = set.rule % kRules, second = set.rule / kRules - 1;
+  weights_of(first, in.numbers, in, token, heads, ce, stats, w);
+  if (second >= 0) {
+    weights_of(second, in.numbers + kNamedRules[first].numbers, in, token, heads, ce, stats, other);
+    for (int64_t k = heads.first; k < heads.last; ++k) w[k] = w[k] != 0 && other[k] != 0 ? w[k] * other[k] : T(0);
+  }
   for (int64_t k = heads.first; k < heads.last && in.head_weights; ++k) {
     const T factor = known_weight<T>(in, token, k);
     w[k] = factor != 0 ? w[k] * factor : T(0);

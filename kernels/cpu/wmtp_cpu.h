@@ -72,11 +72,11 @@ struct Outputs {
 };
 
 // Library and cpu_library.py must mean the same by all this: raise the version with every change of it.
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 
 struct Kernels {
   void (*weighted_loss)(const Inputs&, const Settings&, const Outputs&);
-  int32_t (*rule)(const char* name);  // its number; -2 where there is none
+  int32_t (*rule)(const char* name);  // its number, or that of a product "a*b"; -2 where there is none
 };
 
 namespace baseline { extern const Kernels kernels; }

@@ -48,7 +48,8 @@ def __getattr__(name: str) -> Any:
 
 def fuses(rule: str) -> bool:
     found = rule_of(rule)
-    return found.known or found.device is not None
+    parts = found.parts()
+    return found.known or (len(parts) <= 2 and all(part.device is not None for part in parts))
 
 
 def interpreted() -> bool:

@@ -34,9 +34,9 @@ def head_targets(target_ptr, target_stride_b, target_stride, targets, b, t, head
 @triton.jit
 def settle_heads(
     ce, m, log_s, head, valid, in_range, token, b, t, ref_ce_ptr, ref_stride_b, ref_stride,
-    numbers_ptr, weight_ptr, factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
-    H: tl.constexpr, RULE: tl.constexpr, COMPARES: tl.constexpr, MULTIPLIED: tl.constexpr,
-    BY_HEAD: tl.constexpr,
+    entropy, numbers_ptr, weight_ptr, factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr, log_sum_ptr,
+    H: tl.constexpr, RULE: tl.constexpr, OTHER: tl.constexpr, OTHER_NUMBERS: tl.constexpr,
+    COMPARES: tl.constexpr, MULTIPLIED: tl.constexpr, BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     """Finds the rule's weights, stores what is known of the heads, and returns what their rows'
     gradient is times, [HEADS]: 0 where a head has no weight, whatever its logits. Of a split row
@@ -49,10 +49,13 @@ def settle_heads(
         ref_ce = ce
         if COMPARES:
             ref_ce = tl.load(ref_ce_ptr + b * ref_stride_b + t * ref_stride + head, mask=valid)
-        row_scalar = RULE(ce, valid, ref_ce, numbers_ptr)
+        row_scalar = RULE(ce, valid, ref_ce, entropy, numbers_ptr)
+        if OTHER is not None:
+            factor = OTHER(ce, valid, ref_ce, entropy, numbers_ptr + OTHER_NUMBERS)
+            row_scalar = weight_times(row_scalar, factor)
         if MULTIPLIED:
             factor = tl.load(weight_ptr + head_ptr, mask=valid, other=0.0)
-            row_scalar = tl.where(factor != 0, rounded_product(row_scalar, factor), 0.0)
+            row_scalar = weight_times(row_scalar, factor)
         tl.store(row_scalar_ptr + head_ptr, row_scalar, mask=mine)
     else:
         row_scalar = tl.load(row_scalar_ptr + head_ptr, mask=head < H, other=0.0)
@@ -62,6 +65,13 @@ def settle_heads(
     scale = gradient_scale(factors_ptr, head, H, BY_HEAD)
     c = tl.where(in_range, rounded_product(row_scalar, scale), float("nan"))
     return tl.where(valid & (row_scalar != 0), c, 0.0)
+
+
+@triton.jit
+def weight_times(weight, factor):
+    """0 where one is, whatever the other."""
+    both = (weight != 0) & (factor != 0)
+    return tl.where(both, rounded_product(weight, factor), 0.0)
 
 
 @triton.jit

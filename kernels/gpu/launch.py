@@ -48,6 +48,8 @@ class Rule(NamedTuple):
     """What the kernels know of a rule."""
 
     function: Any = None  # None: the weights are known
+    other: Any = None  # that of a second rule, by whose weights these are multiplied;
+    other_numbers: int = 0  # where its numbers begin
     compares: bool = False
     sums_to_one: bool = False
     whole_token: bool = False
@@ -121,6 +123,8 @@ def prepare(chosen: tiers.Launch, case: Case) -> list[Call]:
         **divided,
         "GRAD_LISTED": listed and target is rows,
         "RULE": case.rule.function,
+        "OTHER": case.rule.other,
+        "OTHER_NUMBERS": case.rule.other_numbers,
         "ref_stride_b": case.of_heads.ref_ce_ptr.stride(0),
         "ref_stride": case.of_heads.ref_ce_ptr.stride(1) if case.rule.compares else 0,
         "COMPARES": case.rule.compares,

@@ -107,8 +107,11 @@ def _rule(key: str, inputs: Inputs) -> Rule:
     rule = rule_of(key)
     if rule.known:
         return Rule()
+    first, *others = rule.parts()
     return Rule(
-        device_function(key),
+        device_function(first.key()),
+        device_function(others[0].key()) if others else None,
+        len(first.numbers),
         rule.compares,
         rule.sums_to_one,
         whole_token=rule.scope == "token",

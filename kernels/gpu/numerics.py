@@ -176,8 +176,18 @@ def weighed(e, below):
 
 
 @triton.jit
+def entropy_of(m, s, log_s, weighted, FORM: tl.constexpr):
+    """Of the heads [HEADS]; something, where FORM does not measure it."""
+    entropy = log_s
+    if MEASURED & FORM:
+        finite = tl.abs(m + log_s) < float("inf")
+        entropy = tl.where(finite, log_s - weighted / s, float("nan"))
+    return entropy
+
+
+@triton.jit
 def settle_measures(
-    ce, m, s, log_s, total, weighted, first, target, valid, vocab_size, token, head,
+    ce, m, log_s, total, entropy, first, target, valid, vocab_size, token, head,
     row_loss_ptr, entropy_ptr, correct_ptr, numbers, H: tl.constexpr, FORM: tl.constexpr,
 ):  # fmt: skip
     """Stores what FORM wants to be known of the heads [HEADS]; `first` is the first column of their
@@ -195,6 +205,5 @@ def settle_measures(
             f += numbers[4] * lse * lse
         tl.store(row_loss_ptr + place, tl.where(valid, f, 0.0), mask=mine)
     if MEASURED & FORM:
-        entropy = tl.where(tl.abs(lse) < float("inf"), log_s - weighted / s, float("nan"))
         tl.store(entropy_ptr + place, tl.where(valid, entropy, 0.0), mask=mine)
         tl.store(correct_ptr + place, valid & (lse == lse) & (target == first), mask=mine)

@@ -29,6 +29,7 @@ from wmtp.kernels.heads import (
 from wmtp.kernels.numerics import (
     MEASURED,
     SMOOTHED,
+    entropy_of,
     level_of,
     of_target,
     point,
@@ -89,7 +90,9 @@ def online_kernel(
     SHARED: tl.constexpr,
     LISTED: tl.constexpr,  # heads of memory of their own: offset_ptr instead of stride_h,
     GRAD_LISTED: tl.constexpr,  # and the gradient, in place, too
-    RULE: tl.constexpr,  # of (ce, valid, ref_ce, numbers_ptr), or None: the weights are known
+    RULE: tl.constexpr,  # see Weighting.device, or None: the weights are known
+    OTHER: tl.constexpr,  # a product's second rule, or None; its numbers begin at
+    OTHER_NUMBERS: tl.constexpr,
     COMPARES: tl.constexpr,  # with ref_ce
     MULTIPLIED: tl.constexpr,  # the rule's weights by others
     BY_HEAD: tl.constexpr,  # the gradient has a scale for each head
@@ -146,14 +149,15 @@ def online_kernel(
     x_target, slope_target = point(l_target, numbers, FORM)
     ce, log_s = cross_entropy(m, s, x_target, in_range)
 
+    entropy = entropy_of(m, s, log_s, weighted, FORM)
     c = settle_heads(
         ce, m, log_s, head, valid, in_range, token, b, t, ref_ce_ptr, ref_stride_b,
-        ref_stride, numbers_ptr, weight_ptr, factors_ptr, row_scalar_ptr, ce_ptr, row_max_ptr,
-        log_sum_ptr, H, RULE, COMPARES, MULTIPLIED, BY_HEAD,
+        ref_stride, entropy, numbers_ptr, weight_ptr, factors_ptr, row_scalar_ptr, ce_ptr,
+        row_max_ptr, log_sum_ptr, H, RULE, OTHER, OTHER_NUMBERS, COMPARES, MULTIPLIED, BY_HEAD,
     )  # fmt: skip
 
     settle_measures(
-        ce, m, s, log_s, total, weighted, argmax, target, valid, vocab_size, token, head,
+        ce, m, log_s, total, entropy, argmax, target, valid, vocab_size, token, head,
         row_loss_ptr, entropy_ptr, correct_ptr, numbers, H, FORM,
     )  # fmt: skip
 

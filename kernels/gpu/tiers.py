@@ -187,7 +187,7 @@ def _online(
     row_bytes = vocab_size * itemsize
     if row_bytes < LONG_ROW_BYTES or not machine.nvidia:
         return in_steps(vocab_size, itemsize, machine, form)
-    threads, vectors = 256, 4 if alone else 2
+    threads, vectors = 256, 4 if alone and not is_capped(form) else 2
     if twice:
         two_programs = 2 * machine.processors * rows * row_bytes
         threads = 512 if two_programs <= L2_SHARE * machine.l2_bytes else 1024

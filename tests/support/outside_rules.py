@@ -22,7 +22,7 @@ class Likely(Weighting):
         return torch.where(valid, torch.exp(-ce), 0.0)
 
     @staticmethod
-    def device(ce, valid, ref_ce, numbers_ptr):
+    def device(ce, valid, ref_ce, entropy, numbers_ptr):
         return tl.where(valid, tl.exp(-ce), 0.0)
 
 

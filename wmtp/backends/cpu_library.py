@@ -69,7 +69,7 @@ class Outputs(ctypes.Structure):
     ]
 
 
-ABI = (5, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
+ABI = (6, *map(ctypes.sizeof, (Inputs, Settings, Outputs)))  # wmtp_cpu_abi of dispatch.cpp
 
 
 class _VersionError(OSError):

@@ -192,7 +192,7 @@ def run_chunks(
     plan: Plan,
     row_scalar: Tensor,
     unscale: Tensor,
-    weigh: Callable[[Tensor, slice], Tensor] | None,
+    weigh: Callable[[RowOutputs, slice], Tensor] | None,
     wanted: Wanted,
 ) -> tuple[RowOutputs, Gradients]:
     """What the rows leave, [B, S, H] each, and the gradients wanted, which `finish_gradients`
@@ -201,8 +201,8 @@ def run_chunks(
     Args:
         row_scalar: [B, S, H], dloss/df, but for the weights that `weigh` finds.
         unscale: [], what the gradients are left to be multiplied with.
-        weigh: called with the cross entropies of some tokens and which these are, to say their
-            weights, both [tokens, H].
+        weigh: called with what the rows have left so far, and the tokens whose weights
+            [tokens, H] it is to say.
     """
     hidden, dtype, backend = linear.hidden, linear.dtype, BACKENDS[linear.rows.backend]
     weight = linear.weight.to(dtype)
@@ -229,7 +229,7 @@ def run_chunks(
             if whole.numel():
                 whole.view(-1)[rows] = part
         if weigh is not None:
-            weights = weigh(out.ce.flatten(0, 1)[chunk.tokens], chunk.tokens)
+            weights = weigh(out, chunk.tokens)
             after = weights.flatten()[rows - chunk.tokens.start * heads]
         if written is not None:
             x.masked_fill_((written == 0)[:, None], 0.0)

@@ -34,6 +34,7 @@ from wmtp.records import (
     LinearInputs,
     LinearOutputs,
     LinearSettings,
+    RowOutputs,
     RowSettings,
     flat,
     names_of,
@@ -134,7 +135,7 @@ class _Weigh:
     ) -> None:
         heads, factor = targets.heads, inputs.head_weights
         numbers = () if inputs.numbers is None else inputs.numbers.unbind()
-        self.rule = rule.with_fields(**dict(zip(rule.numbers, numbers, strict=True)))
+        self.rule = rule.with_numbers(numbers)
         self.sums_to_one = rule.sums_to_one and factor is None
         self.factor = None if factor is None else factor.view(-1, heads)
         self.valid = targets.valid().reshape(-1, heads)
@@ -150,8 +151,11 @@ class _Weigh:
             aligned = targets.reference_of_heads(ref_ce.to(row_scalar.dtype))
             self.ref_ce = aligned.reshape(-1, heads)
 
-    def __call__(self, ce: Tensor, tokens: slice) -> Tensor:
+    def __call__(self, rows: RowOutputs, tokens: slice) -> Tensor:
         needs = {} if self.ref_ce is None else {"ref_ce": self.ref_ce[tokens]}
+        for name in self.rule.needs:
+            needs[name] = getattr(rows, name).flatten(0, 1)[tokens]
+        ce = rows.ce.flatten(0, 1)[tokens]
         weights = self.rule.weights(ce, self.valid[tokens], **needs)
         if self.factor is not None:
             weights = product(self.factor[tokens], weights)

@@ -34,6 +34,7 @@ from wmtp.records import (
     unflat,
 )
 from wmtp.reduction import accumulation_dtype
+from wmtp.weightings.base import field_of
 
 
 def gradients_ahead() -> bool:
@@ -202,8 +203,8 @@ def reference_resolved(call: Call, backend: str, *, one_pass: bool) -> Call:
     """With the cross entropies of a reference's logits, where the operator does not make them: it
     knows no other labels than those that stand in a row, in two passes weights are made between
     them, and what is measured is made of weights that are known."""
-    ref_logits = vars(call.rule).get("ref_logits")
-    inside = one_pass and call.targets.in_a_row and not call.metrics
+    ref_logits, center = field_of(call.rule, "ref_logits"), field_of(call.rule, "center")
+    inside = one_pass and call.targets.in_a_row and not call.metrics and center is None
     if ref_logits is None or inside:
         return call
     settings = RowSettings(ignore_index=call.targets.ignore_index, backend=backend)

@@ -5,7 +5,7 @@ B batch, S sequence, H heads.
 
 import ast
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, overload
 
 import torch
@@ -33,6 +33,8 @@ class Weighting:
             reach the operators as tensors, so that a new value compiles nothing.
         compares: with a field `ref_ce`, indexed by the token it is about, which `weights` gets as
             [B, S, H], lined up with the heads.
+        needs: what `weights` is given besides, by name: "entropy", [B, S, H] nats, of the softmax
+            of each pair's logits, which the same read of them finds.
         case: its name in kernels/cpu/weights.h; "" where it has none there.
 
     Example: weights that favour what the model already finds likely.
@@ -54,6 +56,7 @@ class Weighting:
     known: ClassVar[bool] = False
     numbers: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
     _name: ClassVar[str]  # among the operators
 
     def weights(self, ce: Tensor, valid: Tensor) -> Tensor:
@@ -70,8 +73,9 @@ class Weighting:
 
     @property
     def device(self) -> Callable[..., Any] | None:
-        """Its Triton twin: a plain function of (ce, valid, ref_ce [HEADS], numbers_ptr) in the
-        language of `tl`, a name that is bound when the function is first needed."""
+        """Its Triton twin: a plain function of (ce, valid, ref_ce, entropy [HEADS], numbers_ptr) in
+        the language of `tl`, a name that is bound when the function is first needed. Of ref_ce and
+        entropy there is what the rule asks for."""
         return None
 
     @property
@@ -90,6 +94,18 @@ class Weighting:
         """The rule that the operators take: itself, or `Given` where labels tell its weights."""
         return self
 
+    def parts(self) -> "tuple[Weighting, ...]":
+        """The rules whose weights are multiplied: itself, unless it is a product."""
+        return (self,)
+
+    def __mul__(self, other: "Weighting") -> "Weighting":
+        """The rule whose weights are the products of both rules' weights."""
+        from wmtp.weightings.product import Product  # a rule itself
+
+        if not isinstance(other, Weighting):
+            return NotImplemented
+        return Product((*self.parts(), *other.parts()))
+
     def with_fields(self, **fields: Any) -> "Weighting":
         """The same rule with other values of these fields."""
         return type(self)(**{**vars(self), **fields})
@@ -99,12 +115,53 @@ class Weighting:
         fields = {name: value for name, value in vars(self).items() if type(value) in (str, bool)}
         return f"{self._name} {fields}"
 
+    @classmethod
+    def _known_by(cls, fields: dict[str, Any]) -> "Weighting":
+        """Of those fields that are in its key, the others None."""
+        return cls(**fields)
+
+    def with_numbers(self, numbers: Sequence[Tensor]) -> "Weighting":
+        """The same rule with other `numbers`."""
+        return self.with_fields(**dict(zip(self.numbers, numbers, strict=True)))
+
+    def number_values(self) -> "list[Tensor | float]":
+        """Those of `numbers`."""
+        return [getattr(self, name) for name in self.numbers]
+
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         name = f"{cls.__module__}.{cls.__qualname__}"
         while name in _CLASSES:  # defined anew, as in a notebook: another rule
             name += "'"
         cls._name, _CLASSES[name] = name, cls
+
+
+def field_of(rule: Weighting, name: str) -> Any:
+    """Of the first part of a rule that has such a field; None where none has."""
+    found = (vars(part).get(name) for part in rule.parts())
+    return next((value for value in found if value is not None), None)
+
+
+def fields_of(rule: Weighting) -> dict[str, Any]:
+    """Of all its parts, by names that tell them apart."""
+    parts = rule.parts()
+    if len(parts) == 1:
+        return vars(rule)
+    return {
+        f"{name} of rule {i}, {type(part).__name__},": value
+        for i, part in enumerate(parts)
+        for name, value in vars(part).items()
+    }
+
+
+def with_field_values(rule: Weighting, values: Sequence[Any]) -> Weighting:
+    """The same rule with other values, in the order of `fields_of`."""
+    left, parts = list(values), []
+    for part in rule.parts():
+        names = list(vars(part))
+        parts.append(part.with_fields(**dict(zip(names, left[: len(names)], strict=True))))
+        left = left[len(names) :]
+    return functools.reduce(Weighting.__mul__, parts)
 
 
 _CLASSES: dict[str, type[Weighting]] = {}
@@ -116,7 +173,7 @@ def rule_of(key: str) -> Weighting:
     name, _, fields = key.partition(" ")
     cls = _CLASSES[name]
     empty = dict.fromkeys(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-    return cls(**{**empty, **ast.literal_eval(fields)})
+    return cls._known_by({**empty, **ast.literal_eval(fields)})
 
 
 def softmax_over_heads(score: Tensor, valid: Tensor, temperature: Tensor | float) -> Tensor:

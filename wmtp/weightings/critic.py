@@ -10,11 +10,13 @@ S sequence, H heads.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks, label_checks
-from wmtp.kinds import check_same_device, check_scores, check_shape, check_whole
+from wmtp.kinds import check_flag, check_same_device, check_scores, check_shape, check_whole
 from wmtp.labels import Targets
 from wmtp.weightings.base import Weighting, as_tensor, softmax_over_heads
 from wmtp.weightings.given import Given
@@ -32,7 +34,11 @@ class Critic(Weighting):
     Attributes:
         values: [B, S] float, one value per position.
         discount: lambda, in [0, 1].
-        temperature: > 0, in units of the values, a number or a 0-d tensor.
+        temperature: > 0, in units of the values, a number or a 0-d tensor; of their standard
+            deviation with `standardize`.
+        standardize: of the rises delta of all positions that a pair which counts asks for, each
+            once, the mean is subtracted, and they are divided by their standard deviation + 1e-8.
+        group: the processes over whose positions that is; None: this call's.
 
     Raises, with the loss:
         ValueError: values of another shape, discount outside [0, 1], temperature <= 0.
@@ -48,6 +54,8 @@ class Critic(Weighting):
     values: Tensor
     discount: float = 0.95
     temperature: Tensor | float = 0.7
+    standardize: bool = False
+    group: "dist.ProcessGroup | None" = None
 
     sums_to_one = at_most_one = known = True
     numbers = ("temperature",)
@@ -58,6 +66,7 @@ class Critic(Weighting):
         check_shape("values", self.values, "[B, S]", tuple(scores.shape[:2]), remedy)
         checks.check_temperature(self.temperature)
         checks.check_discount(self.discount)
+        check_flag("standardize", self.standardize)
 
     def narrowed(self, targets: Targets) -> Targets:
         """Without the pairs whose target has no value."""
@@ -65,19 +74,39 @@ class Critic(Weighting):
 
     def resolved(self, targets: Targets) -> Given:
         valid = targets.valid()
-        score = _rise(self.values.detach(), self.discount, targets)
+        rise = _rise(self.values.detach(), self.discount, targets)
+        if self.standardize:
+            rise = _standardized(rise, targets.positions_asked(), self.group)
+        score = targets.at_positions(rise, 0.0)
         return Given(softmax_over_heads(score, valid, as_tensor(self.temperature)))
 
 
 def _rise(values: Tensor, discount: float, targets: Targets) -> Tensor:
-    """[B, S, H]: delta at the position of the input that each pair is about."""
+    """[B, S]: delta at each position of the input."""
     length = values.shape[1]
     previous = F.pad(values, (1, 0))[:, :length]
     documents = targets.document_ids
     if documents is not None:
         begins = documents[:, 1:length] != documents[:, : length - 1]
         previous = previous.masked_fill(F.pad(begins, (1, 0)), 0.0)
-    return targets.at_positions(values - float(discount) * previous, 0.0)
+    return values - float(discount) * previous
+
+
+def _standardized(rise: Tensor, asked: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """[B, S]: less its mean over the positions that are asked for, over its population sd."""
+    exact = rise.double().where(asked, 0.0)
+    count, total = _summed(torch.stack((asked.double().sum(), exact.sum())), group)
+    below = (rise - total / count.clamp(min=1)).double()
+    squares = _summed(below.square().where(asked, 0.0).sum(), group)
+    standardized: Tensor = below / ((squares / count.clamp(min=1)).sqrt() + 1e-8)
+    return standardized.to(rise.dtype)
+
+
+def _summed(sums: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+    """Over the processes of the group."""
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return sums
 
 
 def td_head_weights(

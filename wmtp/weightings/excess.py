@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from wmtp import checks, label_checks
-from wmtp.kinds import check_choice, check_same_device, check_scores
+from wmtp.kinds import check_choice, check_float_tensor, check_same_device, check_scores
 from wmtp.labels import Targets
 from wmtp.weightings.base import Weighting, as_tensor, softmax_over_heads
 
@@ -32,6 +32,8 @@ class Excess(Weighting):
             `target_ids[t + 1]`; of shifted labels [B, T]; of each head's own [B, S, H].
         temperature: > 0, nats, a number or a 0-d tensor.
         excess: "abs", or "signed" for ce - ref_ce.
+        center: [H] float, nats, or None: how far each head is above the reference by nature, as
+            later heads are; subtracted from its excess, before the bars.
         ref_logits: [B, S, V'] float, the reference's next-token logits, instead of `ref_ce`; read
             once.
 
@@ -49,6 +51,7 @@ class Excess(Weighting):
     temperature: Tensor | float = 0.7
     excess: str = "abs"
     ref_logits: Tensor | None = None
+    center: Tensor | None = None
 
     scope = "token"
     sums_to_one = at_most_one = compares = True
@@ -56,6 +59,8 @@ class Excess(Weighting):
 
     def weights(self, ce: Tensor, valid: Tensor, ref_ce: Tensor) -> Tensor:  # type: ignore[override]
         """Also: ref_ce [B, S, H], that of the token which each head predicts."""
+        if self.center is not None:
+            ref_ce = ref_ce + self.center.detach().to(ref_ce.dtype)
         score = difference(ce, ref_ce, self.excess)
         return softmax_over_heads(score, valid, as_tensor(self.temperature))
 
@@ -78,6 +83,9 @@ class Excess(Weighting):
             raise ValueError("Excess has nothing to compare with: pass ref_ce or ref_logits")
         checks.check_temperature(self.temperature)
         check_choice("excess", self.excess, checks.EXCESSES)
+        if self.center is not None:
+            remedy = "each head's mean excess over the reference"
+            check_float_tensor("center", self.center, "[H]", tuple(scores.shape[2:3]), remedy)
 
 
 def difference(ce: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
@@ -87,11 +95,11 @@ def difference(ce: Tensor, ref_ce: Tensor, excess: str) -> Tensor:
 
 
 # Triton reads their source, and would read annotations as its own.
-def _absolute_excess(ce, valid, ref_ce, numbers_ptr):  # type: ignore[no-untyped-def]
+def _absolute_excess(ce, valid, ref_ce, entropy, numbers_ptr):  # type: ignore[no-untyped-def]
     return _softmax(tl.abs(ce - ref_ce) / tl.load(numbers_ptr), valid)  # type: ignore[no-untyped-call]
 
 
-def _signed_excess(ce, valid, ref_ce, numbers_ptr):  # type: ignore[no-untyped-def]
+def _signed_excess(ce, valid, ref_ce, entropy, numbers_ptr):  # type: ignore[no-untyped-def]
     return _softmax((ce - ref_ce) / tl.load(numbers_ptr), valid)  # type: ignore[no-untyped-call]
 
 

@@ -40,7 +40,7 @@ types: $(READY)  ## mypy on the package as it is installed
 ON    ?= sm_80 sm_90a
 SHARE ?= 1
 PTX_TESTS := $(addprefix tests/test_,$(addsuffix .py, kernels kernels_nonfinite kernels_tiers \
-	kernels_numerics kernels_weights kernels_phase head_list inplace scale_kernel rows_ce linear \
+	kernels_numerics kernels_rules kernels_weights kernels_phase head_list inplace scale_kernel rows_ce linear \
 	linear_autograd loss gradient)) tests/ptx
 ptx: $(READY)  ## the kernels' tests on their PTX, executed without a card, with races and bounds watched; SHARE=3: a third; ON=sm_80: for that alone
 	@failed=; for on in $(ON); do \

@@ -47,8 +47,8 @@ TOLERATED = 16
 def be_the_package() -> None:
     """Stand in for `wmtp`, which needs torch; and for torch, of which only names are needed."""
     if importlib.util.find_spec("torch") is None:
-        for name in ("torch", "torch.nn", "torch.nn.functional", "torch.autograd"):
-            sys.modules[name] = MagicMock()
+        for name in ("", ".nn", ".nn.functional", ".autograd", ".distributed"):
+            sys.modules[f"torch{name}"] = MagicMock()
         sys.modules["torch"].version.hip = None
     here = Path(__file__).resolve().parent
     kernels = here.parent / "kernels"
@@ -111,9 +111,10 @@ def key_of(target: str, variant: Variant) -> str:
     import triton
 
     reader = Path(__file__).with_name("static_compile.py").read_text()
+    constants = constants_of(variant)
     follows_from = (
         *(triton.__version__, target, CARDS[target], variant.kernel.cache_key, reader),
-        getattr(constants_of(variant).get("RULE"), "cache_key", None),
+        *(getattr(constants.get(name), "cache_key", None) for name in ("RULE", "OTHER")),
         *(variant.name, variant.dtype, variant.vocabulary, variant.launch, variant.constants),
     )
     return hashlib.sha256(repr(follows_from).encode()).hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 # Fixtures with values of their own, which a row may choose too.
-FIXTURES = ("instruction_set", "tier")
+FIXTURES = ("instruction_set", "tier", "forced")
 
 Row = tuple[Hashable, ...]  # of each axis a value, or its number
 

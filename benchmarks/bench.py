@@ -4,7 +4,8 @@
 
     loss      with and without gradient against eager torch, torch.compile and a plain copy
     scaling   sizes, threads, weightings, odd vocabularies, few rows; inside torch.compile
-    options   head numerics and metrics, of logits and of hidden states, against ours without
+    options   head numerics and metrics, of logits and of hidden states, against ours without; rules
+              against uniform weights
     linear    hidden states to loss and gradients, against peers and the bare matrix products
 
 The environment variable WMTP_BENCH_SIZE chooses how much there is to do: "full", "quick" (few and
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-from wmtp.benchmarks.problem import THREADS, WEIGHTINGS, Case, Shape
+from wmtp.benchmarks.problem import RULES, THREADS, WEIGHTINGS, Case, Shape
 from wmtp.benchmarks.providers import (
     DIRECTIONS,
     FLOORS,
@@ -123,6 +124,7 @@ LINEAR_CASES = [
 WITH_OPTIONS = ("fused", *LOGITS_OPTIONS)
 OPTION_CASES = [
     *cases("options", [USUAL], product(("forward", BOTH), WITH_OPTIONS)),
+    *cases("rules", [USUAL], [(BOTH, "fused")], weighting=("uniform", *RULES)),
     *PASSES * cases("options", [USUAL], product((BOTH,), WITH_OPTIONS), dim=(DIM,)),
 ]
 

@@ -30,6 +30,7 @@ Record = dict[str, Any]  # of JSON: a case's fields, and what was found
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
 THREADS = torch.get_num_threads()
 WEIGHTINGS = ("given", "uniform", "ref_ce")
+RULES = tuple(providers.rules(*(torch.empty(0),) * 3))
 TRUTH = "eager torch in float32"
 # Against eager_float. Native 16-bit eager rounds its cross entropy and its probabilities.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -112,6 +113,10 @@ class Problem:
         # A cross entropy of these logits is log V + 0.5, give or take 1.
         ref_ce = torch.rand(batch, length - 1, device=device) + math.log(vocabulary)
         self.weights = {"given": Weights(given), "ref_ce": Weights(ref_ce=ref_ce)}
+        values = torch.randn(batch, length, device=device)
+        center = torch.rand(heads, device=device)
+        for name, rule in providers.rules(values, ref_ce, center).items():
+            self.weights[name] = Weights(weighting=rule)
         self._truths: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
     def restore(self) -> None:
@@ -193,11 +198,14 @@ class Problem:
             logits = exact[0] if len(exact) == 1 else exact[0] @ exact[1].T
             reduction = "weight_mean" if self.dim or not one.weighted else "token_mean"
             weights = self.weights.get(weighting if one.weighted else "none", Weights())
-            loss = providers.eager(logits, self.target_ids, weights, reduction)
-            if one.options:
+            if one.options or weights.weighting is not None:
                 how: dict[str, Any] = {"horizon": self.shape[2], "reduction": reduction}
+                if weights.weighting is not None:
+                    how["reduction"] = None  # the rule's own
                 how |= {**weights._asdict(), **one.options}
                 loss = compute_weighted_mtp_loss(logits, self.target_ids, **how).loss
+            else:
+                loss = providers.eager(logits, self.target_ids, weights, reduction)
             # Of other weightings none is kept: each holds gradients in float32.
             self._truths = {k: held for k, held in self._truths.items() if k[1] == weighting}
             self._truths[key] = loss.detach(), *torch.autograd.grad(loss, exact)

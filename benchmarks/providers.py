@@ -23,15 +23,17 @@ from torch import Tensor
 
 from wmtp import excess_head_weights, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
+from wmtp.weightings import DFT, Critic, Decay, DPace, EntropyGate, Excess, Focal, Weighting
 
 Loss = Callable[..., Tensor]
 
 
 class Weights(NamedTuple):
-    """Neither means uniform."""
+    """Uniform, if there is none."""
 
     head_weights: Tensor | None = None  # [B, S, H]
     ref_ce: Tensor | None = None  # [B, S - 1]
+    weighting: Weighting | None = None  # of our own losses
 
 
 class Provider(NamedTuple):
@@ -106,8 +108,7 @@ def _cce(hidden: Tensor, classifier: Tensor, target_ids: Tensor, impl: str) -> T
 
 
 def fused(logits: Tensor, target_ids: Tensor, weights: Weights, **options: Any) -> Tensor:
-    head_weights, ref_ce = weights
-    return fused_weighted_mtp_loss(logits, target_ids, head_weights, ref_ce=ref_ce, **options).loss
+    return fused_weighted_mtp_loss(logits, target_ids, **weights._asdict(), **options).loss
 
 
 def fused_linear(
@@ -226,6 +227,29 @@ def with_options(loss: Loss) -> dict[str, Provider]:
     return {
         f"fused_{name}": Provider(functools.partial(loss, **options), options=options)
         for name, options in OPTIONS.items()
+    }
+
+
+def rules(values: Tensor, ref_ce: Tensor, center: Tensor) -> dict[str, Weighting]:
+    """Ours, by what they are called here.
+
+    Args:
+        values: [B, S], of a critic.
+        ref_ce: [B, S - 1].
+        center: [H].
+    """
+    return {
+        "DFT": DFT(),
+        "Focal": Focal(),
+        "EntropyGate": EntropyGate(),
+        "DPace": DPace(),
+        "Decay": Decay(0.5),
+        "Excess": Excess(ref_ce),
+        "Excess, center": Excess(ref_ce, excess="signed", center=center),
+        "Critic": Critic(values),
+        "Critic, standardize": Critic(values, standardize=True),
+        "DFT * Focal": DFT() * Focal(),
+        "DPace * Decay": DPace() * Decay(0.5),
     }
 
 

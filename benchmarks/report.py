@@ -72,7 +72,9 @@ def gather(command: str, size: str, runs: list[Record]) -> dict[str, Any]:
     """Environment and the results of all runs, ready for JSON."""
     cases = _merge([_record(benchmark) for benchmark in run["benchmarks"]] for run in runs)
     studies = {record["study"] for record in cases}
-    contestants = {} if studies == {"options"} else LINEAR if "linear" in studies else LOGITS
+    contestants = (
+        {} if studies <= {"options", "rules"} else LINEAR if "linear" in studies else LOGITS
+    )
     missing = absent(contestants, compiling=size == "full")
     return {
         "command": command,

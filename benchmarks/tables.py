@@ -82,6 +82,11 @@ STUDIES = {
         lambda case: case._replace(weighting="given"),
         False,
     ),
+    "rules": Study(
+        *("rules, each in one pass", "weighting", "/ uniform"),
+        lambda case: case._replace(weighting="uniform"),
+        False,
+    ),
     "odd vocabulary": Study("odd vocabulary, per element", "", "/ 64n", _aligned, False),
     "few rows": Study("few rows", "threads", "1 thread /", _one_thread, True),
     "compiled": Study(

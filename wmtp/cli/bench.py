@@ -43,7 +43,7 @@ def bench(
         Suite | None,
         typer.Option(
             help="loss: against the peers; scaling: from tiny to large, threads, weights; "
-            "options: head numerics and metrics, against the call without; linear: --linear."
+            "options: head numerics, metrics and rules, against the call without; linear: --linear."
         ),
     ] = None,
     linear: Annotated[

@@ -26,6 +26,7 @@ from wmtp import fused_weighted_mtp_loss, kernels, td_head_weights
 from wmtp.files import json_by_line
 from wmtp.labels import has_target
 from wmtp.records import RowSettings
+from wmtp.weightings import Weighting
 
 IGNORED = -100
 SHAPE = (2, 6, 4)  # B, S, H
@@ -100,7 +101,7 @@ class Traffic:
 
 
 def measure(
-    weighting: str,
+    weighting: str | Weighting,
     tier: str,
     gradient: bool,
     vocabulary: int,
@@ -112,7 +113,7 @@ def measure(
     """Forward, or forward + backward, of random logits with ignored labels.
 
     Args:
-        weighting: of WEIGHTINGS.
+        weighting: of WEIGHTINGS, or a rule.
         tier: of TIERS, or "" for what the library chooses by itself.
         shared: one row of logits for all heads.
         options: of the loss.
@@ -180,8 +181,10 @@ def measure_chunk(tier: str, gradient: bool, vocabulary: int) -> Moved:
 
 
 def _weights(
-    weighting: str, target_ids: Tensor, heads: int, vocabulary: int, dtype: torch.dtype
+    weighting: str | Weighting, target_ids: Tensor, heads: int, vocabulary: int, dtype: torch.dtype
 ) -> dict[str, Any]:
+    if isinstance(weighting, Weighting):
+        return {"weighting": weighting}
     batch, length = target_ids.shape
     if weighting == "given":
         return {"head_weights": torch.rand(batch, length, heads)}

@@ -9,6 +9,7 @@ from wmtp import fused_weighted_mtp_loss, kernels
 from wmtp.kernels import tiers
 from wmtp.labels import has_target
 from wmtp.records import RowInputs
+from wmtp.weightings import DFT, Decay, DPace, EntropyGate, Focal
 
 if not kernels.interpreted():
     pytest.skip("counted in Triton's interpreter only", allow_module_level=True)
@@ -78,6 +79,30 @@ def test_no_option_makes_parts_of_rows_move_more(option, monkeypatch):
     moved = measure("uniform", "online", True, 40_001, **OPTIONS[option])
     assert 2 <= moved.read <= 2.01
     assert 1 <= moved.written <= 1.01
+
+
+RULES = {
+    "dft": (DFT(), "row"),
+    "focal": (Focal(), "row"),
+    "gate": (EntropyGate(), "row"),
+    "dft x focal": (DFT() * Focal(), "row"),
+    "dft x decay": (DFT() * Decay(0.5), "row"),
+    "pace": (DPace(), "token"),
+    "gate x pace": (EntropyGate() * DPace(), "token"),
+}
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_moves_what_known_weights_or_excess_do(name, online):
+    """Rules of rows as known weights, rules of tokens as excess; entropies 16 bytes a row more."""
+    rule, scope = RULES[name]
+    tier, like = "online" if online else scope, "uniform" if scope == "row" else "ref_ce"
+    plain = measure(like, tier, True, ODD)
+    moved = measure(rule, tier, True, ODD)
+    small = 40 / (2 * ODD)  # numbers of a row
+    assert abs(moved.read - plain.read) <= small
+    assert abs(moved.written - plain.written) <= small
 
 
 @pytest.mark.parametrize("vocabulary", [ODD, ALIGNED])

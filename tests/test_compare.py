@@ -59,7 +59,7 @@ def test_compare_trains_all_alike_once(corpus, tmp_path, children):
 
     metrics = tmp_path / "runs/mtp-baseline/metrics.jsonl"
     whole = metrics.read_text()
-    for damaged in (whole.replace('"stage"', '"scene"', 1), ""):
+    for damaged in (whole.replace('"stage"', '"scene"', 1), '{"step": 3}\n', ""):
         metrics.write_text(damaged)
         assert wmtp(*arguments).exit_code == 0
         assert metrics.read_text() == whole

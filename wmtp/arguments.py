@@ -81,6 +81,11 @@ class Call(NamedTuple):
         """Whether the rows' metrics are wanted, of the caller or of the rule."""
         return self.metrics or bool(self.rule.needs)
 
+    @property
+    def selects(self) -> bool:
+        """Whether the rule leaves rows out."""
+        return any(part.selects for part in self.rule.parts())
+
     def resolved(self) -> "Call":
         """With the rule that the operators take; what multiplies known weights is in them."""
         rule, terms = self.rule.resolved(self.targets), self.terms
@@ -271,8 +276,8 @@ def in_one_pass(call: Call, dtype: torch.dtype) -> bool:
     """Whether a gradient can be written before all weights are there: what divides the loss, and
     in float16 how large a gradient may become, does not depend on them."""
     rule, terms = call.rule, call.terms
-    if rule.known:
-        return True
+    if rule.known or call.selects:
+        return rule.known
     if dtype == torch.float16 and not (rule.at_most_one and terms.factor is None):
         return False
     divided_by_weights = not may_be_negative(terms.reduction, terms.normalizer is not None)

@@ -82,6 +82,11 @@ class Targets:
             targets = targets.where(kept, self.ignore_index)
         return targets
 
+    def where(self, kept: Tensor) -> "Targets":
+        """Those of the pairs [B, S, H] that are kept."""
+        ids = self.of_heads().where(kept, self.ignore_index)
+        return Targets(ids, self.length, self.heads, self.ignore_index)
+
     def valid(self) -> Tensor:
         """[B, S, H] bool: the pairs that count."""
         return self.of_heads() != self.ignore_index

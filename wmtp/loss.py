@@ -232,11 +232,13 @@ def fused_weighted_mtp_loss(
     key = call.rule.key()
     one_pass = fuses(chosen, key) and in_one_pass(call, seen.dtype)
     call = reference_resolved(call, chosen, one_pass=one_pass)
+    check_inplace(inplace, heads)
+    if not one_pass and call.selects and not inplace:
+        return _selected_loss(heads, call, chosen)
     if not one_pass:
         pairs = _measured_pairs([head.detach() for head in heads], call, chosen)
         rule = reference.formed(call.rule, pairs, call)
         call, key = call.formed(rule), rule.key()
-    check_inplace(inplace, heads)
     settings = Settings(
         rule=key,
         reduction=call.terms.reduction,
@@ -246,12 +248,36 @@ def fused_weighted_mtp_loss(
         **row_settings_of(call, chosen),
     )
     out = weighted_loss(Inputs(logits=heads, **loss_inputs(call, dtype)), settings)
-    loss = MTPLoss(out.loss, out.valid_mask, out.ce)
-    if not metrics:
+    return _with_metrics(MTPLoss(out.loss, out.valid_mask, out.ce), out, call)
+
+
+def _with_metrics(loss: MTPLoss, rows: Outputs, call: Call) -> MTPLoss:
+    """The loss, with what is asked for besides; `rows` were measured."""
+    if not call.metrics:
         return loss
-    return reference.with_metrics(
-        loss, OfRows(out.row_max + out.log_sum, out.entropy, out.correct), call
+    of_rows = OfRows(rows.row_max + rows.log_sum, rows.entropy, rows.correct)
+    return reference.with_metrics(loss, of_rows, call)
+
+
+def _selected_loss(heads: list[Tensor], call: Call, backend: str) -> MTPLoss:
+    """Of a rule that leaves rows out: all of them once, for what it follows from, and those that it
+    keeps once more."""
+    every = call._replace(numerics=call.numerics.of_ce, metrics=call.measured)
+    rows = _unweighted(heads, every, backend)
+    pairs = reference.Pairs(rows.ce, call.targets.valid(), rows.entropy)
+    given = reference.formed(call.rule, pairs, call)
+    formed = call.formed(given)
+    kept = formed._replace(targets=call.targets.where(given.head_weights != 0))
+    settings = Settings(
+        rule=formed.rule.key(),
+        reduction=formed.terms.reduction,
+        checked=True,
+        gradient="new",
+        **row_settings_of(formed, backend),
     )
+    inputs = Inputs(logits=heads, **loss_inputs(kept, rows.ce.dtype))
+    out = weighted_loss(inputs, settings)
+    return _with_metrics(MTPLoss(out.loss, out.valid_mask, rows.ce), rows, formed)
 
 
 def mtp_cross_entropy(

@@ -54,7 +54,7 @@ def choose_backend(backend: str, device_type: str, dtype: torch.dtype) -> str:
 def fuses(backend: str, rule: str) -> bool:
     """Whether a backend has a twin of the rule of this `Weighting.key`; where not it says so."""
     found = BACKENDS[backend].fuses(rule)
-    if not found:
+    if not found and not any(part.selects for part in rule_of(rule).parts()):
         warn_once(
             f"{type(rule_of(rule)).__name__} has no twin for backend {backend!r}: the loss reads "
             "its logits once for the cross entropies and once more for the gradient"

@@ -9,6 +9,7 @@ from wmtp.weightings.entropy_gate import EntropyGate
 from wmtp.weightings.excess import Excess
 from wmtp.weightings.focal import Focal
 from wmtp.weightings.given import Given
+from wmtp.weightings.keep_top import KeepTop
 from wmtp.weightings.product import Product
 from wmtp.weightings.uniform import Uniform
 
@@ -21,6 +22,7 @@ __all__ = [
     "Excess",
     "Focal",
     "Given",
+    "KeepTop",
     "Product",
     "Uniform",
     "Weighting",

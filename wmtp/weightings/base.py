@@ -23,8 +23,9 @@ class Weighting:
     for the cross entropies and once more for the gradient.
 
     Attributes:
-        scope: what a weight follows from: "row", its own cross entropy, or "token", those of all
-            heads of its token.
+        scope: what a weight follows from: "row", its own cross entropy, "token", those of all
+            heads of its token, or more.
+        selects: weights are 1 or 0; rows of weight 0 are left out of all but the cross entropies.
         reduction: of a loss that names none.
         sums_to_one: over the valid heads of each token.
         at_most_one: no weight is larger. float16 gradients are scaled for it.
@@ -57,6 +58,7 @@ class Weighting:
     numbers: ClassVar[tuple[str, ...]] = ()
     compares: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    selects: ClassVar[bool] = False
     _name: ClassVar[str]  # among the operators
 
     def weights(self, ce: Tensor, valid: Tensor) -> Tensor:
@@ -138,7 +140,7 @@ class Weighting:
 
 def field_of(rule: Weighting, name: str) -> Any:
     """Of the first part of a rule that has such a field; None where none has."""
-    found = (vars(part).get(name) for part in rule.parts())
+    found = (getattr(part, name, None) for part in rule.parts())
     return next((value for value in found if value is not None), None)
 
 

@@ -59,10 +59,14 @@ class Excess(Weighting):
 
     def weights(self, ce: Tensor, valid: Tensor, ref_ce: Tensor) -> Tensor:  # type: ignore[override]
         """Also: ref_ce [B, S, H], that of the token which each head predicts."""
-        if self.center is not None:
-            ref_ce = ref_ce + self.center.detach().to(ref_ce.dtype)
-        score = difference(ce, ref_ce, self.excess)
+        score = difference(ce, self.centered(ref_ce), self.excess)
         return softmax_over_heads(score, valid, as_tensor(self.temperature))
+
+    def centered(self, ref_ce: Tensor) -> Tensor:
+        """What ce is compared with, of ref_ce [..., H]."""
+        if self.center is None:
+            return ref_ce
+        return ref_ce + self.center.detach().to(ref_ce.dtype)
 
     @property
     def device(self) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from wmtp.labels import Targets
 from wmtp.weightings.base import Weighting, rule_of
 from wmtp.weightings.decay import Decay
 
-SCOPES = ("row", "token", "batch")
+SCOPES = ("row", "token", "chunk", "head", "batch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +92,8 @@ class Product(Weighting):
         for rule in self.rules:
             rule.check(name, scores, targets)
         comparing = [type(rule).__name__ for rule in self.rules if rule.compares]
+        if sum(rule.selects for rule in self.rules) > 1:
+            raise ValueError("a product may have one KeepTop, got several: multiply their ratios")
         if len(comparing) > 1:
             raise ValueError(
                 f"one rule of a product may compare with a reference, got {' and '.join(comparing)}"

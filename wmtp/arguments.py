@@ -15,7 +15,7 @@ from wmtp.numerics import PLAIN, Numerics, check_vocab_size
 from wmtp.once import warn_once
 from wmtp.reduction import Terms, may_be_negative, terms_of
 from wmtp.sharded import local_parts
-from wmtp.weightings import Decay, Excess, Given, Product, Uniform, Weighting
+from wmtp.weightings import Decay, Excess, Given, KeepTop, Product, Uniform, Weighting
 from wmtp.weightings.base import as_tensor, field_of, fields_of, with_field_values
 
 
@@ -282,6 +282,14 @@ def in_one_pass(call: Call, dtype: torch.dtype) -> bool:
         return False
     divided_by_weights = not may_be_negative(terms.reduction, terms.normalizer is not None)
     return call.sums_to_one or not divided_by_weights
+
+
+def selects_within(call: Call) -> bool:
+    """Whether the linear operator selects between the cross entropies and the gradients: it knows
+    how many pairs are kept, and these weigh 1."""
+    rule, terms = call.rule, call.terms
+    alone = isinstance(rule, KeepTop) and rule.group is None and terms.factor is None
+    return alone and terms.reduction != "token_mean"
 
 
 def loss_inputs(call: Call, dtype: torch.dtype) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from wmtp.arguments import (
     local_call,
     loss_inputs,
     row_settings_of,
+    selects_within,
 )
 from wmtp.backends import choose_backend
 from wmtp.metrics import MTPLoss, OfRows
@@ -186,7 +187,7 @@ def fused_linear_weighted_mtp_loss(
         **row_settings_of(call, chosen),
     )
     call = call.resolved()
-    one_pass = in_one_pass(call, dtype)
+    one_pass = in_one_pass(call, dtype) or selects_within(call)
     call = reference_resolved(call, chosen, one_pass=one_pass)
     if not one_pass:
         ce_inputs = _inputs(product, target_ids=call.targets.for_operators())

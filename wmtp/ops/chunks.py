@@ -28,6 +28,7 @@ from wmtp.labels import as_targets
 from wmtp.records import LinearInputs, LinearSettings, RowOutputs, RowSettings
 from wmtp.reference import raise_on_bad_target
 
+Weigh = Callable[[RowOutputs, slice], Tensor]
 MIB = 1 << 20
 # Parts of a 16-bit product on the CPU that are added up in float32 while they are in its caches.
 PART_BYTES = 2 * MIB
@@ -51,6 +52,11 @@ class Plan(NamedTuple):
     rows: Tensor  # [rows] int64, ascending: of the B S H
     targets: Tensor  # [rows] int64
     chunks: list[Chunk]
+
+    @property
+    def most(self) -> int:
+        """Rows of a chunk."""
+        return max((chunk.rows.stop - chunk.rows.start for chunk in self.chunks), default=0)
 
 
 class Wanted(NamedTuple):
@@ -152,8 +158,11 @@ def default_chunk_bytes(row_bytes: int) -> int:
     return min(2048 * row_bytes, 1024 * MIB)
 
 
-def make_plan(target_ids: Tensor, linear: Linear) -> Plan:
+def make_plan(target_ids: Tensor, linear: Linear, together: int = 1) -> Plan:
     """Which rows have a target is asked for on the host: one wait for the device a call.
+
+    Args:
+        together: so many consecutive tokens, from a multiple of their number on, are of one chunk.
 
     Raises:
         IndexError: a target outside [0, V).
@@ -169,15 +178,19 @@ def make_plan(target_ids: Tensor, linear: Linear) -> Plan:
     return Plan(
         rows=rows[0],
         targets=rows[1],
-        chunks=_cut(valid.sum(1), linear.chunk_tokens),
+        chunks=_cut(valid.sum(1), linear.chunk_tokens, together),
     )
 
 
-def _cut(rows_of_token: Tensor, chunk_tokens: int) -> list[Chunk]:
+def _cut(rows_of_token: Tensor, chunk_tokens: int, together: int) -> list[Chunk]:
     """Chunks of nearly the same number of tokens that have a row."""
     live = rows_of_token.nonzero()[:, 0]
     count = -(-len(live) // chunk_tokens)
     first = [int(live[i * len(live) // count]) for i in range(count)]
+    if together > 1 and count > 1:
+        groups = -(-len(rows_of_token) // together)
+        count = -(-groups // (chunk_tokens // together))
+        first = [i * groups // count * together for i in range(count)]
     cuts = [*first, len(rows_of_token)]
     rows_before = torch.cat((rows_of_token.new_zeros(1), rows_of_token.cumsum(0)))[cuts].tolist()
     return [
@@ -186,13 +199,73 @@ def _cut(rows_of_token: Tensor, chunk_tokens: int) -> list[Chunk]:
     ]
 
 
+class Part(NamedTuple):
+    """Some rows, whose logits are in the buffer."""
+
+    rows: Tensor  # [R] int64, of the B S H
+    targets: Tensor  # [R] int64
+    x: Tensor  # [R, D]
+    logits: Tensor  # [R, V]
+
+    def first(self, count: int) -> "Part":
+        return Part(*(values[:count] for values in self))
+
+
+class Loop:
+    """What the chunks share: the buffer, and what they leave.
+
+    Args:
+        row_scalar: [B, S, H], dloss/df, as far as it is known.
+        unscale: [], what the gradients are left to be multiplied with.
+    """
+
+    def __init__(
+        self, linear: Linear, most: int, row_scalar: Tensor, unscale: Tensor, wanted: Wanted
+    ) -> None:
+        self.linear, self.backend = linear, BACKENDS[linear.rows.backend]
+        self.weight = linear.weight.to(linear.dtype)
+        self.bias = None if linear.bias is None else linear.bias.to(linear.dtype)
+        self.out = new_row_outputs(row_scalar, linear.rows)
+        self.scalars, self.unscale = row_scalar.view(-1), unscale
+        self.sums = _Sums(linear, wanted)
+        self.most = most
+        self._buffer = self.backend.new_rows(most, self.weight)
+
+    def part(self, rows: Tensor, targets: Tensor) -> Part:
+        """Makes the logits of some rows, over those of the last."""
+        _, length, heads, _ = self.linear.hidden.shape
+        places = (rows // (length * heads), rows // heads % length, rows % heads)
+        x, logits = self.linear.hidden[places].to(self.linear.dtype), self._buffer[: len(rows)]
+        if self.bias is None:
+            torch.mm(x, self.weight.T, out=logits)
+        else:
+            torch.addmm(self.bias, x, self.weight.T, out=logits)
+        return Part(rows, targets, x, logits)
+
+    def measure(self, part: Part, written: Tensor | None = None) -> None:
+        """Notes what a part's rows leave; `written` [R] times df/dlogits takes the logits' place."""
+        found = self.backend.rows_ce_(part.logits, part.targets, written, self.linear.rows)
+        for whole, values in zip(self.out, found, strict=True):
+            if whole.numel():
+                whole.view(-1)[part.rows] = values
+
+    def written(self, part: Part) -> Tensor:
+        """[R]: dloss/df as the kernel multiplies with it."""
+        return self.scalars[part.rows] / self.unscale
+
+    def add(self, part: Part, written: Tensor, after: Tensor | None = None) -> None:
+        """The part's gradients; of what g lacks in `written`, `after` [R] is multiplied later."""
+        part.x.masked_fill_((written == 0)[:, None], 0.0)
+        self.sums.add(part.logits, part.x, self.weight, part.rows, after)
+
+
 @torch.no_grad()
 def run_chunks(
     linear: Linear,
     plan: Plan,
     row_scalar: Tensor,
     unscale: Tensor,
-    weigh: Callable[[RowOutputs, slice], Tensor] | None,
+    weigh: Weigh | None,
     wanted: Wanted,
 ) -> tuple[RowOutputs, Gradients]:
     """What the rows leave, [B, S, H] each, and the gradients wanted, which `finish_gradients`
@@ -204,37 +277,18 @@ def run_chunks(
         weigh: called with what the rows have left so far, and the tokens whose weights
             [tokens, H] it is to say.
     """
-    hidden, dtype, backend = linear.hidden, linear.dtype, BACKENDS[linear.rows.backend]
-    weight = linear.weight.to(dtype)
-    bias = None if linear.bias is None else linear.bias.to(dtype)
-    _, length, heads = row_scalar.shape
-    out = new_row_outputs(row_scalar, linear.rows)
-    scalars = row_scalar.view(-1)
-    sums = _Sums(linear, wanted)
-    most = max((chunk.rows.stop - chunk.rows.start for chunk in plan.chunks), default=0)
-    buffer = backend.new_rows(most, weight)
+    loop, heads = Loop(linear, plan.most, row_scalar, unscale, wanted), row_scalar.shape[2]
     for chunk in plan.chunks:
-        rows = plan.rows[chunk.rows]
-        targets = plan.targets[chunk.rows]
-        x = hidden[rows // (length * heads), rows // heads % length, rows % heads].to(dtype)
-        logits = buffer[: len(rows)]
-        if bias is None:
-            torch.mm(x, weight.T, out=logits)
-        else:
-            torch.addmm(bias, x, weight.T, out=logits)
+        part = loop.part(plan.rows[chunk.rows], plan.targets[chunk.rows])
         # g is scaled twice: by `written` when the kernel stores it, by `after` in the products.
-        written, after = scalars[rows] / unscale if any(wanted) else None, None
-        of_chunk = backend.rows_ce_(logits, targets, written, linear.rows)
-        for whole, part in zip(out, of_chunk, strict=True):
-            if whole.numel():
-                whole.view(-1)[rows] = part
+        written, after = loop.written(part) if any(wanted) else None, None
+        loop.measure(part, written)
         if weigh is not None:
-            weights = weigh(out, chunk.tokens)
-            after = weights.flatten()[rows - chunk.tokens.start * heads]
+            weights = weigh(loop.out, chunk.tokens)
+            after = weights.flatten()[part.rows - chunk.tokens.start * heads]
         if written is not None:
-            x.masked_fill_((written == 0)[:, None], 0.0)
-            sums.add(logits, x, weight, rows, after)
-    return out, sums.gradients()
+            loop.add(part, written, after)
+    return loop.out, loop.sums.gradients()
 
 
 def new_row_outputs(row_scalar: Tensor, settings: RowSettings) -> RowOutputs:

@@ -30,6 +30,7 @@ from wmtp.ops.chunks import (
 from wmtp.ops.derivatives import Upstream, constant_of, no_second_derivative, weights_gradient
 from wmtp.ops.library import define
 from wmtp.ops.loss import NO_GRAPH, next_token_ce
+from wmtp.ops.selection import run_selected
 from wmtp.records import (
     LinearInputs,
     LinearOutputs,
@@ -49,7 +50,7 @@ from wmtp.reduction import (
     to_row_scalar,
     to_token_scalar,
 )
-from wmtp.weightings import Uniform, Weighting
+from wmtp.weightings import KeepTop, Uniform, Weighting
 from wmtp.weightings.base import rule_of
 
 ARGUMENTS = (*names_of(LinearInputs), *names_of(LinearSettings))
@@ -93,6 +94,8 @@ def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
     targets = as_targets(inputs.target_ids, length, heads, settings.ignore_index)
     valid, dtype = targets.valid(), accumulation_dtype(inputs.hidden)
     rule = rule_of(settings.rule)
+    if inputs.numbers is not None:
+        rule = rule.with_numbers(inputs.numbers.unbind())
     terms = Terms(settings.reduction, inputs.normalizer, inputs.head_scale)
     if inputs.head_weights is not None and not settings.checked:
         negative = may_be_negative(terms.reduction, terms.normalizer is not None)
@@ -107,18 +110,35 @@ def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
     else:
         valid_mask = valid.any(-1)
         scalar = to_token_scalar(valid, dtype, terms)
+        if isinstance(rule, KeepTop):
+            scalar = to_row_scalar(valid.to(dtype), _of_kept(terms, rule.count(valid)))
         row_scalar = product(valid.to(dtype), scalar).contiguous()
         weigh = _Weigh(rule, inputs, settings, targets, row_scalar)
     unscale = find_unscale(row_scalar, linear)
-    plan = make_plan(inputs.target_ids, linear)
     now = Wanted(*settings.wanted) if settings.ahead else Wanted()
-    rows, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
+    if isinstance(rule, KeepTop):
+        assert weigh is not None
+        by_chunk = rule.within_chunks(linear.chunk_tokens)
+        plan = make_plan(inputs.target_ids, linear, rule.together if by_chunk else 1)
+        rows, sums = run_selected(linear, plan, row_scalar, unscale, weigh, now, by_chunk)
+    else:
+        plan = make_plan(inputs.target_ids, linear)
+        rows, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
     if weigh is not None and not weigh.sums_to_one:
         valid_mask = counted_tokens(weigh.sums.view_as(valid_mask))
     averaged = rows.row_loss if settings.numerics.adds_terms else rows.ce
     loss, lse = product(row_scalar, averaged).sum(), rows.row_max + rows.log_sum
     of_rows = (rows.ce, rows.row_loss, rows.entropy, rows.correct, lse)
     return tuple(LinearOutputs(loss, valid_mask, *of_rows, row_scalar, unscale, *sums))
+
+
+def _of_kept(terms: Terms, kept: Tensor) -> Terms:
+    """What divides, where pairs weigh 1 or nothing, and so many are kept."""
+    if terms.reduction != "weight_mean" or terms.normalizer is not None:
+        kept_or_given = terms.normalizer
+    else:
+        kept_or_given = kept
+    return terms._replace(reduction="sum", normalizer=kept_or_given)
 
 
 class _Weigh:
@@ -134,8 +154,7 @@ class _Weigh:
         row_scalar: Tensor,
     ) -> None:
         heads, factor = targets.heads, inputs.head_weights
-        numbers = () if inputs.numbers is None else inputs.numbers.unbind()
-        self.rule = rule.with_numbers(numbers)
+        self.rule = rule
         self.sums_to_one = rule.sums_to_one and factor is None
         self.factor = None if factor is None else factor.view(-1, heads)
         self.valid = targets.valid().reshape(-1, heads)
@@ -168,7 +187,9 @@ class _Weigh:
 def _linear_gradient(*values: Any) -> tuple[Tensor, ...]:
     inputs, settings, row_scalar = unflat(values, LinearInputs, LinearSettings)
     linear, row_scalar = Linear.of(inputs, settings), row_scalar.contiguous()
-    plan = make_plan(inputs.target_ids, linear)
+    _, length, heads, _ = inputs.hidden.shape
+    targets = as_targets(inputs.target_ids, length, heads, settings.ignore_index)
+    plan = make_plan(targets.where(row_scalar != 0).ids, linear)
     unscale = find_unscale(row_scalar, linear)
     _, sums = run_chunks(linear, plan, row_scalar, unscale, None, Wanted(*settings.wanted))
     return finish_gradients(linear, sums, _factor(linear.dtype, unscale, None))

@@ -114,6 +114,15 @@ class KeepTop(Weighting):
         """[] float64: how many of the pairs [B, S, H] are kept."""
         return self._counts(self._groups(valid.flatten(0, -2))).sum(dtype=torch.float64)
 
+    @property
+    def together(self) -> int:
+        """So many consecutive positions must be ranked at once."""
+        return self.chunk_tokens if self.scope == "chunk" else 1
+
+    def within_chunks(self, positions: int) -> bool:
+        """Whether no pairs compete that are of different runs of so many positions."""
+        return self.scope in ("token", "chunk") and self.together <= positions
+
     def _counts(self, asked: Tensor) -> Tensor:
         """[groups] int64, of [groups, pairs] bool."""
         n = asked.sum(-1)

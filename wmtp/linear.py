@@ -189,13 +189,20 @@ def fused_linear_weighted_mtp_loss(
     call = call.resolved()
     one_pass = in_one_pass(call, dtype) or selects_within(call)
     call = reference_resolved(call, chosen, one_pass=one_pass)
+    measured, kept = None, call
     if not one_pass:
         ce_inputs = _inputs(product, target_ids=call.targets.for_operators())
-        with torch.no_grad():
-            of_ce = replace(settings, numerics=call.numerics.of_ce, metrics=call.measured)
-            out = linear_loss(ce_inputs, of_ce)
-        pairs = reference.Pairs(out.ce, call.targets.valid(), out.entropy)
-        call = call.formed(reference.formed(call.rule, pairs, call))
+        of_ce = replace(settings, numerics=call.numerics.of_ce, metrics=call.measured)
+        if call.selects:  # whose rows that are left out have no other cross entropies
+            of_ce = replace(of_ce, wanted=_wanted(*product))
+        with torch.set_grad_enabled(call.selects and torch.is_grad_enabled()):
+            rows = linear_loss(ce_inputs, of_ce)
+        pairs = reference.Pairs(rows.ce, call.targets.valid(), rows.entropy)
+        given = reference.formed(call.rule, pairs, call)
+        measured = rows if call.selects else None
+        call = kept = call.formed(given)
+        if measured is not None:
+            kept = call._replace(targets=call.targets.where(given.head_weights != 0))
     settings = replace(
         settings,
         rule=call.rule.key(),
@@ -205,11 +212,12 @@ def fused_linear_weighted_mtp_loss(
         ahead=gradients_ahead(),
         metrics=call.measured,
     )
-    out = linear_loss(_inputs(product, **loss_inputs(call, acc)), settings)
-    loss = MTPLoss(out.loss, out.valid_mask, out.ce)
+    out = linear_loss(_inputs(product, **loss_inputs(kept, acc)), settings)
+    rows = measured or out
+    loss = MTPLoss(out.loss, out.valid_mask, rows.ce)
     if not metrics:
         return loss
-    return reference.with_metrics(loss, OfRows(out.lse, out.entropy, out.correct), call)
+    return reference.with_metrics(loss, OfRows(rows.lse, rows.entropy, rows.correct), call)
 
 
 def linear_next_token_cross_entropy(

@@ -243,7 +243,8 @@ class Loop:
         return Part(rows, targets, x, logits)
 
     def measure(self, part: Part, written: Tensor | None = None) -> None:
-        """Notes what a part's rows leave; `written` [R] times df/dlogits takes the logits' place."""
+        """Notes what a part's rows leave; where `written` [R] is given, that times df/dlogits takes
+        the logits' place."""
         found = self.backend.rows_ce_(part.logits, part.targets, written, self.linear.rows)
         for whole, values in zip(self.out, found, strict=True):
             if whole.numel():

@@ -8,7 +8,8 @@ from support.linear_cases import SOME, gradients, make_case
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.labels import has_target, shift_to_heads
-from wmtp.ops.chunks import MIB, Linear, default_chunk_bytes, make_plan
+from wmtp.ops.chunks import MIB, Linear, default_chunk_bytes
+from wmtp.ops.plan import make_plan
 from wmtp.records import LinearInputs, LinearSettings
 
 IDS = torch.tensor([[10, 11, 12, -1, 14], [20, -1, -1, 23, 24]])
@@ -34,8 +35,12 @@ def linear_of(tokens, heads=2, vocabulary=30, dim=4):
     return linear
 
 
+def plan_of(target_ids, linear):
+    return make_plan(target_ids, linear.asked(), torch.device("cpu"))
+
+
 def test_rows_and_their_targets():
-    plan = make_plan(IDS[:, 1:], linear_of(10))
+    plan = plan_of(IDS[:, 1:], linear_of(10))
     # token: 0      1   2        3  |  5  6        7        8
     # head:  0,1    0   1        0  |  -  1        0,1      0
     assert plan.rows.tolist() == [0, 1, 2, 5, 6, 13, 14, 15, 16]
@@ -46,7 +51,7 @@ def test_rows_and_their_targets():
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7, 8, 99])
 def test_chunks_are_whole_tokens_and_nearly_equal(tokens):
     linear = linear_of(tokens)
-    plan = make_plan(IDS[:, 1:], linear)
+    plan = plan_of(IDS[:, 1:], linear)
     live = has_target(IDS, 2, -1).any(-1).flatten()
     assert linear.chunk_tokens == tokens
     counts = [int(live[chunk.tokens].sum()) for chunk in plan.chunks]
@@ -69,14 +74,14 @@ def test_targets_are_those_of_the_shift():
     ids = torch.arange(24).view(2, 12)
     linear = linear_of(3, heads=4)
     linear = linear._replace(hidden=torch.randn(2, 12, 4, 4))
-    plan = make_plan(ids[:, 1:], linear)
+    plan = plan_of(ids[:, 1:], linear)
     shifted = shift_to_heads(ids, 4, -100).flatten()
     assert torch.equal(plan.targets, shifted[plan.rows])
     assert (shifted != -100).sum() == len(plan.rows)
 
 
 def test_nothing_to_do():
-    plan = make_plan(torch.full((2, 5), -1), linear_of(3))
+    plan = plan_of(torch.full((2, 5), -1), linear_of(3))
     assert plan.chunks == []
     assert len(plan.rows) == 0
 
@@ -93,7 +98,7 @@ def test_one_chunk_where_that_takes_no_more_than_the_sum_of_several():
     most = 2048 + vocabulary * dim * 2 // row_bytes  # rows
     for rows, chunks in ((most, 1), (most + heads, 2)):
         hidden = torch.empty(1, rows // heads, heads, dim, dtype=torch.bfloat16)
-        weight = torch.empty(vocabulary, dim, dtype=torch.bfloat16)
+        weight = torch.empty(1, vocabulary, dim, dtype=torch.bfloat16)
         linear = linear_of(1)._replace(
             **{"hidden": hidden, "weight": weight, "dtype": torch.bfloat16, "chunk_bytes": None},
             positions=rows // heads,

@@ -18,7 +18,7 @@ LAYERS = [
     {"numerics"},
     {"records", "checks", "label_checks"},
     {"weightings"},
-    {"arguments"},
+    {"arguments", "unembedding"},
     {"reference", "kernels"},
     {"backends"},
     {"ops"},

@@ -121,6 +121,23 @@ def check_lm_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_same_device("hidden", hidden, lm_head_weight=weight, lm_head_bias=bias)
 
 
+def check_lm_heads(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Each head's own: lm_head_weight [H, V, D], and the bias [H, V] that goes with it."""
+    *_, heads, dim = hidden.shape
+    vocab_size = weight.shape[1]
+    remedy = "one matrix for each head, or [V, D] for all"
+    shape = (heads, vocab_size, dim)
+    check_float_tensor("lm_head_weight", weight, "[H, V, D]", shape, remedy)
+    if vocab_size == 0:
+        raise ValueError(
+            "lm_head_weight must have at least one vocabulary entry, got [H, 0, D]: pass [H, V, D]"
+        )
+    if bias is not None:
+        remedy = "one number for each row of each head's lm_head_weight"
+        check_float_tensor("lm_head_bias", bias, "[H, V]", (heads, vocab_size), remedy)
+    check_same_device("hidden", hidden, lm_head_weight=weight, lm_head_bias=bias)
+
+
 def check_one_dtype(found: Sequence[torch.dtype]) -> None:
     if len(set(found)) > 1:
         names = " and ".join(sorted({str(dtype).removeprefix("torch.") for dtype in found}))

@@ -26,22 +26,30 @@ from wmtp.ops.linear import linear_loss
 from wmtp.ops.loss import gradients_ahead, reference_resolved
 from wmtp.records import LinearInputs, LinearSettings
 from wmtp.reduction import accumulation_dtype
-from wmtp.sharded import gathered
 from wmtp.transforms import refuse_transforms
+from wmtp.unembedding import (
+    GradHeads,
+    Unembedding,
+    grad_heads_of,
+    logits_of,
+    unembedding_of,
+)
 from wmtp.weightings import Uniform, Weighting
 from wmtp.weightings.base import fields_of
 
 
 def fused_linear_weighted_mtp_loss(
     hidden: Tensor | Sequence[Tensor],
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | Sequence[Tensor],
     target_ids: Tensor | Sequence[Tensor],
     head_weights: Tensor | None = None,
     *,
     weighting: Weighting | None = None,
     ref_ce: Tensor | None = None,
     ref_logits: Tensor | None = None,
-    lm_head_bias: Tensor | None = None,
+    lm_head_bias: Tensor | Sequence[Tensor] | None = None,
+    hidden_grad_heads: Sequence[int] | None = None,
+    weight_grad_heads: Sequence[int] | None = None,
     temperature: Tensor | float = 0.7,
     excess: str = "abs",
     head_prior: Tensor | None = None,
@@ -86,7 +94,8 @@ def fused_linear_weighted_mtp_loss(
         hidden: [B, S, H, D] float32, bfloat16 or float16 (float64 on the CPU), any strides; or a
             list of H tensors [B, S, D], which are stacked, a copy. DTensors as the logits of
             `fused_weighted_mtp_loss`.
-        lm_head_weight: [V, D] of the same dtype, or anything floating under autocast, whose dtype
+        lm_head_weight: [V, D], or each head's own, [H, V, D] or a list of H [V, D], which is
+            stacked, a copy; of the same dtype, or anything floating under autocast, whose dtype
             the products then have. May be the embedding's (tied), or a DTensor, FSDP's for one: it
             is gathered once a call, and its gradient averaged over the processes.
         target_ids, head_weights, weighting, ref_ce, ref_logits, temperature, excess, head_prior,
@@ -95,7 +104,11 @@ def fused_linear_weighted_mtp_loss(
             as in `fused_weighted_mtp_loss`.
         vocab_size: how many rows of lm_head_weight are tokens; None: all. The products of the
             others are not computed.
-        lm_head_bias: [V], likewise.
+        lm_head_bias: [V], or [H, V] or a list of H [V], as lm_head_weight is.
+        hidden_grad_heads: whose rows' hidden states have a gradient; that of the others is exactly
+            0, and not computed. None: all heads'.
+        weight_grad_heads: whose rows are in the gradient of lm_head_weight and lm_head_bias, as
+            [0] for heads that train no shared unembedding. None: all heads'.
         chunk_bytes: what a chunk may take, > 0: its logits and its part of the operands. At least
             one token is computed at a time. A weight that autocast converts is copied besides, once
             a call. Default: 2048 rows' worth, but at most 1 GiB; or all rows, where these take no
@@ -110,7 +123,8 @@ def fused_linear_weighted_mtp_loss(
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fused_weighted_mtp_loss`; also lm_head_weight of
-            other sizes than [V, D], two dtypes outside autocast, chunk_bytes < 1.
+            other sizes than [V, D] or [H, V, D], two dtypes outside autocast, chunk_bytes < 1,
+            heads to differentiate that are none.
         IndexError: a target outside [0, V); by backend="eager" on a GPU the loss is NaN instead.
 
     Example: weights of zero predict uniformly over five tokens, which costs log 5 nats.
@@ -148,7 +162,10 @@ def fused_linear_weighted_mtp_loss(
     if isinstance(hidden, Sequence) and not isinstance(hidden, str):
         checks.check_heads("hidden", hidden, "[B, S, D]")
         hidden = torch.stack(tuple(hidden), 2)
-    dtype = _check_product(hidden, "[B, S, H, D]", lm_head_weight, lm_head_bias, chunk_bytes)
+    checks.check_logits("hidden", hidden, "[B, S, H, D]")
+    unembedding = unembedding_of(hidden, lm_head_weight, lm_head_bias)
+    grad_heads = grad_heads_of(hidden_grad_heads, weight_grad_heads, hidden.shape[2])
+    dtype = _dtype_of_product(hidden, unembedding, chunk_bytes)
     acc = accumulation_dtype(hidden)
     call = checked_call(
         "hidden",
@@ -163,31 +180,34 @@ def fused_linear_weighted_mtp_loss(
         numerics=numerics_of(logit_scale, softcap, sigmoid_cap, z_loss, label_smoothing),
         vocab_size=vocab_size,
         metrics=metrics,
-        columns=len(lm_head_weight),
+        columns=unembedding.columns,
         **others,
     )
-    checks.check_accum_dtype(grad_accum_dtype, lm_head_weight.dtype)
+    checks.check_accum_dtype(grad_accum_dtype, unembedding.weight.dtype)
     chosen = choose_backend(backend, hidden.device.type, dtype)
-    weight = gathered(lm_head_weight)
-    bias = None if lm_head_bias is None else gathered(lm_head_bias)
+    unembedding = unembedding.whole()
     if chosen == "eager":
         # Where there is no target, not even NaN may reach the weight's gradient.
         valid = call.targets.valid()
-        logits = F.linear(hidden.masked_fill(~valid[..., None], 0.0), weight, bias)
-        return reference.loss_of_logits(logits, call)
-    refuse_transforms(hidden, weight, bias, *fields_of(rule).values())
-    product = (hidden, weight, bias)
+        x = hidden.masked_fill(~valid[..., None], 0.0)
+        return reference.loss_of_logits(logits_of(x, unembedding, grad_heads), call)
+    refuse_transforms(hidden, *unembedding, *fields_of(rule).values())
+    product = (hidden, *unembedding)
     settings = LinearSettings(
         rule=Uniform().key(),
         reduction="sum",
         dtype=dtype,
-        accum_dtype=grad_accum_dtype or _widest(weight),
+        accum_dtype=grad_accum_dtype or _widest(unembedding.weight),
         chunk_bytes=chunk_bytes,
         wanted=[False] * 3,
+        hidden_grad_heads=grad_heads.hidden,
+        weight_grad_heads=grad_heads.weight,
         **row_settings_of(call, chosen),
     )
     call = call.resolved()
-    one_pass = in_one_pass(call, dtype) or selects_within(call)
+    one_pass = in_one_pass(call, dtype)
+    if unembedding.weight.dim() == 2 and grad_heads == GradHeads():
+        one_pass = one_pass or selects_within(call)
     call = reference_resolved(call, chosen, one_pass=one_pass)
     measured, kept = None, call
     if not one_pass:
@@ -272,18 +292,19 @@ def linear_next_token_cross_entropy(
         target_mask=target_mask,
         position_mask=position_mask,
     )
-    dtype = _check_product(hidden, "[B, S, D]", lm_head_weight, lm_head_bias, chunk_bytes)
+    checks.check_logits("hidden", hidden, "[B, S, D]")
+    unembedding = unembedding_of(hidden, lm_head_weight, lm_head_bias)
+    dtype = _dtype_of_product(hidden, unembedding, chunk_bytes)
     others |= {"shifted": shifted, "ignore_index": ignore_index}
     targets = label_checks.targets_of("hidden", hidden, 1, **others)
     label_checks.check_next_tokens(targets)
     numerics = numerics_of(logit_scale, softcap, sigmoid_cap)
-    check_columns("hidden", hidden, vocab_size, len(lm_head_weight))
+    check_columns("hidden", hidden, vocab_size, unembedding.columns)
     chosen = choose_backend(backend, hidden.device.type, dtype)
     with torch.no_grad():
-        weight = gathered(lm_head_weight)
-        bias = None if lm_head_bias is None else gathered(lm_head_bias)
+        unembedding = unembedding.whole()
         if chosen == "eager":
-            logits = F.linear(hidden, weight, bias)[:, :, None]
+            logits = F.linear(hidden, *unembedding)[:, :, None]
             ce = reference.cross_entropies(logits, targets, numerics, vocab_size)
             return ce[:, : targets.about(), 0]
         settings = LinearSettings(
@@ -292,13 +313,13 @@ def linear_next_token_cross_entropy(
             ignore_index=targets.ignore_index,
             backend=chosen,
             dtype=dtype,
-            accum_dtype=_widest(weight),
+            accum_dtype=_widest(unembedding.weight),
             chunk_bytes=chunk_bytes,
             wanted=[False] * 3,
             numerics=numerics,
             vocab_size=vocab_size,
         )
-        product = (hidden[:, :, None], weight, bias)
+        product = (hidden[:, :, None], *unembedding)
         inputs = _inputs(product, target_ids=targets.for_operators())
         return linear_loss(inputs, settings).ce[:, : targets.about(), 0]
 
@@ -308,19 +329,12 @@ def _inputs(product: tuple[Tensor, Tensor, Tensor | None], **of_loss: Any) -> Li
     return LinearInputs(hidden=hidden, weight=weight, bias=bias, **of_loss)
 
 
-def _check_product(
-    hidden: Tensor,
-    axes: str,
-    lm_head_weight: Tensor,
-    lm_head_bias: Tensor | None,
-    chunk_bytes: int | None,
+def _dtype_of_product(
+    hidden: Tensor, unembedding: Unembedding, chunk_bytes: int | None
 ) -> torch.dtype:
-    """The dtype that hidden @ lm_head_weight.T has."""
-    checks.check_logits("hidden", hidden, axes)
-    checks.check_lm_head(hidden, lm_head_weight, lm_head_bias)
+    """The dtype that the logits have."""
     checks.check_chunk_bytes(chunk_bytes)
-    given = [hidden.dtype, lm_head_weight.dtype]
-    given += [] if lm_head_bias is None else [lm_head_bias.dtype]
+    given = [tensor.dtype for tensor in (hidden, *unembedding) if tensor is not None]
     if _autocast(hidden.device.type) and torch.float64 not in given:
         return torch.get_autocast_dtype(hidden.device.type)
     checks.check_one_dtype(given)

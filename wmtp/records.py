@@ -145,8 +145,8 @@ class LinearInputs(LossInputs):
     """The tensors of the loss on hidden states."""
 
     hidden: Tensor  # [B, S, H, D], any strides
-    weight: Tensor  # [V, D]
-    bias: Tensor | None = None  # [V]
+    weight: Tensor  # [V, D], or each head's own, [H, V, D]
+    bias: Tensor | None = None  # [V] or [H, V], likewise
 
 
 @dataclass(slots=True, kw_only=True)
@@ -157,6 +157,8 @@ class LinearSettings(LossSettings):
     accum_dtype: torch.dtype  # of the weight's and bias's gradient while they are summed up
     chunk_bytes: int | None = None
     wanted: list[bool]  # the gradients of hidden, weight, bias
+    hidden_grad_heads: list[int] | None = None  # whose rows have that of hidden; None: all
+    weight_grad_heads: list[int] | None = None  # whose rows are in that of weight and bias
     ahead: bool = False  # they are made with the loss
 
 
@@ -173,8 +175,8 @@ class LinearOutputs(NamedTuple):
     row_scalar: Tensor  # [B, S, H] acc     dloss / df
     unscale: Tensor  # [] acc               left to multiply the sums with: 1 but for float16
     hidden_sum: Tensor  # [B, S, H, D]      see `chunks.Gradients`; [0] where not wanted
-    weight_sum: Tensor  # [V, D]
-    bias_sum: Tensor  # [V]
+    weight_sum: Tensor  # [V, D] or [H, V, D]
+    bias_sum: Tensor  # [V] or [H, V]
 
 
 _SCHEMA = {
@@ -186,6 +188,7 @@ _SCHEMA = {
     int | None: "SymInt?",
     bool: "bool",
     list[bool]: "bool[]",
+    list[int] | None: "int[]?",
     torch.dtype: "ScalarType",
     Numerics: "float[]",
 }

@@ -15,8 +15,7 @@ neither a second product nor a second pass over the logits. B batch, S sequence,
 V vocabulary.
 """
 
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,9 +23,8 @@ from torch import Tensor
 
 from wmtp.backends import BACKENDS, multiply
 from wmtp.exact_zero import product
-from wmtp.labels import as_targets
+from wmtp.ops.plan import Asked, Kind, Plan, Segment, runs_of
 from wmtp.records import LinearInputs, LinearSettings, RowOutputs, RowSettings
-from wmtp.reference import raise_on_bad_target
 
 Weigh = Callable[[RowOutputs, slice], Tensor]
 MIB = 1 << 20
@@ -37,26 +35,6 @@ PART_BYTES = 2 * MIB
 # second. That is g @ weight; sums over rows are made in float32, unless the caller wants it so.
 FP16_LARGEST_G = 16.0
 FP16_LARGEST_PRODUCT = 2.0**15
-
-
-class Chunk(NamedTuple):
-    """Which of the B S tokens, and which of the rows with a target."""
-
-    tokens: slice
-    rows: slice
-
-
-class Plan(NamedTuple):
-    """Which rows are computed, and when."""
-
-    rows: Tensor  # [rows] int64, ascending: of the B S H
-    targets: Tensor  # [rows] int64
-    chunks: list[Chunk]
-
-    @property
-    def most(self) -> int:
-        """Rows of a chunk."""
-        return max((chunk.rows.stop - chunk.rows.start for chunk in self.chunks), default=0)
 
 
 class Wanted(NamedTuple):
@@ -71,17 +49,18 @@ class Gradients(NamedTuple):
     """What the chunks leave, but for one factor; [0] where not wanted."""
 
     hidden: Tensor  # [B, S, H, D], of hidden's dtype; 0 without a target
-    weight: Tensor  # [V, D], of the sum's dtype
-    bias: Tensor  # [V], of the sum's dtype
+    weight: Tensor  # [V, D] or [H, V, D], of the sum's dtype
+    bias: Tensor  # [V] or [H, V], of the sum's dtype
 
 
 class Linear(NamedTuple):
     """The product, and how it is computed."""
 
     hidden: Tensor  # [B, S, H, D], any strides
-    weight: Tensor  # [V, D]: the rows that are tokens
-    bias: Tensor | None  # [V]
-    padded: int  # V, with the rows that are none: the gradients have them
+    weight: Tensor  # [G, V, D], one matrix or a head's own: the rows that are tokens
+    bias: Tensor | None  # [G, V]
+    whole: torch.Size  # of the weight as it was given: the gradients have rows that are no tokens
+    kinds: list[Kind]  # of the heads
     dtype: torch.dtype  # of x, logits and g
     accum_dtype: torch.dtype  # of grad_weight and grad_bias while they are summed up
     chunk_bytes: int | None
@@ -91,12 +70,24 @@ class Linear(NamedTuple):
 
     @classmethod
     def of(cls, inputs: LinearInputs, settings: LinearSettings) -> "Linear":
-        tokens = slice(settings.vocab_size)
+        weight, bias = inputs.weight, inputs.bias
+        own = weight.dim() == 3
+        if not own:
+            weight, bias = weight[None], None if bias is None else bias[None]
+        of_hidden, of_weight = settings.hidden_grad_heads, settings.weight_grad_heads
         return cls(
             hidden=inputs.hidden,
-            weight=inputs.weight[tokens],
-            bias=None if inputs.bias is None else inputs.bias[tokens],
-            padded=len(inputs.weight),
+            weight=weight[:, : settings.vocab_size],
+            bias=None if bias is None else bias[:, : settings.vocab_size],
+            whole=inputs.weight.shape,
+            kinds=[
+                Kind(
+                    k if own else 0,
+                    of_hidden is None or k in of_hidden,
+                    of_weight is None or k in of_weight,
+                )
+                for k in range(inputs.hidden.shape[2])
+            ],
             dtype=settings.dtype,
             accum_dtype=settings.accum_dtype,
             chunk_bytes=settings.chunk_bytes,
@@ -113,7 +104,7 @@ class Linear(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Of a row's logits, its x and its g @ weight, and of c times one of them in float32."""
-        vocab_size, dim = self.weight.shape
+        _, vocab_size, dim = self.weight.shape
         return vocab_size * self.dtype.itemsize + dim * (2 * self.dtype.itemsize + 4)
 
     @property
@@ -147,6 +138,17 @@ class Linear(NamedTuple):
         dtype = self.weight.dtype if whole else self.accum_dtype
         return dtype if dtype in (self.dtype, torch.float32) else torch.float32
 
+    def asked(self, together: int = 1) -> Asked:
+        """What a plan follows from."""
+        return Asked(
+            self.hidden.shape[1],
+            self.kinds,
+            self.weight.shape[1],
+            self.rows.ignore_index,
+            self.chunk_tokens,
+            together,
+        )
+
 
 def default_chunk_bytes(row_bytes: int) -> int:
     """2048 rows, but no more than 1 GiB.
@@ -158,47 +160,6 @@ def default_chunk_bytes(row_bytes: int) -> int:
     return min(2048 * row_bytes, 1024 * MIB)
 
 
-def make_plan(target_ids: Tensor, linear: Linear, together: int = 1) -> Plan:
-    """Which rows have a target is asked for on the host: one wait for the device a call.
-
-    Args:
-        together: so many consecutive tokens, from a multiple of their number on, are of one chunk.
-
-    Raises:
-        IndexError: a target outside [0, V).
-    """
-    (_, length, heads, _), vocab_size = linear.hidden.shape, linear.weight.shape[0]
-    ignore_index = linear.rows.ignore_index
-    targets = as_targets(target_ids.cpu(), length, heads, ignore_index).of_heads()
-    valid = targets != ignore_index
-    raise_on_bad_target(targets, valid, vocab_size, ignore_index)
-    targets, valid = targets.flatten(0, 1), valid.flatten(0, 1)
-    device = linear.hidden.device
-    rows = torch.stack((valid.flatten().nonzero()[:, 0], targets[valid])).to(device)  # one wait
-    return Plan(
-        rows=rows[0],
-        targets=rows[1],
-        chunks=_cut(valid.sum(1), linear.chunk_tokens, together),
-    )
-
-
-def _cut(rows_of_token: Tensor, chunk_tokens: int, together: int) -> list[Chunk]:
-    """Chunks of nearly the same number of tokens that have a row."""
-    live = rows_of_token.nonzero()[:, 0]
-    count = -(-len(live) // chunk_tokens)
-    first = [int(live[i * len(live) // count]) for i in range(count)]
-    if together > 1 and count > 1:
-        groups = -(-len(rows_of_token) // together)
-        count = -(-groups // (chunk_tokens // together))
-        first = [i * groups // count * together for i in range(count)]
-    cuts = [*first, len(rows_of_token)]
-    rows_before = torch.cat((rows_of_token.new_zeros(1), rows_of_token.cumsum(0)))[cuts].tolist()
-    return [
-        Chunk(slice(*tokens), slice(*rows))
-        for tokens, rows in zip(pairwise(cuts), pairwise(rows_before), strict=True)
-    ]
-
-
 class Part(NamedTuple):
     """Some rows, whose logits are in the buffer."""
 
@@ -206,9 +167,7 @@ class Part(NamedTuple):
     targets: Tensor  # [R] int64
     x: Tensor  # [R, D]
     logits: Tensor  # [R, V]
-
-    def first(self, count: int) -> "Part":
-        return Part(*(values[:count] for values in self))
+    segments: Sequence[Segment]
 
 
 class Loop:
@@ -229,26 +188,34 @@ class Loop:
         self.scalars, self.unscale = row_scalar.view(-1), unscale
         self.sums = _Sums(linear, wanted)
         self.most = most
-        self._buffer = self.backend.new_rows(most, self.weight)
+        self._buffer = self.backend.new_rows(most, self.weight[0])
 
-    def part(self, rows: Tensor, targets: Tensor) -> Part:
+    def part(self, rows: Tensor, targets: Tensor, segments: Sequence[Segment]) -> Part:
         """Makes the logits of some rows, over those of the last."""
         _, length, heads, _ = self.linear.hidden.shape
         places = (rows // (length * heads), rows // heads % length, rows % heads)
         x, logits = self.linear.hidden[places].to(self.linear.dtype), self._buffer[: len(rows)]
-        if self.bias is None:
-            torch.mm(x, self.weight.T, out=logits)
-        else:
-            torch.addmm(self.bias, x, self.weight.T, out=logits)
-        return Part(rows, targets, x, logits)
+        for place, matrix in runs_of(segments, lambda kind: True):
+            weight = self.weight[matrix].T
+            if self.bias is None:
+                torch.mm(x[place], weight, out=logits[place])
+            else:
+                torch.addmm(self.bias[matrix], x[place], weight, out=logits[place])
+        return Part(rows, targets, x, logits, segments)
 
     def measure(self, part: Part, written: Tensor | None = None) -> None:
         """Notes what a part's rows leave; where `written` [R] is given, that times df/dlogits takes
-        the logits' place."""
-        found = self.backend.rows_ce_(part.logits, part.targets, written, self.linear.rows)
-        for whole, values in zip(self.out, found, strict=True):
-            if whole.numel():
-                whole.view(-1)[part.rows] = values
+        the place of the logits of which a gradient is wanted."""
+        trained = 0 if written is None else _trained(part.segments)
+        for place in (slice(0, trained), slice(trained, len(part.rows))):
+            if place.start == place.stop:
+                continue
+            factor = None if place.start == trained or written is None else written[place]
+            logits, targets = part.logits[place], part.targets[place]
+            found = self.backend.rows_ce_(logits, targets, factor, self.linear.rows)
+            for whole, values in zip(self.out, found, strict=True):
+                if whole.numel():
+                    whole.view(-1)[part.rows[place]] = values
 
     def written(self, part: Part) -> Tensor:
         """[R]: dloss/df as the kernel multiplies with it."""
@@ -257,7 +224,12 @@ class Loop:
     def add(self, part: Part, written: Tensor, after: Tensor | None = None) -> None:
         """The part's gradients; of what g lacks in `written`, `after` [R] is multiplied later."""
         part.x.masked_fill_((written == 0)[:, None], 0.0)
-        self.sums.add(part.logits, part.x, self.weight, part.rows, after)
+        self.sums.add(part, self.weight, after)
+
+
+def _trained(segments: Sequence[Segment]) -> int:
+    """How many rows have a gradient; they are the first."""
+    return max((rows.stop for rows, kind in segments if kind.hidden or kind.weight), default=0)
 
 
 @torch.no_grad()
@@ -280,7 +252,7 @@ def run_chunks(
     """
     loop, heads = Loop(linear, plan.most, row_scalar, unscale, wanted), row_scalar.shape[2]
     for chunk in plan.chunks:
-        part = loop.part(plan.rows[chunk.rows], plan.targets[chunk.rows])
+        part = loop.part(plan.rows[chunk.rows], plan.targets[chunk.rows], chunk.segments)
         # g is scaled twice: by `written` when the kernel stores it, by `after` in the products.
         written, after = loop.written(part) if any(wanted) else None, None
         loop.measure(part, written)
@@ -313,56 +285,68 @@ class _Sums:
     """The gradients, chunk by chunk; g [R, V] is what the kernel has left."""
 
     def __init__(self, linear: Linear, wanted: Wanted) -> None:
-        self.wanted = wanted
-        self.empty = True
+        self.wanted, self.whole = wanted, linear.whole
         hidden, weight, dtype = linear.hidden, linear.weight, linear.sum_dtype
+        count, self.tokens, dim = weight.shape
+        self.begun = [False] * count  # the matrices that something was added to
         self.hidden = hidden.new_zeros(hidden.shape if wanted.hidden else 0)
-        padded = (linear.padded, weight.shape[1])
-        self.weight = weight.new_empty(padded if wanted.weight else 0, dtype=dtype)
-        self.bias = weight.new_empty(linear.padded if wanted.bias else 0, dtype=dtype)
-        self.tokens = len(weight)
-        self.weight[self.tokens :], self.bias[self.tokens :] = 0, 0
+        padded = linear.whole[-2]
+        of_weight, of_bias = count * wanted.weight, count * wanted.bias
+        self.weight = weight.new_empty((of_weight, padded, dim), dtype=dtype)
+        self.bias = weight.new_empty((of_bias, padded), dtype=dtype)
+        self.weight[:, self.tokens :], self.bias[:, self.tokens :] = 0, 0
 
-    def add(self, g: Tensor, x: Tensor, weight: Tensor, rows: Tensor, c: Tensor | None) -> None:
+    def add(self, part: Part, weight: Tensor, c: Tensor | None) -> None:
         """c [R]: the factor that each row of g still lacks; None: no factor."""
+        g, x = part.logits, part.x
         if self.wanted.hidden:
-            gradient = torch.mm(g, weight)
+            for place, matrix in runs_of(part.segments, lambda kind: kind.hidden):
+                gradient = torch.mm(g[place], weight[matrix])
+                if c is not None:
+                    gradient.mul_(c[place, None])
+                gradient = gradient.to(self.hidden.dtype)
+                self.hidden.view(-1, x.shape[1]).index_copy_(0, part.rows[place], gradient)
+        if not (self.wanted.weight or self.wanted.bias):
+            return
+        for place, matrix in runs_of(part.segments, lambda kind: kind.weight):
+            ones = torch.ones_like(x[place, :1])
             if c is not None:
-                gradient.mul_(c[:, None])
-            gradient = gradient.to(self.hidden.dtype)
-            self.hidden.view(-1, x.shape[1]).index_copy_(0, rows, gradient)
-        if self.wanted.weight:
-            self._add(self.weight[: self.tokens], g, x if c is None else x.mul_(c[:, None]))
-        if self.wanted.bias:
-            ones = torch.ones_like(x[:, :1])
-            self._add(
-                self.bias[: self.tokens, None], g, ones if c is None else c[:, None].to(x.dtype)
-            )
-        self.empty = False
+                x[place].mul_(c[place, None])
+                ones = c[place, None].to(x.dtype)
+            begun = self.begun[matrix]
+            if self.wanted.weight:
+                self._add(self.weight[matrix, : self.tokens], g[place], x[place], begun)
+            if self.wanted.bias:
+                self._add(self.bias[matrix, : self.tokens, None], g[place], ones, begun)
+            self.begun[matrix] = True
 
-    def _add(self, total: Tensor, g: Tensor, x: Tensor) -> None:
+    def _add(self, total: Tensor, g: Tensor, x: Tensor, begun: bool) -> None:
         """total [V, D] += g.T @ x."""
-        beta = 0 if self.empty else 1  # with 0 what is there is not read
+        beta = 1 if begun else 0  # with 0 what is there is not read
         if total.dtype == g.dtype:
             torch.addmm(total, g.T, x, beta=beta, out=total)
         elif g.is_cuda:
             torch.addmm(total, g.T, x, beta=beta, out_dtype=total.dtype, out=total)
         else:  # no 16-bit product is handed out in another dtype here
-            self._add_parts(total, g, x)
+            self._add_parts(total, g, x, begun)
 
-    def _add_parts(self, total: Tensor, g: Tensor, x: Tensor) -> None:
+    def _add_parts(self, total: Tensor, g: Tensor, x: Tensor, begun: bool) -> None:
         dtype = total.dtype if g.dtype == torch.float16 else g.dtype
         x = x.to(dtype)
         step = max(PART_BYTES // (max(x.shape) * dtype.itemsize), 1)
         for part, columns in zip(total.split(step), g.split(step, 1), strict=True):
             product = torch.mm(columns.T.to(dtype), x)
-            part.copy_(product) if self.empty else part.add_(product)
+            part.add_(product) if begun else part.copy_(product)
 
     def gradients(self) -> Gradients:
-        if self.empty:
-            self.weight.zero_()
-            self.bias.zero_()
-        return Gradients(self.hidden, self.weight, self.bias)
+        """Of the shapes that weight and bias were given in."""
+        for matrix, begun in enumerate(self.begun):
+            if not begun:
+                self.weight[matrix : matrix + 1].zero_()
+                self.bias[matrix : matrix + 1].zero_()
+        weight = self.weight.view(self.whole) if self.wanted.weight else self.weight.view(0)
+        bias = self.bias.view(self.whole[:-1]) if self.wanted.bias else self.bias.view(0)
+        return Gradients(self.hidden, weight, bias)
 
 
 def finish_gradients(

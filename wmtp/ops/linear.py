@@ -23,13 +23,13 @@ from wmtp.ops.chunks import (
     Wanted,
     find_unscale,
     finish_gradients,
-    make_plan,
     new_row_outputs,
     run_chunks,
 )
 from wmtp.ops.derivatives import Upstream, constant_of, no_second_derivative, weights_gradient
 from wmtp.ops.library import define
 from wmtp.ops.loss import NO_GRAPH, next_token_ce
+from wmtp.ops.plan import make_plan
 from wmtp.ops.selection import run_selected
 from wmtp.records import (
     LinearInputs,
@@ -119,10 +119,11 @@ def _linear_loss(*values: Any) -> tuple[Tensor, ...]:
     if isinstance(rule, KeepTop):
         assert weigh is not None
         by_chunk = rule.within_chunks(linear.chunk_tokens)
-        plan = make_plan(inputs.target_ids, linear, rule.together if by_chunk else 1)
+        asked = linear.asked(rule.together if by_chunk else 1)
+        plan = make_plan(inputs.target_ids, asked, inputs.hidden.device)
         rows, sums = run_selected(linear, plan, row_scalar, unscale, weigh, now, by_chunk)
     else:
-        plan = make_plan(inputs.target_ids, linear)
+        plan = make_plan(inputs.target_ids, linear.asked(), inputs.hidden.device)
         rows, sums = run_chunks(linear, plan, row_scalar, unscale, weigh, now)
     if weigh is not None and not weigh.sums_to_one:
         valid_mask = counted_tokens(weigh.sums.view_as(valid_mask))
@@ -189,7 +190,8 @@ def _linear_gradient(*values: Any) -> tuple[Tensor, ...]:
     linear, row_scalar = Linear.of(inputs, settings), row_scalar.contiguous()
     _, length, heads, _ = inputs.hidden.shape
     targets = as_targets(inputs.target_ids, length, heads, settings.ignore_index)
-    plan = make_plan(targets.where(row_scalar != 0).ids, linear)
+    ids = targets.where(row_scalar != 0).ids
+    plan = make_plan(ids, linear.asked(), inputs.hidden.device)
     unscale = find_unscale(row_scalar, linear)
     _, sums = run_chunks(linear, plan, row_scalar, unscale, None, Wanted(*settings.wanted))
     return finish_gradients(linear, sums, _factor(linear.dtype, unscale, None))
@@ -220,11 +222,10 @@ def _fake_linear_gradient(*values: Any) -> tuple[Tensor, ...]:
 
 def _fake_sums(linear: Linear, wanted: Wanted, dtype: torch.dtype) -> tuple[Tensor, ...]:
     hidden, weight = linear.hidden, linear.weight
-    padded = (linear.padded, weight.shape[1])
     return (
         hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight.new_empty(padded if wanted.weight else (0,), dtype=dtype),
-        weight.new_empty(linear.padded if wanted.bias else 0, dtype=dtype),
+        weight.new_empty(linear.whole if wanted.weight else (0,), dtype=dtype),
+        weight.new_empty(linear.whole[:-1] if wanted.bias else (0,), dtype=dtype),
     )
 
 

@@ -12,7 +12,8 @@ are kept are then made again, but those of the last chunk, which are still there
 import torch
 from torch import Tensor
 
-from wmtp.ops.chunks import PART_BYTES, Gradients, Linear, Loop, Part, Plan, Wanted, Weigh
+from wmtp.ops.chunks import PART_BYTES, Gradients, Linear, Loop, Part, Wanted, Weigh
+from wmtp.ops.plan import Plan, Segment
 from wmtp.records import RowOutputs
 
 
@@ -33,7 +34,7 @@ def run_selected(
     """
     loop, part = Loop(linear, plan.most, row_scalar, unscale, wanted), None
     for chunk in plan.chunks:
-        part = loop.part(plan.rows[chunk.rows], plan.targets[chunk.rows])
+        part = loop.part(plan.rows[chunk.rows], plan.targets[chunk.rows], chunk.segments)
         loop.measure(part)
         if by_chunk:
             select(loop.out, chunk.tokens)
@@ -50,6 +51,7 @@ def _add_kept(loop: Loop, part: Part) -> None:
     if not any(loop.sums.wanted):
         return
     part = _together(part, loop.scalars[part.rows] != 0)
+    part = part._replace(segments=_whole(loop.linear, len(part.rows)))
     written = loop.written(part)
     loop.backend.rows_ce_(part.logits, part.targets, written, loop.linear.rows)
     loop.add(part, written)
@@ -63,7 +65,13 @@ def _add_again(loop: Loop, plan: Plan, before: int) -> None:
     kept = (loop.scalars[plan.rows[:before]] != 0).nonzero()[:, 0]
     for place in kept.tensor_split(-(-len(kept) // max(loop.most, 1)) or 1):
         if len(place):
-            _add_kept(loop, loop.part(plan.rows[place], plan.targets[place]))
+            segments = _whole(loop.linear, len(place))
+            _add_kept(loop, loop.part(plan.rows[place], plan.targets[place], segments))
+
+
+def _whole(linear: Linear, count: int) -> list[Segment]:
+    """Of so many rows, which are all of one kind here."""
+    return [Segment(slice(0, count), linear.kinds[0])]
 
 
 def _together(part: Part, kept: Tensor) -> Part:
@@ -75,9 +83,11 @@ def _together(part: Part, kept: Tensor) -> Part:
     left = (~kept[:count]).nonzero()[:, 0]
     behind = kept[count:].nonzero()[:, 0] + count
     row_bytes = part.logits.shape[1] * part.logits.element_size()
-    for values in part:
+    for values in (part.rows, part.targets, part.x, part.logits):
         # A few rows at a time: nothing of the logits' size is held beside them.
         rows = max(PART_BYTES // row_bytes, 1) if values is part.logits else max(len(left), 1)
         for here, there in zip(left.split(rows), behind.split(rows), strict=True):
             values[here] = values[there]
-    return part.first(count)
+    first = slice(0, count)
+    small = (part.rows[first], part.targets[first], part.x[first])
+    return Part(*small, part.logits[first], part.segments)

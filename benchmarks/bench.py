@@ -22,10 +22,11 @@ from typing import Any
 import pytest
 import torch
 
-from wmtp.benchmarks.problem import RULES, THREADS, WEIGHTINGS, Case, Shape
+from wmtp.benchmarks.problem import RULES, SELECTIONS, THREADS, WEIGHTINGS, Case, Shape
 from wmtp.benchmarks.providers import (
     DIRECTIONS,
     FLOORS,
+    GRAD_HEADS,
     LINEAR,
     LOGITS,
     LOGITS_OPTIONS,
@@ -106,7 +107,8 @@ PASSES = {"full": 3, "quick": 2, "tiny": 2}[SIZE]
 ONCE = ("linear_cross_entropy",)  # takes as long as all others together
 SLOWER = ("eager_float",)  # than eager, and the same in float32; `wmtp profile` has its memory
 CONTESTANTS = [
-    *((BOTH, "fused", weighting) for weighting in ("given", "ref_ce")),
+    *((BOTH, "fused", weighting) for weighting in ("given", "ref_ce", *SELECTIONS)),
+    *((BOTH, provider, "uniform") for provider in GRAD_HEADS),
     *((BOTH, provider, "uniform") for provider in LINEAR if provider not in SLOWER),
     (BOTH, FLOORS[BOTH], "uniform"),
     ("frozen", "fused", "uniform"),

@@ -12,6 +12,7 @@ from wmtp.benchmarks import providers
 from wmtp.benchmarks.providers import (
     FLOORS,
     LINEAR,
+    LINEAR_GRAD_HEADS,
     LINEAR_OPTIONS,
     LOGITS,
     LOGITS_OPTIONS,
@@ -25,12 +26,14 @@ from wmtp.labels import IGNORE_INDEX, shift_to_heads
 from wmtp.ops.chunks import Linear
 from wmtp.records import LinearInputs, LinearSettings
 from wmtp.reference import compute_weighted_mtp_loss
+from wmtp.unembedding import GradHeads, Unembedding, logits_of
 
 Record = dict[str, Any]  # of JSON: a case's fields, and what was found
 Shape = tuple[int, int, int, int]  # of the logits: [B, S, H, V]
 THREADS = torch.get_num_threads()
 WEIGHTINGS = ("given", "uniform", "ref_ce")
 RULES = tuple(providers.rules(*(torch.empty(0),) * 3))
+SELECTIONS = tuple(providers.selections(torch.empty(0)))
 TRUTH = "eager torch in float32"
 # Against eager_float. Native 16-bit eager rounds its cross entropy and its probabilities.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -98,7 +101,7 @@ class Problem:
         torch.manual_seed(0)
         self.contestants = {**LOGITS, **PEERS, **LOGITS_OPTIONS}
         if dim:
-            self.contestants = {**LINEAR, **LINEAR_OPTIONS}
+            self.contestants = {**LINEAR, **LINEAR_OPTIONS, **LINEAR_GRAD_HEADS}
         self.shape, self.dtype, self.dim = shape, dtype, dim
         random = functools.partial(torch.randn, device=device, dtype=dtype)
         self.pristine = random((*shape[:3], dim or vocabulary))
@@ -115,7 +118,8 @@ class Problem:
         self.weights = {"given": Weights(given), "ref_ce": Weights(ref_ce=ref_ce)}
         values = torch.randn(batch, length, device=device)
         center = torch.rand(heads, device=device)
-        for name, rule in providers.rules(values, ref_ce, center).items():
+        rules = providers.rules(values, ref_ce, center) | providers.selections(ref_ce)
+        for name, rule in rules.items():
             self.weights[name] = Weights(weighting=rule)
         self._truths: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
@@ -195,14 +199,19 @@ class Problem:
         if key not in self._truths:
             inputs = self._inputs_of(one, (self.pristine, *self.inputs[1:]))
             exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
-            logits = exact[0] if len(exact) == 1 else exact[0] @ exact[1].T
+            logits = exact[0] if len(exact) == 1 else exact[0] @ exact[1].T  # of stand-ins
             reduction = "weight_mean" if self.dim or not one.weighted else "token_mean"
             weights = self.weights.get(weighting if one.weighted else "none", Weights())
-            if one.options or weights.weighting is not None:
+            options = dict(one.options)
+            if self.dim:
+                names = ("hidden_grad_heads", "weight_grad_heads")
+                heads = GradHeads(*(options.pop(name, None) for name in names))
+                logits = logits_of(exact[0], Unembedding(exact[1], None), heads)
+            if options or weights.weighting is not None:
                 how: dict[str, Any] = {"horizon": self.shape[2], "reduction": reduction}
-                if weights.weighting is not None:
+                if weights.weighting is not None and not self.dim:
                     how["reduction"] = None  # the rule's own
-                how |= {**weights._asdict(), **one.options}
+                how |= {**weights._asdict(), **options}
                 loss = compute_weighted_mtp_loss(logits, self.target_ids, **how).loss
             else:
                 loss = providers.eager(logits, self.target_ids, weights, reduction)

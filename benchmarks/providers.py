@@ -23,7 +23,17 @@ from torch import Tensor
 
 from wmtp import excess_head_weights, fused_linear_weighted_mtp_loss, fused_weighted_mtp_loss
 from wmtp.labels import IGNORE_INDEX, has_target, shift_to_heads
-from wmtp.weightings import DFT, Critic, Decay, DPace, EntropyGate, Excess, Focal, Weighting
+from wmtp.weightings import (
+    DFT,
+    Critic,
+    Decay,
+    DPace,
+    EntropyGate,
+    Excess,
+    Focal,
+    KeepTop,
+    Weighting,
+)
 
 Loss = Callable[..., Tensor]
 
@@ -253,6 +263,28 @@ def rules(values: Tensor, ref_ce: Tensor, center: Tensor) -> dict[str, Weighting
     }
 
 
+def selections(ref_ce: Tensor) -> dict[str, Weighting]:
+    """Rules that keep 0.6 of the pairs, by an excess that no rounding ranks otherwise.
+
+    Args:
+        ref_ce: [B, S - 1].
+    """
+    by = Excess(1e4 * (ref_ce - ref_ce.floor()), excess="signed")
+    return {
+        "KeepTop, chunk": KeepTop(0.6, by, scope="chunk"),
+        "KeepTop, batch": KeepTop(0.6, by),
+    }
+
+
+# Ours with the gradients of some heads alone.
+GRAD_HEADS: dict[str, dict[str, Any]] = {
+    "fused_weight_of_one": {"weight_grad_heads": (0,)},
+    "fused_one": {"hidden_grad_heads": (0,), "weight_grad_heads": (0,)},
+}
+LINEAR_GRAD_HEADS = {
+    name: Provider(functools.partial(fused_linear, **options), options=options)
+    for name, options in GRAD_HEADS.items()
+}
 LOGITS_OPTIONS, LINEAR_OPTIONS = with_options(fused), with_options(fused_linear)
 # What one call does, and who does it; `copy`, which is no loss, is timed beside each.
 DIRECTIONS = {

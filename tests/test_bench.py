@@ -16,7 +16,7 @@ from wmtp.benchmarks import bench, report
 from wmtp.benchmarks.bench import present
 from wmtp.benchmarks.plot import plot_loss
 from wmtp.benchmarks.problem import Case
-from wmtp.benchmarks.providers import FLOORS, LINEAR
+from wmtp.benchmarks.providers import FLOORS, GRAD_HEADS, LINEAR
 from wmtp.benchmarks.tables import STUDIES, tables
 
 BOTH, FROZEN = FLOORS
@@ -38,7 +38,7 @@ def test_suites_run_and_report_every_case():
         *("eager", "eager_float", "fused", "fused_inplace", "copy")
     }
     assert {case.provider for case in cases if case.study == "linear"} == {
-        *("eager", "fused", "three_products", "two_products")
+        *("eager", "fused", *GRAD_HEADS, "three_products", "two_products")
     }
     assert set(results["absent"]) == {"compiled", "cce", "linear_cross_entropy", "liger"}
     assert all(len(case["median_ms"]) == 2 for case in results["cases"])

@@ -90,9 +90,9 @@ def _cut(rows_of_token: Tensor, chunk_tokens: int, together: int) -> list[tuple[
     live = rows_of_token.nonzero()[:, 0]
     count = -(-len(live) // chunk_tokens)
     first = [int(live[i * len(live) // count]) for i in range(count)]
-    if together > 1 and count > 1:
+    if together > 1 and count:
         groups = -(-len(rows_of_token) // together)
-        count = -(-groups // (chunk_tokens // together))
+        count = 1 if count == 1 else -(-groups // (chunk_tokens // together))
         first = [i * groups // count * together for i in range(count)]
     cuts = [*first, len(rows_of_token)]
     rows_before = torch.cat((rows_of_token.new_zeros(1), rows_of_token.cumsum(0)))[cuts].tolist()

@@ -54,12 +54,12 @@ class KeepTop(Weighting):
     ratio: Tensor | float
     by: "str | Excess" = "loss"
     scope: str = "batch"  # type: ignore[misc]
-    chunk_tokens: int = 512
+    chunk_tokens: Tensor | int = 512
     group: "dist.ProcessGroup | None" = None
 
     reduction = "weight_mean"
     at_most_one = selects = True
-    numbers = ("ratio",)
+    numbers = ("ratio", "chunk_tokens")
 
     @property
     def compares(self) -> bool:  # type: ignore[override]
@@ -117,7 +117,7 @@ class KeepTop(Weighting):
     @property
     def together(self) -> int:
         """So many consecutive positions must be ranked at once."""
-        return self.chunk_tokens if self.scope == "chunk" else 1
+        return int(self.chunk_tokens) if self.scope == "chunk" else 1
 
     def within_chunks(self, positions: int) -> bool:
         """Whether no pairs compete that are of different runs of so many positions."""
@@ -138,9 +138,9 @@ class KeepTop(Weighting):
             return pairs.T
         if self.scope == "batch":
             return pairs.reshape(1, -1)
-        missing = -len(pairs) % self.chunk_tokens
+        missing = -len(pairs) % self.together
         padded = torch.nn.functional.pad(pairs, (0, 0, 0, missing))
-        return padded.reshape(-1, self.chunk_tokens * pairs.shape[1])
+        return padded.reshape(-1, self.together * pairs.shape[1])
 
     def _ungrouped(self, groups: Tensor, positions: int, heads: int) -> Tensor:
         if self.scope == "head":
@@ -150,7 +150,8 @@ class KeepTop(Weighting):
     def check(self, name: str, scores: Tensor, targets: Targets) -> None:
         checks.check_share("ratio", self.ratio)
         check_choice("scope", self.scope, SCOPES)
-        check_whole("chunk_tokens", self.chunk_tokens, 1, "it is a number of positions")
+        chunk_tokens: Any = self.chunk_tokens
+        check_whole("chunk_tokens", chunk_tokens, 1, "it is a number of positions")
         if self.group is not None and self.scope not in ("batch", "head"):
             raise ValueError(
                 f"group goes with scope='batch' and 'head', got {self.scope!r}: leave it out, the "
@@ -173,8 +174,7 @@ class KeepTop(Weighting):
 
     def key(self) -> str:
         by = self.by.key() if isinstance(self.by, Excess) else self.by
-        known = {"by": by, "scope": self.scope, "chunk_tokens": self.chunk_tokens}
-        return f"{self._name} {known}"
+        return f"{self._name} { {'by': by, 'scope': self.scope} }"
 
     @classmethod
     def _known_by(cls, fields: dict[str, Any]) -> "KeepTop":

@@ -1,6 +1,6 @@
 """A weighting rule of one's own: w = p (1 - p), most where the model is torn between two answers.
 
-    python examples/own_rule.py
+python examples/own_rule.py
 """
 
 from dataclasses import dataclass

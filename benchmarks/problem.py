@@ -23,7 +23,7 @@ from wmtp.benchmarks.providers import (
     Weights,
 )
 from wmtp.labels import IGNORE_INDEX, shift_to_heads
-from wmtp.ops.chunks import Linear
+from wmtp.ops.product import Linear
 from wmtp.records import LinearInputs, LinearSettings
 from wmtp.reference import compute_weighted_mtp_loss
 from wmtp.unembedding import GradHeads, Unembedding, logits_of

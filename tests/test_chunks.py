@@ -8,8 +8,8 @@ from support.linear_cases import SOME, gradients, make_case
 from wmtp import fused_linear_weighted_mtp_loss, linear_next_token_cross_entropy
 from wmtp.benchmarks.memory import peak_bytes
 from wmtp.labels import has_target, shift_to_heads
-from wmtp.ops.chunks import MIB, Linear, default_chunk_bytes
 from wmtp.ops.plan import make_plan
+from wmtp.ops.product import MIB, Linear, default_chunk_bytes
 from wmtp.records import LinearInputs, LinearSettings
 
 IDS = torch.tensor([[10, 11, 12, -1, 14], [20, -1, -1, 23, 24]])

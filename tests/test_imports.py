@@ -22,6 +22,7 @@ LAYERS = [
     {"reference", "kernels"},
     {"backends"},
     {"ops"},
+    {"cross_entropy"},
     {"loss", "linear", "denominator", "documents"},
     {"scorers", "models", "data", "benchmarks"},
     {"trainers"},

@@ -17,7 +17,7 @@ from support.tiny_runs import (
 )
 from wmtp.backends import cpu
 from wmtp.data.batches import Rows
-from wmtp.ops import chunks
+from wmtp.ops import product
 from wmtp.trainers import TrainConfig, losses, reference_model
 from wmtp.trainers.config import LOSSES
 from wmtp.trainers.evaluation import evaluate
@@ -38,7 +38,7 @@ def _one_thread():
 @pytest.fixture(autouse=True)
 def _several_chunks_a_step(monkeypatch):
     """Of 16 rows; at these sizes the default is one chunk for all."""
-    monkeypatch.setattr(chunks, "default_chunk_bytes", lambda row_bytes: 16 * row_bytes)
+    monkeypatch.setattr(product, "default_chunk_bytes", lambda row_bytes: 16 * row_bytes)
 
 
 def curve(algo, data, out, **settings):

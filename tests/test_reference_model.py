@@ -9,7 +9,7 @@ from support.tiny_runs import largest_allocation, make_trainer, small_model
 from wmtp import next_token_cross_entropy
 from wmtp.data.batches import Rows
 from wmtp.data.tokenizer import train_tokenizer
-from wmtp.ops import chunks
+from wmtp.ops import product
 from wmtp.registry import trainer_registry
 from wmtp.trainers import ConfigError, RunFolder, TrainConfig
 from wmtp.trainers.config import LOSSES
@@ -183,7 +183,7 @@ def agree(model):
     ],
 )
 def test_logits_that_are_a_product_are_never_made(name, settings, dtype, monkeypatch):
-    monkeypatch.setattr(chunks, "default_chunk_bytes", lambda row_bytes: 8 * row_bytes)
+    monkeypatch.setattr(product, "default_chunk_bytes", lambda row_bytes: 8 * row_bytes)
     model = louder(hugging_face(name, **settings)).to(dtype)
     reference = agree(model)
     assert isinstance(reference, LinearReference)

@@ -174,7 +174,7 @@ class LinearOutputs(NamedTuple):
     lse: Tensor  # [B, S, H] acc            [0] without `metrics`
     row_scalar: Tensor  # [B, S, H] acc     dloss / df
     unscale: Tensor  # [] acc               left to multiply the sums with: 1 but for float16
-    hidden_sum: Tensor  # [B, S, H, D]      see `chunks.Gradients`; [0] where not wanted
+    hidden_sum: Tensor  # [B, S, H, D]      see `sums.Gradients`; [0] where not wanted
     weight_sum: Tensor  # [V, D] or [H, V, D]
     bias_sum: Tensor  # [V] or [H, V]
 

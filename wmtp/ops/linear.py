@@ -17,20 +17,14 @@ from torch import Tensor
 from wmtp.checks import raise_on_bad_weight
 from wmtp.exact_zero import product
 from wmtp.labels import Targets, as_targets
-from wmtp.ops.chunks import (
-    Gradients,
-    Linear,
-    Wanted,
-    find_unscale,
-    finish_gradients,
-    new_row_outputs,
-    run_chunks,
-)
+from wmtp.ops.chunks import new_row_outputs, run_chunks
 from wmtp.ops.derivatives import Upstream, constant_of, no_second_derivative, weights_gradient
 from wmtp.ops.library import define
 from wmtp.ops.loss import NO_GRAPH, next_token_ce
 from wmtp.ops.plan import make_plan
+from wmtp.ops.product import Linear, Wanted
 from wmtp.ops.selection import run_selected
+from wmtp.ops.sums import Gradients, find_unscale, finish_gradients
 from wmtp.records import (
     LinearInputs,
     LinearOutputs,

@@ -12,8 +12,10 @@ are kept are then made again, but those of the last chunk, which are still there
 import torch
 from torch import Tensor
 
-from wmtp.ops.chunks import PART_BYTES, Gradients, Linear, Loop, Part, Wanted, Weigh
+from wmtp.ops.chunks import Loop, Weigh
 from wmtp.ops.plan import Plan, Segment
+from wmtp.ops.product import Linear, Wanted
+from wmtp.ops.sums import PART_BYTES, Gradients, Part
 from wmtp.records import RowOutputs
 
 

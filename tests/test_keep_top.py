@@ -108,12 +108,16 @@ def test_the_reference_decides_by_signed_excess():
 # ---- the loss ----
 
 
-@in_pairs(name=RULES, dtype=[torch.float32, torch.bfloat16, torch.float16], reduction=REDUCTIONS)
+@in_pairs(
+    name=RULES,
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    reduction=REDUCTIONS,
+    backend=["cpu", "triton"],
+)
 @pytest.mark.filterwarnings("ignore:.*has no twin", "ignore:.*cancel")
-def test_selection_is_right_everywhere(target, name, dtype, reduction):
-    backend, device = target
-    if device != "cpu":
-        pytest.skip("rules on the CPU")
+def test_selection_is_right_everywhere(name, dtype, reduction, backend):
+    if backend == "triton" and not kernels.interpreted():
+        pytest.skip("Triton runs on the CPU in its interpreter alone")
     case = make_case(SHAPE, dtype, reduction=reduction, weighting=RULES[name])
     assert_agrees(partial(fused_weighted_mtp_loss, backend=backend), case)
 
@@ -127,8 +131,7 @@ LABELS = {
 }
 
 
-@pytest.mark.parametrize("chunk_bytes", [None, 3000, 12_000])
-@in_pairs(name=RULES, labels=LABELS, reduction=REDUCTIONS)
+@in_pairs(name=RULES, labels=LABELS, reduction=REDUCTIONS, chunk_bytes=[None, 3000, 12_000])
 @pytest.mark.filterwarnings("ignore:.*cancel")
 def test_selection_in_the_linear_loss(name, labels, reduction, chunk_bytes):
     """Whatever the chunks, the same pairs are kept; the gradients of the loss, of the cross

@@ -148,6 +148,8 @@ RIGHT = {
     "label_smoothing": {"a float", "a fraction", "a numpy float"},
     "vocab_size": OPTIONAL | WHOLE,
     "metrics": {"a bool"},
+    "hidden_grad_heads": OPTIONAL | {"an empty list", "a tuple"},
+    "weight_grad_heads": OPTIONAL | {"an empty list", "a tuple"},
 }
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wmtp import checks
-from wmtp.kinds import is_real, shown
+from wmtp.kinds import check_whole, shown
 from wmtp.sharded import gathered
 
 
@@ -90,7 +90,8 @@ def _heads(name: str, chosen: Any, heads: int) -> list[int] | None:
     if not _is_list(chosen):
         raise TypeError(f"{name} must be a list of heads, got {shown(chosen)}: {remedy}")
     for head in chosen:
-        if not (is_real(head) and head == int(head) and 0 <= head < heads):
+        check_whole(f"each of {name}", head, 0, remedy)
+        if head >= heads:
             raise ValueError(f"{name} must be in 0 .. {heads - 1}, got {shown(head)}: {remedy}")
     if len(set(chosen)) < len(chosen):
         raise ValueError(f"{name} must name no head twice, got {list(chosen)}: {remedy}")

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from wmtp.cross_entropy import next_token_cross_entropy
 from wmtp.data.tokenizer import vocabulary_size
 from wmtp.digests import what_is_wrong
 from wmtp.files import digest_of, shown
 from wmtp.linear import linear_next_token_cross_entropy
-from wmtp.loss import next_token_cross_entropy
 from wmtp.models import MTPOutput, MTPTransformer
 from wmtp.models.storage import is_model_folder, load_model_folder
 from wmtp.models.transformer import positions_within

@@ -113,6 +113,7 @@ def test_the_reference_decides_by_signed_excess():
     dtype=[torch.float32, torch.bfloat16, torch.float16],
     reduction=REDUCTIONS,
     backend=["cpu", "triton"],
+    where=lambda name, dtype, reduction, backend: backend == "cpu" or name in ("loss", "chunks"),
 )
 @pytest.mark.filterwarnings("ignore:.*has no twin", "ignore:.*cancel")
 def test_selection_is_right_everywhere(name, dtype, reduction, backend):
@@ -226,7 +227,7 @@ def test_two_passes_of_the_logits_are_not_complained_of(recwarn):
     assert not [each for each in recwarn if "twin" in str(each.message)]
 
 
-@pytest.mark.parametrize("name", ["loss", "chunks", "x decay"])
+@pytest.mark.parametrize("name", ["chunks"])
 def test_checkpointed_in_place_and_compiled(name):
     case = make_case(SHAPE, weighting=RULES[name])
 

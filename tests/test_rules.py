@@ -71,6 +71,8 @@ PRODUCTS = {
 }
 RULES = {**ALONE, **SUMS_TO_ONE, **KNOWN, **PRODUCTS}
 FOLLOWING = {name: rule for name, rule in RULES.items() if not rule.known}
+# Of each kind one: what a twin computes in every tier is in test_kernels_rules.py.
+INTERPRETED = ("dft", "gate", "pace", "centered", "excess x dft", "decay x given")
 REDUCTIONS = ("token_mean", "weight_mean", "pair_mean", "head_mean", "sum")
 
 
@@ -166,6 +168,7 @@ def test_a_product_multiplies_finished_weights():
     dtype=[torch.float32, torch.bfloat16, torch.float16],
     reduction=REDUCTIONS,
     backend=["cpu", "triton"],
+    where=lambda name, dtype, reduction, backend: backend == "cpu" or name in INTERPRETED,
 )
 @pytest.mark.filterwarnings("ignore:.*has no twin", "ignore:.*cancel")
 def test_every_rule_is_right_everywhere(name, dtype, reduction, backend):
@@ -179,6 +182,7 @@ def test_every_rule_is_right_everywhere(name, dtype, reduction, backend):
     name=RULES,
     form=["documents", "offsets", "shifted", "own", "float mask", "shared", "list", "numerics"],
     backend=["cpu", "triton"],
+    where=lambda name, form, backend: backend == "cpu" or name in INTERPRETED,
 )
 @pytest.mark.filterwarnings("ignore:.*has no twin", "ignore:.*cancel")
 def test_every_form_of_labels_and_heads(name, form, backend):
@@ -358,7 +362,7 @@ def test_a_rule_in_pairs_with_compile_checkpointing_and_in_place(name):
         torch.testing.assert_close(gradient(function), wanted)
 
 
-@pytest.mark.parametrize("name", ["dft", "gate", "pace", "dft x focal", "centered"])
+@pytest.mark.parametrize("name", ["gate", "pace", "centered"])
 def test_a_rule_is_compiled_whole(name):
     case = make_case(SHAPE, weighting=RULES[name])
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class DPace(Weighting):
     """w[b, t, k] = sum over j >= k of the products of s[i], i <= j; divided by a count.
 
+    Weights may be larger than 1: float16 logits are read twice, for the gradient's scale.
+
     Attributes:
         alpha: in (0, 1], a number or a 0-d tensor: how far a rejection is smoothed; 1 counts heads.
         first: the first head that is a draft's; those before it weigh 1.

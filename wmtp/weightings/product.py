@@ -101,15 +101,9 @@ class Product(Weighting):
             )
 
     def with_fields(self, **fields: Any) -> "Product":
-        """Of the rules that have such fields."""
-        return Product(
-            tuple(
-                rule.with_fields(
-                    **{name: value for name, value in fields.items() if name in vars(rule)}
-                )
-                for rule in self.rules
-            )
-        )
+        """Of the rule that compares with a reference: another reference."""
+        rules = (rule.with_fields(**fields) if rule.compares else rule for rule in self.rules)
+        return Product(tuple(rules))
 
     def narrowed(self, targets: Targets) -> Targets:
         return functools.reduce(lambda so_far, rule: rule.narrowed(so_far), self.rules, targets)

@@ -19,7 +19,8 @@ test: $(READY)  ## the whole suite, doctests included; GPU tests run where there
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 fuzz: $(READY)  ## many times as many generated cases, of logits, labels and caps, against the fp64 truth; others: WMTP_FUZZ_SEED=1 make fuzz
-	WMTP_FUZZ_CASES=2000 WMTP_TARGET_CASES=500 WMTP_NUMERICS_CASES=500 $(BIN)/python -m pytest tests/test_fuzz.py tests/test_targets.py tests/test_numerics.py -n 2
+	WMTP_FUZZ_CASES=2000 WMTP_TARGET_CASES=500 WMTP_NUMERICS_CASES=500 WMTP_INTERPRETED_SHARE=1 \
+	$(BIN)/python -m pytest $(addprefix tests/test_,fuzz.py targets.py numerics.py metrics.py weightings.py) -n 2
 
 faults: $(READY)  ## sixty runs that are killed, damaged, out of disk at random; others: WMTP_FAULTS_SEED=1 make faults
 	WMTP_FAULTS=60 $(BIN)/python -m pytest tests/test_faults.py -n 2

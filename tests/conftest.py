@@ -152,12 +152,35 @@ def instruction_set(request, one_thread):
     cpu_library.select_instruction_set(cpu_library.load(), "")
 
 
+# Of these files' cases the interpreter runs a half; all of them in `make fuzz`.
+SHARED_OUT = ("test_numerics.py", "test_targets.py", "test_metrics.py", "test_weightings.py")
+
+
+def in_share(item, share):
+    return zlib.crc32(item.nodeid.encode()) % share == 0
+
+
+def keep(config, items, chosen):
+    left = [item for item in items if not chosen(item)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if chosen(item)]
+
+
 def pytest_collection_modifyitems(config, items):
     """Without a device one skip a file says how many of its tests want one; `-m gpu` lists them."""
     if (share := int(os.environ.get("WMTP_PTX_SHARE", 1))) > 1:
-        chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % share == 0]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        keep(config, items, lambda item: in_share(item, share))
+    if (part := int(os.environ.get("WMTP_INTERPRETED_SHARE", 2))) > 1 and len(items) > 1:
+        keep(
+            config,
+            items,
+            lambda item: (
+                "interpreted" not in item.name
+                or item.path.name not in SHARED_OUT
+                or in_share(item, part)
+            ),
+        )
     if torch.cuda.is_available():
         return
     by_file = defaultdict(list)

@@ -58,7 +58,7 @@ sanitize: $(READY)  ## the CPU kernel's tests, on a build with address and undef
 	$(BIN)/cmake --build build/sanitize
 	WMTP_CPU_LIBRARY=$(CURDIR)/build/sanitize/libwmtp_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so.6)" \
-	$(BIN)/python -m pytest tests/test_cpu*.py tests/test_inplace.py tests/test_rows_ce.py
+	$(BIN)/python -m pytest tests/test_cpu*.py tests/test_inplace.py tests/test_rows_ce.py tests/test_rules.py tests/test_metrics.py -k "not compile and not interpreted and not triton"
 
 # Triton's compilers, each alone (no torch) in an environment of a GB.
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
